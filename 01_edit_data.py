@@ -1,0 +1,667 @@
+"""Stage 1: a policy, its problems, and pairs of responses that differ by a minimal edit.
+
+Paper: Xu et al., "Aligning Large Language Models via Fine-grained Supervision", ACL 2024, arXiv 2406.02756.
+Equations: E1 (edit distance and alignment), A1 (data).
+
+Simplified against the paper:
+  1. The editor is an oracle that knows every right solution of a built-in task, or a human whose edits stand
+     in a file. The paper asks an LLM.
+  2. The policy is a Llama of 0.2 million parameters, fine-tuned for a minute on demonstrations with errors
+     (SFT). The paper starts from LLaMA-7B; --model takes any causal language model.
+  3. Preferences of the built-in tasks are exact: fewer wrong steps. The paper simulates human preferences.
+
+Reads:  nothing, or --data FILE (JSONL) and --model NAME_OR_PATH
+Writes: RUN/policy/  RUN/problems.jsonl  RUN/edits.jsonl  RUN/01_args.json
+
+    python 01_edit_data.py                about 1 minute on two CPU cores, less on a GPU
+    python 01_edit_data.py --task qa      about 1.5 minutes
+    python 01_edit_data.py --data FILE --model Qwen/Qwen2.5-0.5B
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Optional
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tqdm import tqdm, trange
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import get_cosine_schedule_with_warmup
+from transformers.utils import logging
+
+
+@dataclass
+class Args:
+    run: str = field(default="runs/default", metadata={"help": "run folder"})
+    seed: int = field(default=1, metadata={"help": "seed of the task, the policy and the samples"})
+    overwrite: bool = field(default=False, metadata={"help": "do the stage again even if its files exist"})
+    task: str = field(default="math", metadata={"help": "built-in task", "choices": ["math", "qa"]})
+    data: Optional[str] = field(default=None, metadata={"help": "JSONL of your own, no built-in task"})
+    model: Optional[str] = field(default=None, metadata={"help": "causal LM (name or path) as the policy"})
+    editor: Optional[str] = field(default=None, metadata={
+        "help": "oracle (built-in tasks) or human (column `edited` of --data); default: the one that fits",
+        "choices": ["oracle", "human"]})
+    max_edit_share: float = field(default=0.8, metadata={
+        "help": "gate: largest edit distance as a share of the longer response, in tokens"})
+    train_prompts: int = field(default=16000, metadata={"help": "built-in tasks: training prompts"})
+    val_prompts: int = field(default=500, metadata={"help": "validation prompts; of --data at most 10 %%"})
+    test_prompts: int = field(default=1000, metadata={"help": "test prompts; of --data at most 10 %%"})
+    sft_steps: Optional[int] = field(default=None, metadata={
+        "help": "SFT optimiser steps; default 600, with --data 0"})
+    sft_batch: int = field(default=128, metadata={"help": "SFT demonstrations a step"})
+    sft_lr: float = field(default=3e-3, metadata={"help": "SFT learning rate (AdamW, cosine)"})
+    hidden_size: int = field(default=64, metadata={"help": "width of the small policy"})
+    layers: int = field(default=4, metadata={"help": "layers of the small policy"})
+    temperature: float = field(default=1.0, metadata={"help": "temperature of the sampled pairs"})
+    max_new_tokens: int = field(default=48, metadata={"help": "longest sampled response, in tokens"})
+    sample_batch: int = field(default=1000, metadata={"help": "responses sampled at once"})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={
+        "help": "torch device"})
+
+
+# --- E1: minimum edit ---------------------------------------------------------------------------------------
+
+def edit_columns(a, b):
+    """E1: the Levenshtein table D of a (rows) against b (columns), one pair of big integers a column.
+
+    Neighbours in a column of D differ by -1, 0 or +1, so two sets of bits hold it: bit i of `up` says
+    D[i+1][j] = D[i][j] + 1, bit i of `down` says D[i+1][j] = D[i][j] - 1. A column follows from the one
+    before with a dozen integer operations, all rows at once (Myers 1999, Hyyrö 2003). Returns len(b) + 1 pairs.
+    """
+    rows_with = {}
+    for i, token in enumerate(a):
+        rows_with[token] = rows_with.get(token, 0) | 1 << i
+    full = (1 << len(a)) - 1
+    up, down = full, 0
+    columns = [(up, down)]
+    for token in b:
+        equal = rows_with.get(token, 0)
+        diagonal = (((equal & up) + up) ^ up) | equal | down    # D[i+1][j+1] = D[i][j]
+        right_up = down | ~(diagonal | up)                      # D[i+1][j+1] = D[i+1][j] + 1
+        right_down = diagonal & up                              # D[i+1][j+1] = D[i+1][j] - 1
+        right_up = right_up << 1 | 1                            # one row down; the top row is 0, 1, 2, ...
+        right_down = right_down << 1
+        up = (right_down | ~(diagonal | right_up)) & full
+        down = right_up & diagonal & full
+        columns.append((up, down))
+    return columns
+
+
+def edit_distance(a, b):
+    """E1: the least number of replaced, deleted and inserted items that turns sequence a into b."""
+    up, down = edit_columns(a, b)[-1]
+    return len(b) + up.bit_count() - down.bit_count()
+
+
+def align(a, b):
+    """E1: one optimal path from a to b, a list of [op, i, j]: op is keep, replace, delete or insert, i indexes a
+    and j indexes b. The common beginning is kept first, so the first operation stands where the two part. A
+    deletion marks nothing in b and an insertion nothing in a: there j and i only say where."""
+    start = 0
+    while start < min(len(a), len(b)) and a[start] == b[start]:
+        start += 1
+    columns = edit_columns(a[start:], b[start:])
+    path = []
+    i, j = len(a), len(b)
+    while i > start or j > start:
+        row = 1 << (i - start - 1) if i > start else 0
+        if row and j > start and a[i - 1] == b[j - 1]:
+            i, j = i - 1, j - 1
+            path.append(["keep", i, j])
+        elif row and (j == start or columns[j - start][0] & row):      # D[i][j] = D[i-1][j] + 1
+            i = i - 1
+            path.append(["delete", i, j])
+        elif not row or columns[j - start - 1][1] & row:               # D[i][j] = D[i][j-1] + 1
+            j = j - 1
+            path.append(["insert", i, j])
+        else:
+            i, j = i - 1, j - 1
+            path.append(["replace", i, j])
+    return [["keep", k, k] for k in range(start)] + path[::-1]
+
+
+# --- The oracle of the built-in tasks -----------------------------------------------------------------------
+
+@lru_cache(maxsize=200_000)
+def split_steps(text):
+    """The steps of a response: its lines, its sentences, or what stands between semicolons."""
+    return tuple(step.strip() for step in re.split(r"\n|(?<=;)|(?<=\.)\s", text) if step.strip())
+
+
+def judge(response, solutions):
+    """(wrong steps, answer right?) of a response. Its steps against those of the nearest right solution (E1):
+    a step replaced, deleted or inserted on the way there is a wrong one; the last step is the answer."""
+    steps = split_steps(response)
+    wrong_steps = min(edit_distance(steps, split_steps(solution)) for solution in solutions)
+    answer_right = any(steps[-1:] == split_steps(solution)[-1:] for solution in solutions)
+    return wrong_steps, answer_right
+
+
+def nearest(response_ids, solutions_ids):
+    """The minimal correction: the right solution at the smallest edit distance (E1) from the response."""
+    return min(solutions_ids, key=lambda ids: edit_distance(response_ids, ids))
+
+
+# --- Built-in tasks: a problem has a prompt, its right solutions (the first is the reference) and an answer -
+
+STEP_ERROR = 0.2        # math: share of wrong steps in the demonstrations
+ENTITY_ERROR = 0.06     # qa: share of wrong entities,
+MISSING_STEP = 0.15     # of responses that leave a step out,
+RUDE_PHRASE = 0.2       # and of responses with a rude or irrelevant phrase
+RUDE = [", you fool", ", as even a child knows", ", but my feet hurt"]
+PEOPLE = ("Ada Bob Cleo Dan Eva Finn Gus Hana Ivo Jane Kit Lena Mia Ned Olga Paul Rita Sam Tess Uma Vera "
+          "Walt Yara Zoe Abe Bea Cal Dora Ed Flo").split()
+GOODS = ("bread soap rope glass paper honey shoes lamps tea salt cloth nails wine cheese brooms drums maps "
+         "clocks candles baskets").split()
+TOWNS = "Oslo Rome Bern Lima Cairo Paris Delhi Quito Tunis Sofia Malmo Turin Kyoto Derry Ghent Accra".split()
+
+
+def calculate(value, operations, rng=None):
+    """The tape of a calculation, `3+2=5;-1=4;+4=8`: every result is written once, and the next step reads it
+    where it stands. With rng, each step goes wrong with probability STEP_ERROR, and the steps behind it go on
+    from the wrong value; all values stay single digits."""
+    steps = []
+    for k, (operator, operand) in enumerate(operations):
+        result = value + operand if operator == "+" else value - operand
+        if rng and rng.random() < STEP_ERROR:
+            wrong = [x for x in range(10) if x != result and stays_digit(x, operations[k + 1:])]
+            result = rng.choice(wrong or [result])
+        steps.append(f"{'' if steps else value}{operator}{operand}={result}")
+        value = result
+    return ";".join(steps)
+
+
+def stays_digit(value, operations):
+    """Is every value of the calculation one of the digits 0 to 9?"""
+    for operator, operand in operations:
+        value += operand if operator == "+" else -operand
+        if not 0 <= value <= 9:
+            return False
+    return True
+
+
+class Math:
+    """Chains of four operations whose values stay single digits: `3+2-1+4-6=` -> `3+2=5;-1=4;+4=8;-6=2`."""
+
+    def __init__(self, seed):
+        self.texts = ["0123456789+-=;"]
+
+    def problem(self, rng):
+        operations = [("+", 9), ("+", 9)]
+        while not stays_digit(first := rng.randint(0, 9), operations):
+            operations = [(rng.choice("+-"), rng.randint(1, 9)) for _ in range(4)]
+        prompt = str(first) + "".join(f"{operator}{operand}" for operator, operand in operations) + "="
+        solution = calculate(first, operations)
+        return {"prompt": prompt, "solution": solution, "answer": solution[-1], "solutions": [solution]}
+
+    def demonstration(self, problem, rng):
+        first, *rest = problem["prompt"][:-1]
+        operations = [(operator, int(operand)) for operator, operand in zip(rest[::2], rest[1::2])]
+        return calculate(int(first), operations, rng)
+
+
+class Qa:
+    """Who sends what where, in a made-up world of facts that the seed decides. Two voices for the reasoning and
+    two for the answer make four right solutions of every question."""
+
+    def __init__(self, seed):
+        rng = random.Random(seed)
+        self.makes = {person: rng.choice(GOODS) for person in PEOPLE}
+        self.home = {person: rng.choice(TOWNS) for person in PEOPLE}
+        example = self.problem(rng)
+        self.texts = [example["prompt"], *example["solutions"], *RUDE]
+        self.texts += [" " + name for names in (PEOPLE, GOODS, TOWNS) for name in names]
+
+    def problem(self, rng):
+        a, b, c = rng.sample(PEOPLE, 3)
+        x, y, town = self.makes[a], self.makes[b], self.home[c]
+        voices = [f"{a} makes {x}. {b} makes {y}. {c} lives in {town}.",
+                  f"{a} is a maker of {x}. {b} is a maker of {y}. The home of {c} is {town}."]
+        answers = [f"They send {x} and {y} to {town}.", f"So {x} and {y} go to {town}."]
+        solutions = [f" {voice} {answer}" for voice in voices for answer in answers]
+        prompt = f"Q: What do {a} and {b} send to {c}, and where?\nA:"
+        return {"prompt": prompt, "solution": solutions[0], "answer": answers[0], "solutions": solutions}
+
+    def demonstration(self, problem, rng):
+        sentences = list(split_steps(rng.choice(problem["solutions"])))
+        for kind in (GOODS, TOWNS):
+            names = re.compile(r"\b(" + "|".join(kind) + r")\b")
+            swap = lambda match: rng.choice(kind) if rng.random() < ENTITY_ERROR else match[0]
+            sentences = [names.sub(swap, sentence) for sentence in sentences]
+        if rng.random() < MISSING_STEP:
+            del sentences[rng.randrange(3)]
+        if rng.random() < RUDE_PHRASE:
+            k = rng.randrange(len(sentences))
+            sentences[k] = sentences[k][:-1] + rng.choice(RUDE) + "."
+        return " " + " ".join(sentences)
+
+
+def make_problems(task, args, rng):
+    """Distinct problems with id and split: train, validation and test prompts are disjoint."""
+    problems = {}
+    wanted = args.train_prompts + args.val_prompts + args.test_prompts
+    for _ in range(20 * wanted):
+        if len(problems) == wanted:
+            break
+        problem = task.problem(rng)
+        problems.setdefault(problem["prompt"], problem)
+    if len(problems) < wanted:
+        fail(f"--task {args.task} has too few different prompts for {wanted}: lower --train_prompts")
+    splits = ["train"] * args.train_prompts + ["val"] * args.val_prompts + ["test"] * args.test_prompts
+    return [{"id": f"{args.task}-{k}", "split": split, **problem}
+            for k, (split, problem) in enumerate(zip(splits, problems.values()))]
+
+
+# --- Files, models and batches. These helpers stand in several scripts, letter for letter. ------------------
+
+def fail(message):
+    """One clear line on standard error, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_jsonl(path, columns):
+    """Rows of a JSONL file as dictionaries. columns: name -> allowed types. A fault names file and line."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        fail(f"{path}: cannot be read ({error.strerror})")
+    rows = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            fail(f"{path}, line {number}: not a line of JSON in UTF-8 ({error})")
+        if not isinstance(row, dict):
+            fail(f"{path}, line {number}: not a JSON object with named columns")
+        for name, types in columns.items():
+            if name not in row:
+                fail(f"{path}, line {number}: column `{name}` is missing")
+            if not isinstance(row[name], types):
+                fail(f"{path}, line {number}: column `{name}` has the wrong type, {type(row[name]).__name__}")
+            if row[name] in ("", []) or isinstance(row[name], str) and not row[name].strip():
+                fail(f"{path}, line {number}: column `{name}` is empty")
+        rows.append(row)
+    if not rows:
+        fail(f"{path}: has no rows")
+    return rows
+
+
+def start_stage(args, stage):
+    """Print the resolved arguments, save them as RUN/stage_args.json, seed torch; returns the run folder."""
+    settings = [f"{name}={value}" for name, value in asdict(args).items() if value is not None]
+    print(f"stage {stage}: {' '.join(settings)}", flush=True)
+    run = Path(args.run)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / f"{stage}_args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
+    torch.manual_seed(args.seed)
+    return run
+
+
+def open_model(auto_class, path, **options):
+    """from_pretrained in float32 (log-probs must not round), eval mode (dropout off), or a readable error."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return auto_class.from_pretrained(path, dtype=torch.float32, **options).eval()
+    except (OSError, ValueError) as error:
+        fail(f"{path}: no model that {auto_class.__name__} can open ({str(error).strip().splitlines()[0]})")
+
+
+def open_tokenizer(path):
+    """The tokenizer of a model folder, with an end token and a pad token that is never the end token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        fail(f"{path}: no tokenizer that AutoTokenizer can open ({str(error).strip().splitlines()[0]})")
+    if tokenizer.eos_token is None:
+        fail(f"{path}: the tokenizer has no end token, so no response could end")
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        others = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
+        if others:
+            tokenizer.pad_token = others[0]
+        else:
+            tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    return tokenizer
+
+
+def save_model(model, tokenizer, path):
+    """save_pretrained beside the target first, so that a model folder is whole or absent."""
+    model.config.pad_token_id = tokenizer.pad_token_id
+    part = Path(f"{path}.part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    shutil.rmtree(path, ignore_errors=True)
+    part.rename(path)
+
+
+def pack(prompts, responses, pad_id, device):
+    """Prompts padded on the left, responses on the right: every response starts in the same column.
+
+    prompts, responses: B lists of token ids, the longest P and T long. Returns the model inputs (B, P + T)
+    and response_mask (B, T), made from lengths, the only mask of losses and metrics.
+    """
+    P = max(map(len, prompts))
+    T = max(map(len, responses))
+    ids = [[pad_id] * (P - len(p)) + p + r + [pad_id] * (T - len(r)) for p, r in zip(prompts, responses)]
+    first = torch.tensor([P - len(p) for p in prompts])[:, None]
+    end = torch.tensor([P + len(r) for r in responses])[:, None]
+    column = torch.arange(P + T)[None]
+    mask = (column >= first) & (column < end)
+    inputs = {"input_ids": torch.tensor(ids), "attention_mask": mask.long(),
+              "position_ids": (column - first).clamp(min=0)}
+    return {name: tensor.to(device) for name, tensor in inputs.items()}, mask[:, P:].to(device)
+
+
+@torch.no_grad()
+def sample(model, prompts, tokenizer, max_new_tokens, temperature=1.0):
+    """Sample one response to each prompt (lists of ids) from the policy as it is, without the top-k, top-p or
+    penalty of a checkpoint's own settings. The end token, where there is one, is the last response token."""
+    inputs, _ = pack(prompts, [[]] * len(prompts), tokenizer.pad_token_id, model.device)
+    end = tokenizer.eos_token_id
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+        eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+    ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    rows = ids[:, inputs["input_ids"].shape[1]:].tolist()
+    return [row[:row.index(end) + 1] if end in row else row for row in rows]
+
+
+# --- The policy ---------------------------------------------------------------------------------------------
+
+def small_policy(texts, args):
+    """A small Llama and a tokenizer for the texts: words with their leading space, other characters singly."""
+    pattern = " ?[A-Za-z]+|[^A-Za-z]"
+    tokens = sorted({token for text in texts for token in re.findall(pattern, text)})
+    vocabulary = {token: k for k, token in enumerate(["<pad>", "<unk>", "</s>", *tokens])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>",
+                                        eos_token="</s>", clean_up_tokenization_spaces=False)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=args.hidden_size, intermediate_size=2 * args.hidden_size,
+        num_hidden_layers=args.layers, num_attention_heads=4, max_position_embeddings=256,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id)
+    return LlamaForCausalLM(config).eval(), tokenizer
+
+
+def fine_tune(model, tokenizer, demonstrations, args, steps):
+    """SFT: cross-entropy of the response tokens of demonstrations, a list of (prompt_ids, response_ids)."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.sft_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
+    rng = random.Random(args.seed)
+    bar = trange(steps, desc="SFT", unit="step", mininterval=1.0)
+    for step in bar:
+        rows = rng.sample(demonstrations, min(args.sft_batch, len(demonstrations)))
+        prompts, responses = map(list, zip(*rows))
+        inputs, mask = pack(prompts, responses, tokenizer.pad_token_id, model.device)
+        labels = inputs["input_ids"].clone()
+        labels[:, :-mask.shape[1]] = -100
+        labels[:, -mask.shape[1]:][~mask] = -100
+        loss = model(**inputs, labels=labels).loss
+        if not loss.isfinite():
+            fail(f"SFT, step {step}: the loss is {loss.item()}; lower --sft_lr")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+# --- Pairs and edits (A1) -----------------------------------------------------------------------------------
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt: a plain string, or chat messages through the tokenizer's own template."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    if tokenizer.chat_template is None:
+        fail("a prompt is a list of chat messages, but the tokenizer has no chat template")
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def encode_response(tokenizer, text):
+    """Token ids of a response, the end token included."""
+    return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+
+
+def read_pairs(path):
+    """Pairs of your own in two shapes: prompt, chosen, rejected[, edited], or prompt, response, edited (then the
+    edit is the preferred one). Texts are strings or lists of chat messages, of which the last one counts."""
+    text, maybe = (str, list), (str, list, type(None))
+    first = read_jsonl(path, {"prompt": text})[0]
+    names = {"chosen": "chosen", "rejected": "rejected"}
+    if "chosen" not in first and "edited" in first:
+        names = {"chosen": "edited", "rejected": "response"}
+    columns = {"prompt": text, "edited": maybe, **{name: text for name in names.values() if name != "edited"}}
+    if "edited" not in first:
+        del columns["edited"]
+    plain = lambda value: value[-1]["content"] if isinstance(value, list) else value
+    return [{"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"],
+             "chosen": plain(row[names["chosen"]]), "rejected": plain(row[names["rejected"]]),
+             "edited": plain(row.get("edited"))}
+            for k, row in enumerate(read_jsonl(path, columns))]
+
+
+def split_by_prompt(pairs, args):
+    """Give every pair a split, by its prompt; returns one problem a prompt. At most 10 % validate, 10 % test."""
+    problems = {json.dumps(pair["prompt"]): {"id": pair["id"], "prompt": pair["prompt"]} for pair in pairs}
+    keys = random.Random(args.seed).sample(sorted(problems), len(problems))
+    n_val = min(args.val_prompts, len(keys) // 10)
+    n_test = min(args.test_prompts, len(keys) // 10)
+    splits = ["val"] * n_val + ["test"] * n_test + ["train"] * (len(keys) - n_val - n_test)
+    for key, split in zip(keys, splits):
+        problems[key]["split"] = split
+    for pair in pairs:
+        pair["split"] = problems[json.dumps(pair["prompt"])]["split"]
+    return list(problems.values())
+
+
+def encode_pairs(pairs, tokenizer, context, drop):
+    """Add token ids to pairs that came as text; rows that do not fit the context are dropped and counted."""
+    fitting = []
+    for pair in pairs:
+        if pair["chosen"] is None:
+            drop["row has neither an edit nor a preferred response"] += 1
+            continue
+        pair["prompt_ids"] = encode_prompt(tokenizer, pair["prompt"])
+        for name in ("chosen", "rejected", "edited"):
+            pair[f"{name}_ids"] = encode_response(tokenizer, pair[name]) if pair[name] is not None else None
+        longest = max(len(pair[name] or []) for name in ("chosen_ids", "rejected_ids", "edited_ids"))
+        if len(pair["prompt_ids"]) + longest > context:
+            drop[f"row is longer than the model's context of {context} tokens"] += 1
+        else:
+            fitting.append(pair)
+    return fitting
+
+
+def sample_pairs(problems, model, tokenizer, args, drop):
+    """A1: two samples a prompt; the oracle prefers the one with fewer wrong steps and edits the other one."""
+    pairs = []
+    right = 0
+    for start in trange(0, len(problems), args.sample_batch // 2, desc="sampling pairs", unit="batch"):
+        batch = problems[start:start + args.sample_batch // 2]
+        prompts = [encode_prompt(tokenizer, problem["prompt"]) for problem in batch]
+        ids = sample(model, [ids for ids in prompts for _ in (1, 2)], tokenizer, args.max_new_tokens,
+                     args.temperature)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        for k, problem in enumerate(batch):
+            two = sorted((judge(texts[n], problem["solutions"])[0], n) for n in (2 * k, 2 * k + 1))
+            right += sum(wrong_steps == 0 for wrong_steps, n in two)
+            if two[0][0] == two[1][0]:
+                drop["tie: both samples have the same number of wrong steps"] += 1
+                continue
+            w, l = two[0][1], two[1][1]
+            edited_ids = nearest(ids[l], [encode_response(tokenizer, text) for text in problem["solutions"]])
+            pairs.append({**problem, "chosen": texts[w], "rejected": texts[l],
+                          "edited": tokenizer.decode(edited_ids, skip_special_tokens=True),
+                          "prompt_ids": prompts[k], "chosen_ids": ids[w], "rejected_ids": ids[l],
+                          "edited_ids": edited_ids})
+    print(f"{right / 2 / len(problems):.1%} of {2 * len(problems)} sampled responses are right")
+    return pairs
+
+
+def edit_row(pair, editor, max_edit_share, drop):
+    """One row of edits.jsonl: E1 on (rejected, edited), the quality gates. None if a gate drops the pair."""
+    columns = ("id", "split", "prompt", "chosen", "rejected", "edited", "prompt_ids", "chosen_ids",
+               "rejected_ids", "edited_ids")
+    row = {**{name: pair[name] for name in columns}, "editor": editor}
+    if pair["edited"] is None:                      # a preference pair without an edit: for the baseline only
+        return {**row, "editor": None, "edit_ops": None, "edit_distance": None, "first_error": None}
+    ops = [step for step in align(pair["rejected_ids"], pair["edited_ids"]) if step[0] != "keep"]
+    wrong_tokens = [i for op, i, j in ops if op != "insert"]
+    solutions = pair.get("solutions")
+    if not ops:
+        drop["gate: the edit changes nothing"] += 1
+    elif len(ops) > max_edit_share * max(len(pair["rejected_ids"]), len(pair["edited_ids"])):
+        drop[f"gate: the edit changes more than {max_edit_share:.0%} (--max_edit_share)"] += 1
+    elif solutions and judge(pair["edited"], solutions) <= judge(pair["rejected"], solutions):
+        drop["gate: the judge does not find the edit better"] += 1
+    else:
+        return {**row, "edit_ops": ops, "edit_distance": len(ops),
+                "first_error": wrong_tokens[0] if wrong_tokens else None}
+    return None
+
+
+# --- What one sees ------------------------------------------------------------------------------------------
+
+def paint(text, code):
+    """Text in an ANSI colour; plain where the output is no terminal or NO_COLOR is set."""
+    colour = code and sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return f"\033[{code}m{text}\033[0m" if colour else text
+
+
+def diff(row, tokenizer):
+    """The rejected response with its edit, [-deleted-] in red and {+inserted+} in green."""
+    shown = []
+    for op, i, j in align(row["rejected_ids"], row["edited_ids"]):
+        old = tokenizer.decode([row["rejected_ids"][i]]) if op != "insert" else ""
+        new = tokenizer.decode([row["edited_ids"][j]]) if op in ("replace", "insert") else ""
+        if op == "keep":
+            shown.append(old)
+            continue
+        shown.append(paint(f"[-{old}-]", 31) if old else "")
+        shown.append(paint(f"{{+{new}+}}", 32) if new else "")
+    return "".join(shown)
+
+
+def report(rows, drop, tokenizer):
+    """Three coloured diffs, what was dropped and why, and the statistics of the edits."""
+    edits = [row for row in rows if row["edit_ops"]]
+    if edits:
+        print("\nThree minimal edits, [-deleted-] and {+inserted+}:")
+    for row in edits[:3]:
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        print(f"  {prompt.strip()}\n    {diff(row, tokenizer)}")
+    print()
+    for reason, count in drop.items():
+        print(f"dropped {count:6d}  {reason}")
+    splits = Counter(row["split"] for row in rows)
+    print(f"kept    {len(rows):6d}  pairs: " + ", ".join(f"{n} {split}" for split, n in splits.items()))
+    if edits:
+        ops = Counter(op for row in edits for op, i, j in row["edit_ops"])
+        tokens = sum(len(row["rejected_ids"]) for row in edits)
+        median = sorted(row["edit_distance"] for row in edits)[len(edits) // 2]
+        print(f"edits: median distance {median} tokens, "
+              f"{1 - (ops['replace'] + ops['delete']) / tokens:.1%} of the tokens kept; "
+              + ", ".join(f"{n} {op}" for op, n in ops.most_common()))
+
+
+# --- The stage ----------------------------------------------------------------------------------------------
+
+def write_jsonl(path, rows):
+    """Rows as JSONL, whole or absent."""
+    part = Path(f"{path}.part")
+    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    part.replace(path)
+
+
+def check_run_folder(args):
+    """Refuse a run folder that holds something else; True if the stage is done already."""
+    saved = Path(args.run) / "01_args.json"
+    if args.overwrite or not saved.exists():
+        return False
+    old = json.loads(saved.read_text())
+    for name in ("task", "data", "model", "seed"):
+        if old[name] != getattr(args, name):
+            fail(f"{args.run} was made with --{name} {old[name]}: name another --run, or add --overwrite")
+    return (Path(args.run) / "edits.jsonl").exists()
+
+
+def main(args):
+    editor = args.editor or ("human" if args.data else "oracle")
+    if (editor == "human") != bool(args.data):
+        fail("--editor oracle knows the built-in tasks only, --editor human the column `edited` of --data")
+    if args.data and not args.model:
+        fail("--data needs --model: the small policy knows only the words of the built-in tasks")
+    if check_run_folder(args):
+        print(f"{args.run}/edits.jsonl is there already; --overwrite makes it again")
+        return
+
+    # problems: from the built-in task, or the prompts of the data
+    rng = random.Random(args.seed)
+    drop = Counter()
+    if args.data:
+        pairs = read_pairs(args.data)
+        problems = split_by_prompt(pairs, args)
+    else:
+        task = {"math": Math, "qa": Qa}[args.task](args.seed)
+        problems = make_problems(task, args, rng)
+
+    # policy: fine-tuned on imperfect demonstrations, so that it errs as a real policy does
+    path = Path(args.run) / "policy"
+    continued = path.exists() and not args.overwrite
+    source = path if continued else args.model
+    if source:
+        model, tokenizer = open_model(AutoModelForCausalLM, source), open_tokenizer(source)
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            model.resize_token_embeddings(len(tokenizer))
+    if args.data:
+        pairs = encode_pairs(pairs, tokenizer, model.config.max_position_embeddings, drop)
+        demonstrations = [(pair["prompt_ids"], pair["rejected_ids"])
+                          for pair in pairs if pair["split"] == "train"]
+        if not demonstrations:
+            fail(f"{args.data}: no training row is left: {dict(drop)}")
+    run = start_stage(args, "01")
+    if not source:
+        model, tokenizer = small_policy(task.texts, args)
+    model.to(args.device)
+    if not args.data:
+        demonstrations = [(encode_prompt(tokenizer, problem["prompt"]),
+                           encode_response(tokenizer, task.demonstration(problem, rng)))
+                          for problem in problems if problem["split"] == "train"]
+    steps = args.sft_steps if args.sft_steps is not None else (0 if args.data else 600)
+    if not continued:
+        if steps:
+            fine_tune(model, tokenizer, demonstrations, args, steps)
+        save_model(model, tokenizer, path)
+    write_jsonl(run / "problems.jsonl", problems)
+
+    # pairs and their minimal edits
+    if not args.data:
+        pairs = sample_pairs(problems, model, tokenizer, args, drop)
+    bar = tqdm(pairs, desc="edits", unit="pair")
+    rows = [row for pair in bar if (row := edit_row(pair, editor, args.max_edit_share, drop))]
+    if not rows:
+        fail(f"no pair is left: {dict(drop)}")
+    write_jsonl(run / "edits.jsonl", rows)
+    report(rows, drop, tokenizer)
+    print(f"\n{run}/policy  {run}/problems.jsonl  {run}/edits.jsonl")
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Args).parse_args_into_dataclasses()[0])

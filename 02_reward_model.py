@@ -1,0 +1,436 @@
+"""Stage 2: a reward for every token, learnt from minimal edits, and the sequence reward it is compared with.
+
+Paper: Xu et al., "Aligning Large Language Models via Fine-grained Supervision" (ACL 2024, arXiv 2406.02756).
+Equations: A2 (token reward), A3 (reward of a response), A4 (kept tokens), A5 (loss), A6 (sequence baseline).
+
+    symbol      variable                 shape
+    x           prompt_ids               lists of token ids
+    tau^w       edited_ids               the minimal edit (for A6: y_w, chosen_ids)
+    tau^l       rejected_ids             the response that was edited (A6: y_l)
+    r_t         rewards                  (B, T)
+    R(tau)      response_reward(...)     (B,)
+    U_0         kept                     (row, i in rejected, j in edited) of every pair of kept tokens
+    alpha, beta args.alpha, args.beta
+
+Simplified against the paper:
+  1. A3 and A5 are our reading of the paper's words (A3 as a mean or a sum: --response_reward).
+  2. Our addition to A5, off with --zero 0: kept tokens are pulled towards zero reward, because A5 only asks that
+     both responses give them the same. It makes the heat map readable.
+  3. Both models start from the SFT policy, with a head of zeros, and train for the same epochs over the same prompts.
+
+Reads:  RUN/policy/  RUN/edits.jsonl
+Writes: RUN/reward_token/  RUN/reward_sequence/  RUN/reward_metrics.json  RUN/02_args.json
+
+    python 02_reward_model.py                    about 4 minutes on two CPU cores
+"""
+
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
+from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers.utils import logging
+
+
+@dataclass
+class Args:
+    run: str = field(default="runs/default", metadata={"help": "run folder"})
+    seed: int = field(default=1, metadata={"help": "seed of the order of the pairs"})
+    overwrite: bool = field(default=False, metadata={"help": "train again even if the models exist"})
+    edits: Optional[str] = field(default=None, metadata={"help": "pairs; default RUN/edits.jsonl"})
+    model: Optional[str] = field(default=None, metadata={"help": "model to start from; default RUN/policy"})
+    kind: str = field(default="both", metadata={
+        "help": "which reward model", "choices": ["both", "token", "sequence"]})
+    alpha: float = field(default=2.0, metadata={"help": "A5: scale of the preference, alpha"})
+    beta: float = field(default=1.0, metadata={"help": "A5: weight of equal rewards on kept tokens, beta"})
+    zero: float = field(default=5.0, metadata={
+        "help": "ours, not in A5: weight of the mean squared reward of kept tokens; 0 is the paper's loss"})
+    response_reward: str = field(default="sum", metadata={
+        "help": "A3: R as mean or sum of the token rewards", "choices": ["mean", "sum"]})
+    epochs: int = field(default=4, metadata={"help": "epochs over the training pairs, for both models"})
+    batch: int = field(default=64, metadata={"help": "pairs an optimiser step"})
+    lr: float = field(default=1.5e-3, metadata={"help": "learning rate of AdamW; cosine with 3 %% warm-up"})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device"})
+
+
+# --- The equations -----------------------------------------------------------------------------------------------
+
+def token_rewards(model, inputs, response_mask):
+    """A2: r_t = r_phi(s_t, a_t) (B, T), read at the position of token t itself; 0 outside the response."""
+    T = response_mask.shape[1]
+    return model(**inputs).logits[:, -T:, 0].float() * response_mask
+
+
+def sequence_reward(model, inputs):
+    """A6: R_phi(x, y) (B,), read at the last token of the response."""
+    return model(**inputs).logits[:, 0].float()
+
+
+def response_reward(rewards, response_mask, how):
+    """A3: R(tau) (B,), the mean (or the sum) over the T response tokens of rewards (B, T)."""
+    total = (rewards * response_mask).sum(dim=1)
+    return total / response_mask.sum(dim=1) if how == "mean" else total
+
+
+def kept_tokens(edit_ops, rejected_length, edited_length):
+    """A4: U_0 as index pairs (i in rejected, j in edited): what no operation touches, in order."""
+    touched_i = {i for op, i, j in edit_ops if op != "insert"}
+    touched_j = {j for op, i, j in edit_ops if op != "delete"}
+    kept_i = [i for i in range(rejected_length) if i not in touched_i]
+    kept_j = [j for j in range(edited_length) if j not in touched_j]
+    return list(zip(kept_i, kept_j, strict=True))
+
+
+def fine_grained_loss(rewards_w, mask_w, rewards_l, mask_l, kept, alpha, beta, zero=0.0, how="mean"):
+    """A5, the mean over B pairs. rewards (B, T_w) and (B, T_l); kept: B lists of index pairs (U_0 of each pair).
+
+    -log sigmoid(alpha (R(tau^w) - R(tau^l))) + beta 1[U_0 not empty] (1/|U_0|) sum over U_0 of (r_i^w - r_j^l)^2
+    and, ours, zero (1/|U_0|) sum over U_0 of ((r_i^w)^2 + (r_j^l)^2) / 2. Returns loss and its three parts.
+    """
+    margin = response_reward(rewards_w, mask_w, how) - response_reward(rewards_l, mask_l, how)
+    preference = -F.logsigmoid(alpha * margin).mean()                                      # A5, first term
+    flat = [(row, i, j, 1 / len(pairs) / len(kept)) for row, pairs in enumerate(kept) for i, j in pairs]
+    if not flat:                                                                           # 1[U_0 not empty]
+        return preference, {"preference": preference.item(), "consistency": 0.0, "zero": 0.0}
+    row, i, j = torch.tensor([entry[:3] for entry in flat], device=rewards_w.device).T
+    weight = torch.tensor([entry[3] for entry in flat], device=rewards_w.device)           # 1/|U_0|, then 1/B
+    r_w, r_l = rewards_w[row, j], rewards_l[row, i]
+    consistency = (weight * (r_w - r_l) ** 2).sum()                                        # A5, second term
+    pull = (weight * (r_w ** 2 + r_l ** 2) / 2).sum()                                      # ours
+    loss = preference + beta * consistency + zero * pull
+    return loss, {"preference": preference.item(), "consistency": consistency.item(), "zero": pull.item()}
+
+
+def sequence_loss(reward_w, reward_l):
+    """A6: -log sigmoid(R(x, y_w) - R(x, y_l)), the mean over B pairs."""
+    return -F.logsigmoid(reward_w - reward_l).mean()
+
+
+# --- Files, models and batches: helpers that stand in several scripts, letter for letter ---------------------------
+
+def fail(message):
+    """One clear line on standard error, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_jsonl(path, columns):
+    """Rows of a JSONL file as dictionaries. columns: name -> allowed types. A fault names file and line."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        fail(f"{path}: cannot be read ({error.strerror})")
+    rows = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            fail(f"{path}, line {number}: not a line of JSON in UTF-8 ({error})")
+        if not isinstance(row, dict):
+            fail(f"{path}, line {number}: not a JSON object with named columns")
+        for name, types in columns.items():
+            if name not in row:
+                fail(f"{path}, line {number}: column `{name}` is missing")
+            if not isinstance(row[name], types):
+                fail(f"{path}, line {number}: column `{name}` has the wrong type, {type(row[name]).__name__}")
+            if row[name] in ("", []) or isinstance(row[name], str) and not row[name].strip():
+                fail(f"{path}, line {number}: column `{name}` is empty")
+        rows.append(row)
+    if not rows:
+        fail(f"{path}: has no rows")
+    return rows
+
+
+def start_stage(args, stage):
+    """Print the resolved arguments, save them as RUN/stage_args.json, seed torch; returns the run folder."""
+    settings = {name: value for name, value in asdict(args).items() if value is not None}
+    print(f"stage {stage}: " + " ".join(f"{name}={value}" for name, value in settings.items()), flush=True)
+    run = Path(args.run)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / f"{stage}_args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
+    torch.manual_seed(args.seed)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return run
+
+
+def open_model(auto_class, path, **options):
+    """from_pretrained in float32 (log-probs must not round) and eval mode (dropout off), or a readable error."""
+    try:
+        return auto_class.from_pretrained(path, dtype=torch.float32, **options).eval()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
+
+
+def open_tokenizer(path):
+    """The tokenizer of a model folder, with an end token and a pad token that is never the end token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        fail(f"{path}: no tokenizer that AutoTokenizer can open ({str(error).strip().splitlines()[0]})")
+    if tokenizer.eos_token is None:
+        fail(f"{path}: the tokenizer has no end token, so no response could end")
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        others = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
+        if others:
+            tokenizer.pad_token = others[0]
+        else:
+            tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    return tokenizer
+
+
+def save_model(model, tokenizer, path):
+    """save_pretrained beside the target first, so that a model folder is whole or absent."""
+    model.config.pad_token_id = tokenizer.pad_token_id
+    part = Path(f"{path}.part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    shutil.rmtree(path, ignore_errors=True)
+    part.rename(path)
+
+
+def pack(prompts, responses, pad_id, device):
+    """Prompts padded on the left, responses on the right: every response starts in the same column.
+
+    prompts, responses: B lists of token ids, the longest P and T long. Returns the model inputs (B, P + T) and
+    response_mask (B, T), made from lengths, the only mask of losses and metrics.
+    """
+    P = max(map(len, prompts))
+    T = max(map(len, responses))
+    ids = [[pad_id] * (P - len(p)) + p + r + [pad_id] * (T - len(r)) for p, r in zip(prompts, responses)]
+    first = torch.tensor([P - len(p) for p in prompts])[:, None]
+    end = torch.tensor([P + len(r) for r in responses])[:, None]
+    column = torch.arange(P + T)[None]
+    mask = (column >= first) & (column < end)
+    inputs = {"input_ids": torch.tensor(ids), "attention_mask": mask.long(),
+              "position_ids": (column - first).clamp(min=0)}
+    return {name: tensor.to(device) for name, tensor in inputs.items()}, mask[:, P:].to(device)
+
+
+def paint(text, code):
+    """Text in an ANSI colour, plain where the output is no terminal or NO_COLOR is set."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    return f"\033[{code}m{text}\033[0m" if colour else text
+
+
+# --- Training ----------------------------------------------------------------------------------------------------
+
+def score(kind, model, rows, column, pad_id):
+    """Rewards of the responses in one column (rejected, edited, chosen): (B, T) and mask, or (B,) for sequence."""
+    inputs, mask = pack([r["prompt_ids"] for r in rows], [r[f"{column}_ids"] for r in rows], pad_id, model.device)
+    if kind == "token":
+        return token_rewards(model, inputs, mask), mask
+    return sequence_reward(model, inputs), None
+
+
+def pair_loss(kind, model, rows, pad_id, args):
+    """Loss of a batch of pairs: A5 on (edited, rejected) or A6 on (chosen, rejected)."""
+    rewards_l, mask_l = score(kind, model, rows, "rejected", pad_id)
+    if kind == "sequence":
+        rewards_w, _ = score(kind, model, rows, "chosen", pad_id)
+        return sequence_loss(rewards_w, rewards_l)
+    rewards_w, mask_w = score(kind, model, rows, "edited", pad_id)
+    kept = [kept_tokens(r["edit_ops"], len(r["rejected_ids"]), len(r["edited_ids"])) for r in rows]
+    loss, parts = fine_grained_loss(rewards_w, mask_w, rewards_l, mask_l, kept, args.alpha, args.beta, args.zero,
+                                    args.response_reward)
+    return loss
+
+
+def train(kind, model, rows, pad_id, args):
+    """AdamW over all pairs, args.epochs times, the last short batch included."""
+    steps = -(-len(rows) // args.batch) * args.epochs
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
+    rng = random.Random(args.seed)
+    bar = tqdm(total=steps, desc=f"reward_{kind}", unit="step", mininterval=1.0)
+    for epoch in range(args.epochs):
+        order = rng.sample(rows, len(rows))
+        for start in range(0, len(order), args.batch):
+            loss = pair_loss(kind, model, order[start:start + args.batch], pad_id, args)
+            if not loss.isfinite():
+                fail(f"reward_{kind}, step {bar.n}: the loss is {loss.item()}; lower --lr")
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            bar.update()
+            bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}", refresh=False)
+    bar.close()
+
+
+# --- Metrics -----------------------------------------------------------------------------------------------------
+
+def auroc(positive, negative):
+    """Area under the ROC curve: the chance that a positive scores above a negative, a tie counting one half."""
+    scores = np.concatenate([positive, negative])
+    values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    n, m = len(positive), len(negative)
+    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def average_precision(positive, negative):
+    """Mean of the precision at each positive, ranked by falling score; of tied scores the negatives come first."""
+    scores = np.concatenate([positive, negative])
+    labels = np.concatenate([np.ones(len(positive)), np.zeros(len(negative))])
+    labels = labels[np.lexsort((labels, -scores))]
+    precision = np.cumsum(labels) / np.arange(1, len(labels) + 1)
+    return float(precision[labels == 1].mean())
+
+
+@torch.no_grad()
+def score_all(kind, model, rows, column, pad_id, args):
+    """Rewards of all rows: lists of floats a response (token), or one float (sequence)."""
+    rewards = []
+    for start in range(0, len(rows), 4 * args.batch):
+        values, mask = score(kind, model, rows[start:start + 4 * args.batch], column, pad_id)
+        rewards += [v[m].tolist() for v, m in zip(values, mask)] if kind == "token" else values.tolist()
+    return rewards
+
+
+def pair_accuracy(kind, model, rows, better, pad_id, args):
+    """Share of pairs in which the better column gets the higher reward than `rejected`; a tie counts one half."""
+    total = {}
+    for column in (better, "rejected"):
+        rewards = score_all(kind, model, rows, column, pad_id, args)
+        if kind == "token":
+            how = np.mean if args.response_reward == "mean" else np.sum
+            rewards = [how(r) for r in rewards]
+        total[column] = np.array(rewards)
+    return float(np.mean(np.sign(total[better] - total["rejected"]) + 1) / 2)
+
+
+def localisation(model, rows, pad_id, args):
+    """How well low token rewards find the errors of `rejected`, on held-out pairs.
+
+    auroc, average_precision: the first wrong token against the right tokens before it, scored by -r.
+    first_edit_accuracy: share of pairs whose edited token beats the original one where the two texts part, after
+    the same prefix. mean_reward: of kept, replaced, deleted (in rejected) and inserted tokens (in edited).
+    """
+    rejected = score_all("token", model, rows, "rejected", pad_id, args)
+    edited = score_all("token", model, rows, "edited", pad_id, args)
+    wrong, right, beats = [], [], []
+    by_operation = {"kept": [], "replace": [], "delete": [], "insert": []}
+    for row, r_l, r_w in zip(rows, rejected, edited):
+        first = row["first_error"]
+        if first is not None:
+            wrong.append(-r_l[first])
+            right += [-r for r in r_l[:first]]
+        op, i, j = row["edit_ops"][0]
+        if i < len(r_l) and j < len(r_w):
+            beats.append(r_w[j] > r_l[i])
+        for op, i, j in row["edit_ops"]:
+            by_operation[op].append(r_w[j] if op == "insert" else r_l[i])
+        by_operation["kept"] += [r_l[i] for i, j in kept_tokens(row["edit_ops"], len(r_l), len(r_w))]
+    found = bool(wrong and right)
+    return {"auroc": auroc(wrong, right) if found else None,
+            "average_precision": average_precision(wrong, right) if found else None,
+            "first_edit_accuracy": float(np.mean(beats)) if beats else None,
+            "mean_reward": {op: float(np.mean(r)) if r else None for op, r in by_operation.items()}}
+
+
+def reward_scale(kind, model, rows, pad_id, args):
+    """What stage 3 needs to scale rewards: mean and standard deviation of the total reward of a sampled response."""
+    totals = [np.sum(rewards) for rewards in score_all(kind, model, rows, "rejected", pad_id, args)]
+    totals += [np.sum(rewards) for rewards in score_all(kind, model, rows, "chosen", pad_id, args)]
+    return {"mean": float(np.mean(totals)), "std": float(np.std(totals))}
+
+
+def show_rewards(model, rows, tokenizer, args):
+    """Print responses with every token coloured by its reward: red is punished, green is praised."""
+    print("\nRewards of held-out responses, red below -0.25 and green above +0.25, the first wrong token in [ ]:")
+    for row, rewards in zip(rows, score_all("token", model, rows, "rejected", tokenizer.pad_token_id, args)):
+        text = ""
+        for t, (token, reward) in enumerate(zip(row["rejected_ids"], rewards)):
+            token = tokenizer.decode([token])
+            token = f"[{token}]" if t == row["first_error"] else token
+            text += paint(token, 31 if reward < -0.25 else 32 if reward > 0.25 else 0)
+        print(f"  {row['prompt'] if isinstance(row['prompt'], str) else row['prompt'][-1]['content']}{text}")
+        lowest = sorted(range(len(rewards)), key=rewards.__getitem__)[:3]
+        print("    lowest: " + "  ".join(f"{tokenizer.decode([row['rejected_ids'][t]])!r} {rewards[t]:+.2f}"
+                                         for t in sorted(lowest)))
+
+
+# --- The stage ---------------------------------------------------------------------------------------------------
+
+def open_edits(path, tokenizer):
+    """Rows of edits.jsonl, checked against the tokenizer of the model they will train."""
+    rows = read_jsonl(path, {"split": str, "prompt_ids": list, "chosen_ids": list, "rejected_ids": list})
+    spelt = [tokenizer.decode(row["rejected_ids"], skip_special_tokens=True) == row["rejected"] for row in rows[:50]]
+    largest = max(max(row["rejected_ids"]) for row in rows)
+    if largest >= len(tokenizer) or not any(spelt):
+        fail(f"{path}: its token ids are not of the tokenizer in {tokenizer.name_or_path}: another run's file?")
+    return rows
+
+
+def open_reward_model(kind, path, tokenizer):
+    """The model of A2 or A6 on top of a language model: one output, its head at zero, so that all rewards start
+    at 0 and only the data moves them."""
+    auto_class = AutoModelForTokenClassification if kind == "token" else AutoModelForSequenceClassification
+    model = open_model(auto_class, path, num_labels=1)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+        fail(f"{path}: the tokenizer has more tokens than the model")
+    for name, parameter in model.named_parameters():
+        if not name.startswith(model.base_model_prefix + "."):
+            torch.nn.init.zeros_(parameter)
+    return model
+
+
+def main(args):
+    run = Path(args.run)
+    edits_path = Path(args.edits or run / "edits.jsonl")
+    model_path = Path(args.model or run / "policy")
+    if not edits_path.exists():
+        fail(f"{edits_path} is missing: run 01_edit_data.py first, or name the file with --edits")
+    tokenizer = open_tokenizer(model_path)
+    rows = open_edits(edits_path, tokenizer)
+    run = start_stage(args, "02")
+    metrics_path = run / "reward_metrics.json"
+    metrics = json.loads(metrics_path.read_text()) if metrics_path.exists() else {}
+    for kind in ("token", "sequence") if args.kind == "both" else (args.kind,):
+        path = run / f"reward_{kind}"
+        if path.exists() and kind in metrics and not args.overwrite:
+            print(f"{path} is there already; --overwrite trains it again")
+            continue
+        usable = [row for row in rows if row.get("edit_ops")] if kind == "token" else rows
+        if not usable:
+            print(f"reward_token: skipped, it needs the column `edited`, and no row of {edits_path} has one")
+            continue
+        held_out = [row for row in usable if row["split"] != "train"]
+        edited = [row for row in held_out if row.get("edit_ops")]
+        model = open_reward_model(kind, model_path, tokenizer).to(args.device)
+        start = time.time()
+        train(kind, model, [row for row in usable if row["split"] == "train"], tokenizer.pad_token_id, args)
+        save_model(model, tokenizer, path)
+        pad_id = tokenizer.pad_token_id
+        metrics[kind] = {
+            "pair_accuracy": pair_accuracy(kind, model, edited, "edited", pad_id, args) if edited else None,
+            "preference_accuracy": pair_accuracy(kind, model, held_out, "chosen", pad_id, args),
+            "pairs": len(edited or held_out),
+            "localisation": localisation(model, edited, pad_id, args) if kind == "token" else None,
+            "scale": reward_scale(kind, model, held_out, pad_id, args),
+            "seconds": round(time.time() - start, 1)}
+        metrics_path.write_text(json.dumps(metrics, indent=1) + "\n")
+        if kind == "token":
+            show_rewards(model, edited[:3], tokenizer, args)
+        print(f"\nreward_{kind}, {metrics[kind]['pairs']} held-out pairs: " + json.dumps(metrics[kind]))
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Args).parse_args_into_dataclasses()[0])

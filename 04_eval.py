@@ -1,0 +1,477 @@
+"""Stage 4: which policy is better, by how much, and how fast it got there.
+
+Paper: Xu et al., "Aligning Large Language Models via Fine-grained Supervision" (ACL 2024, arXiv 2406.02756).
+The paper's three checks: (1) reward-model accuracy with and without minimal edits, (2) win rate of fine-grained
+against ordinary PPO at the same data size, (3) convergence of both.
+
+Simplified against the paper:
+  1. The judge is the oracle of the built-in tasks (E1 on steps): fewer wrong steps wins, then the right answer, a tie
+     counts one half. Without an oracle it is a reward model of stage 2, and its own accuracy is printed beside it.
+  2. The opponent is the SFT policy, answering the same prompts. The paper asks a simulated human (AlpacaFarm).
+
+Reads:  RUN/policy/  RUN/ppo_token/  RUN/ppo_sequence/  RUN/*.csv  RUN/problems.jsonl  RUN/reward_metrics.json
+Writes: RUN/eval.json  RUN/04_args.json
+
+    python 04_eval.py                            about 15 seconds on two CPU cores
+"""
+
+import csv
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import List, Optional
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import AutoTokenizer, HfArgumentParser
+from transformers.utils import logging
+
+
+@dataclass
+class Args:
+    run: str = field(default="runs/default", metadata={"help": "run folder"})
+    seed: int = field(default=1, metadata={"help": "seed of the samples, the same for every policy"})
+    overwrite: bool = field(default=False, metadata={"help": "evaluate again even if eval.json exists"})
+    policy: Optional[str] = field(default=None, metadata={"help": "SFT policy, the opponent; default RUN/policy"})
+    policies: Optional[List[str]] = field(default=None, metadata={
+        "help": "policies to evaluate; default RUN/ppo_token RUN/ppo_sequence"})
+    problems: Optional[str] = field(default=None, metadata={"help": "prompts; default RUN/problems.jsonl"})
+    split: str = field(default="test", metadata={"help": "which prompts", "choices": ["train", "val", "test"]})
+    batch: int = field(default=500, metadata={"help": "responses sampled at once"})
+    temperature: float = field(default=1.0, metadata={"help": "sampling temperature"})
+    max_new_tokens: int = field(default=48, metadata={"help": "longest response, in tokens"})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device"})
+
+
+# --- Statistics --------------------------------------------------------------------------------------------------
+
+def win_rate(scores, baseline_scores):
+    """Win rate of a policy over the baseline, prompt by prompt: 1 for the higher score, 1/2 for a tie.
+
+    scores: anything comparable, the higher the better. Standard error: sample deviation (n - 1) over sqrt(n).
+    """
+    results = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(scores, baseline_scores, strict=True)]
+    n = len(results)
+    mean = sum(results) / n
+    error = math.sqrt(sum((x - mean) ** 2 for x in results) / (n - 1) / n) if n > 1 else 0.0
+    return {"win_rate": mean, "win_rate_se": error, "n": n,
+            "win_rate_ci95": [mean - 1.96 * error, mean + 1.96 * error]}
+
+
+def first_update_at(log, accuracy):
+    """The first row of a CSV log whose measured validation accuracy reaches a level, or None."""
+    return next((row for row in log if row.get("accuracy") is not None and row["accuracy"] >= accuracy), None)
+
+
+def read_log(path):
+    """Rows of a stage-3 CSV as numbers; empty cells are None, a policy without a log has no rows."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return [{name: float(value) if value else None for name, value in row.items()}
+                for row in csv.DictReader(file)]
+
+
+# --- Helpers that stand in several scripts, letter for letter ------------------------------------------------------
+
+def fail(message):
+    """One clear line on standard error, exit status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def read_jsonl(path, columns):
+    """Rows of a JSONL file as dictionaries. columns: name -> allowed types. A fault names file and line."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        fail(f"{path}: cannot be read ({error.strerror})")
+    rows = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except ValueError as error:
+            fail(f"{path}, line {number}: not a line of JSON in UTF-8 ({error})")
+        if not isinstance(row, dict):
+            fail(f"{path}, line {number}: not a JSON object with named columns")
+        for name, types in columns.items():
+            if name not in row:
+                fail(f"{path}, line {number}: column `{name}` is missing")
+            if not isinstance(row[name], types):
+                fail(f"{path}, line {number}: column `{name}` has the wrong type, {type(row[name]).__name__}")
+            if row[name] in ("", []) or isinstance(row[name], str) and not row[name].strip():
+                fail(f"{path}, line {number}: column `{name}` is empty")
+        rows.append(row)
+    if not rows:
+        fail(f"{path}: has no rows")
+    return rows
+
+
+def start_stage(args, stage):
+    """Print the resolved arguments, save them as RUN/stage_args.json, seed torch; returns the run folder."""
+    settings = {name: value for name, value in asdict(args).items() if value is not None}
+    print(f"stage {stage}: " + " ".join(f"{name}={value}" for name, value in settings.items()), flush=True)
+    run = Path(args.run)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / f"{stage}_args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
+    torch.manual_seed(args.seed)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return run
+
+
+def open_model(auto_class, path, **options):
+    """from_pretrained in float32 (log-probs must not round) and eval mode (dropout off), or a readable error."""
+    try:
+        return auto_class.from_pretrained(path, dtype=torch.float32, **options).eval()
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
+
+
+def open_tokenizer(path):
+    """The tokenizer of a model folder, with an end token and a pad token that is never the end token."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        fail(f"{path}: no tokenizer that AutoTokenizer can open ({str(error).strip().splitlines()[0]})")
+    if tokenizer.eos_token is None:
+        fail(f"{path}: the tokenizer has no end token, so no response could end")
+    if tokenizer.pad_token in (None, tokenizer.eos_token):
+        others = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
+        if others:
+            tokenizer.pad_token = others[0]
+        else:
+            tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    return tokenizer
+
+
+def encode_prompt(tokenizer, prompt):
+    """Token ids of a prompt: a plain string, or chat messages through the tokenizer's own template."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt).input_ids
+    if tokenizer.chat_template is None:
+        fail("prompts are chat messages, but the tokenizer of --model has no chat template")
+    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def pack(prompts, responses, pad_id, device):
+    """Prompts padded on the left, responses on the right: every response starts in the same column.
+
+    prompts, responses: B lists of token ids, the longest P and T long. Returns the model inputs (B, P + T) and
+    response_mask (B, T), made from lengths, the only mask of losses and metrics.
+    """
+    P = max(map(len, prompts))
+    T = max(map(len, responses))
+    ids = [[pad_id] * (P - len(p)) + p + r + [pad_id] * (T - len(r)) for p, r in zip(prompts, responses)]
+    first = torch.tensor([P - len(p) for p in prompts])[:, None]
+    end = torch.tensor([P + len(r) for r in responses])[:, None]
+    column = torch.arange(P + T)[None]
+    mask = (column >= first) & (column < end)
+    inputs = {"input_ids": torch.tensor(ids), "attention_mask": mask.long(),
+              "position_ids": (column - first).clamp(min=0)}
+    return {name: tensor.to(device) for name, tensor in inputs.items()}, mask[:, P:].to(device)
+
+
+def response_logits(model, inputs, response_mask):
+    """Logits (B, T, vocabulary) in float32 that score the response tokens: those at t-1 score token t."""
+    T = response_mask.shape[1]
+    return model(**inputs, logits_to_keep=T + 1).logits[:, :-1].float()
+
+
+def token_logprobs(logits, inputs, response_mask):
+    """log pi(a_t | s_t) (B, T) of the response tokens, 0 where the mask is."""
+    tokens = inputs["input_ids"][:, -response_mask.shape[1]:]
+    return -F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none") * response_mask
+
+
+@torch.no_grad()
+def sample(model, prompts, tokenizer, max_new_tokens, temperature=1.0):
+    """Sample one response to each prompt (lists of ids). Pure: no top-k, no top-p. The end token, where the policy
+    writes it, is the last token of the response; a response without one ran into max_new_tokens."""
+    inputs, _ = pack(prompts, [[]] * len(prompts), tokenizer.pad_token_id, model.device)
+    ids, mask, position = inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"]
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
+    columns = []
+    cache = None
+    while len(columns) < max_new_tokens and not ended.all():
+        output = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
+                       use_cache=True, logits_to_keep=1)
+        cache = output.past_key_values
+        probs = torch.softmax(output.logits[:, -1].float() / temperature, dim=-1)
+        ids = torch.multinomial(probs, 1)
+        columns.append(ids)
+        ended |= ids[:, 0] == tokenizer.eos_token_id
+        mask = F.pad(mask, (0, 1), value=1)
+        position = position[:, -1:] + 1
+    end = tokenizer.eos_token_id
+    rows = torch.cat(columns, dim=1).tolist()
+    return [row[:row.index(end) + 1] if end in row else row for row in rows]
+
+
+def token_rewards(model, inputs, response_mask):
+    """A2: r_t = r_phi(s_t, a_t) (B, T), read at the position of token t itself; 0 outside the response."""
+    T = response_mask.shape[1]
+    return model(**inputs).logits[:, -T:, 0].float() * response_mask
+
+
+def sequence_reward(model, inputs):
+    """A6: R_phi(x, y) (B,), read at the last token of the response."""
+    return model(**inputs).logits[:, 0].float()
+
+
+def edit_columns(a, b):
+    """E1, the Levenshtein table D of a (rows) against b (columns), one pair of big integers a column.
+
+    Neighbours in a column of D differ by -1, 0 or +1, so a column is two sets of bits: bit i of `up` says
+    D[i+1][j] = D[i][j] + 1, bit i of `down` says D[i+1][j] = D[i][j] - 1. One column follows from the last with a
+    dozen integer operations, all rows at once (Myers 1999; Hyyrö 2003). Returns len(b) + 1 pairs (up, down).
+    """
+    rows_with = {}
+    for i, token in enumerate(a):
+        rows_with[token] = rows_with.get(token, 0) | 1 << i
+    full = (1 << len(a)) - 1
+    up, down = full, 0
+    columns = [(up, down)]
+    for token in b:
+        equal = rows_with.get(token, 0)
+        diagonal = (((equal & up) + up) ^ up) | equal | down  # D[i+1][j+1] = D[i][j]: nothing to pay here
+        right_up = down | ~(diagonal | up)                    # D[i+1][j+1] = D[i+1][j] + 1
+        right_down = diagonal & up                            # D[i+1][j+1] = D[i+1][j] - 1
+        right_up = right_up << 1 | 1                          # the top row of D is 0, 1, 2, ...
+        right_down = right_down << 1
+        up = (right_down | ~(diagonal | right_up)) & full
+        down = right_up & diagonal & full
+        columns.append((up, down))
+    return columns
+
+
+def edit_distance(a, b):
+    """E1: the least number of replaced, deleted and inserted items that turns sequence a into b. O(|a| |b| / 64)."""
+    up, down = edit_columns(a, b)[-1]
+    return len(b) + up.bit_count() - down.bit_count()
+
+
+@lru_cache(maxsize=200_000)
+def split_steps(text):
+    """The steps of a response: lines, sentences, or what stands between semicolons."""
+    return tuple(step.strip() for step in re.split(r"\n|(?<=;)|(?<=\.)\s", text) if step.strip())
+
+
+def judge(response, solutions):
+    """(wrong steps, answer right?) of a response: its steps against the nearest of all right solutions (E1).
+
+    A step that is replaced, deleted or inserted on the way to that solution is a wrong step. The answer is the last
+    step. A response that does not parse is as far away as it looks, and never an error.
+    """
+    steps = split_steps(response)
+    wrong_steps = min(edit_distance(steps, split_steps(solution)) for solution in solutions)
+    answer_right = any(steps[-1:] == split_steps(solution)[-1:] for solution in solutions)
+    return wrong_steps, answer_right
+
+
+# --- Evaluation --------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def answer(model, reference, prompts, tokenizer, args):
+    """Sample one response to each prompt, with the same seed for every policy.
+
+    Returns the responses as lists of ids and KL(policy, reference) in nats a response, the mean over the prompts of
+    the sum over response tokens of log pi - log pi_ref.
+    """
+    torch.manual_seed(args.seed)
+    responses, kl = [], 0.0
+    for start in range(0, len(prompts), args.batch):
+        part = prompts[start:start + args.batch]
+        responses += sample(model, part, tokenizer, args.max_new_tokens, args.temperature)
+        inputs, mask = pack(part, responses[start:], tokenizer.pad_token_id, args.device)
+        logprobs = [token_logprobs(response_logits(m, inputs, mask) / args.temperature, inputs, mask)
+                    for m in (model, reference)]
+        kl += (logprobs[0] - logprobs[1]).sum().item()
+    return responses, kl / len(prompts)
+
+
+def oracle_scores(responses, problems, tokenizer):
+    """(- wrong steps, answer right?) of every response: tuples compare as the win rate needs it."""
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    judged = [judge(text, problem["solutions"]) for text, problem in zip(texts, problems)]
+    return [(-wrong_steps, answer_right) for wrong_steps, answer_right in judged]
+
+
+@torch.no_grad()
+def reward_scores(kind, model, prompts, responses, tokenizer, args):
+    """Scores by a reward model of stage 2, where there is no oracle: R of A6, or the sum of A2."""
+    scores = []
+    for start in range(0, len(prompts), args.batch):
+        inputs, mask = pack(prompts[start:start + args.batch], responses[start:start + args.batch],
+                            tokenizer.pad_token_id, args.device)
+        reward = sequence_reward(model, inputs) if kind == "sequence" else token_rewards(model, inputs, mask).sum(1)
+        scores += reward.tolist()
+    return scores
+
+
+def failure_signatures(reward_models, policies, logs):
+    """The paper's three failure signatures, one plain sentence for each that is seen."""
+    warnings = []
+    for kind, metrics in reward_models.items():
+        name = "pair_accuracy" if kind == "token" else "preference_accuracy"       # on the pairs it was trained for
+        if metrics[name] is not None and metrics[name] < 0.70:
+            warnings.append(f"reward accuracy under 70 %: reward_{kind} orders {metrics[name]:.1%} of its held-out "
+                            f"pairs")
+    token, sequence = policies.get("ppo_token"), policies.get("ppo_sequence")
+    if token and sequence and token["win_rate"] <= sequence["win_rate"]:
+        warnings.append("win rate not above the baseline: ppo_token is not ahead of ppo_sequence")
+    for name, log in logs.items():
+        accuracy = [row["accuracy"] for row in log if row.get("accuracy") is not None]
+        if accuracy and accuracy[-1] < max(accuracy) - 0.10:
+            warnings.append(f"unstable PPO: {name} ends {max(accuracy) - accuracy[-1]:.0%} below its best accuracy")
+        if log and max(row["approx_kl"] for row in log) > 0.1:
+            warnings.append(f"unstable PPO: {name} moved more than 0.1 nats a token in one update (lower --lr)")
+        if log and log[-1]["ended"] < 0.9:
+            warnings.append(f"unstable PPO: {log[-1]['ended']:.0%} of the responses of {name} still end")
+    return warnings
+
+
+def percent(x):
+    """97.3 %, or a dash for what was not measured."""
+    return "-" if x is None else f"{100 * x:.1f} %"
+
+
+def checks(reward_models, policies, logs):
+    """The paper's three checks as sentences, from the numbers that eval.json holds."""
+    sentences = []
+    token_model, sequence_model = reward_models.get("token"), reward_models.get("sequence")
+    if token_model and sequence_model:
+        sentences.append(
+            f"1. Reward accuracy: with minimal edits the token model orders {percent(token_model['pair_accuracy'])} of "
+            f"held-out (edited, original) pairs; the sequence model, trained without, "
+            f"{percent(sequence_model['pair_accuracy'])} of them and {percent(sequence_model['preference_accuracy'])} of "
+            f"(chosen, rejected).")
+    token, sequence = policies.get("ppo_token"), policies.get("ppo_sequence")
+    if not (token and sequence):
+        return sentences
+    sentences.append(
+        f"2. Win rate: after the same {token['updates']} updates ppo_token wins {percent(token['win_rate'])} against the "
+        f"SFT policy, ppo_sequence {percent(sequence['win_rate'])}: "
+        f"{100 * (token['win_rate'] - sequence['win_rate']):+.1f} points.")
+    if sequence["best_accuracy"] is None:
+        sentences.append("3. Convergence: not measured, because without an oracle there is no common scale.")
+    elif token["episodes_to_best_baseline"] is None:
+        sentences.append(f"3. Convergence: ppo_token never reaches the best of ppo_sequence, "
+                         f"{percent(sequence['best_accuracy'])} right.")
+    else:
+        row = first_update_at(logs["ppo_token"], sequence["best_accuracy"])
+        sentences.append(
+            f"3. Convergence: ppo_token reaches the best of ppo_sequence, {percent(sequence['best_accuracy'])} right, at "
+            f"update {row['update']:.0f} of {token['updates']} ({row['update'] / sequence['updates']:.0%} of that run: "
+            f"{row['episodes']:.0f} episodes, {row['seconds']:.0f} s).")
+    return sentences
+
+
+def show_table(policies):
+    """One line a policy, 79 columns."""
+    print(f"\n{'policy':14s} {'win rate':>16s} {'right':>8s} {'wrong steps':>12s} {'KL':>8s} {'updates':>8s} "
+          f"{'seconds':>8s}")
+    for name, row in policies.items():
+        wins = f"{percent(row['win_rate'])} ± {100 * row['win_rate_se']:.1f}"
+        wrong = "-" if row["wrong_steps_per_response"] is None else f"{row['wrong_steps_per_response']:.2f}"
+        print(f"{name:14s} {wins:>16s} {percent(row['accuracy']):>8s} {wrong:>12s} {row['kl_to_ref']:>8.2f} "
+              f"{row['updates']:>8d} {row['seconds']:>8.0f}")
+    print("KL: nats a response, to the SFT policy\n")
+
+
+def open_judge(run, problems, reward_models, args):
+    """(kind, model, what it is and what it is worth): the oracle where solutions are known, else a reward model."""
+    if all(problem.get("solutions") for problem in problems):
+        return "oracle", None, "the oracle: fewer wrong steps wins, then the right answer"
+    kind = "sequence" if "sequence" in reward_models else "token"
+    if kind not in reward_models:
+        fail(f"{run}: no oracle for these problems and no reward model: run 02_reward_model.py first")
+    auto_class = AutoModelForSequenceClassification if kind == "sequence" else AutoModelForTokenClassification
+    name = "preference_accuracy" if kind == "sequence" else "pair_accuracy"
+    worth = (f"reward_{kind}, because these problems have no oracle. It orders {percent(reward_models[kind][name])} of "
+             f"{reward_models[kind]['pairs']} held-out pairs as their annotator did (chance: 50 %), and ppo_{kind} was "
+             f"trained on it: read these win rates as reward gained, not as quality")
+    return kind, open_model(auto_class, run / f"reward_{kind}").to(args.device), worth
+
+
+def main(args):
+    run = Path(args.run)
+    if (run / "eval.json").exists() and not args.overwrite:
+        print(f"{run}/eval.json is there already; --overwrite makes it again")
+        return
+    problems_path = Path(args.problems or run / "problems.jsonl")
+    if not problems_path.exists():
+        fail(f"{problems_path} is missing: run 01_edit_data.py first, or name the file with --problems")
+    problems = read_jsonl(problems_path, {"id": str, "prompt": (str, list), "split": str})
+    problems = [problem for problem in problems if problem["split"] == args.split]
+    if not problems:
+        fail(f"{problems_path}: no problem has the split {args.split}")
+    paths = [Path(path) for path in args.policies or [run / "ppo_token", run / "ppo_sequence"]]
+    paths = [path for path in paths if args.policies or path.exists()]
+    if not paths:
+        fail(f"{run} has no policy to evaluate: run 03_ppo.py first, or name folders with --policies")
+    policy_path = Path(args.policy or run / "policy")
+    reference = open_model(AutoModelForCausalLM, policy_path).to(args.device)
+    tokenizer = open_tokenizer(policy_path)
+    metrics_path = run / "reward_metrics.json"
+    reward_models = json.loads(metrics_path.read_text()) if metrics_path.exists() else {}
+    kind, judge_model, judge_text = open_judge(run, problems, reward_models, args)
+    start_stage(args, "04")
+
+    # responses and scores of every policy, the SFT policy first
+    prompts = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
+    scores, policies, logs = {}, {}, {}
+    for path in tqdm([policy_path, *paths], desc="policies", unit="policy"):
+        model = open_model(AutoModelForCausalLM, path).to(args.device)
+        if model.config.vocab_size != reference.config.vocab_size:
+            fail(f"{path} and {policy_path} differ in vocabulary: policies of one run share the tokenizer")
+        responses, kl = answer(model, reference, prompts, tokenizer, args)
+        name = "sft" if path == policy_path else path.name
+        if kind == "oracle":
+            scores[name] = oracle_scores(responses, problems, tokenizer)
+        else:
+            scores[name] = reward_scores(kind, judge_model, prompts, responses, tokenizer, args)
+        wrong = [-score[0] for score in scores[name]] if kind == "oracle" else None
+        logs[name] = read_log(path.parent / f"{path.name}.csv")
+        accuracy = [row["accuracy"] for row in logs[name] if row.get("accuracy") is not None]
+        policies[name] = {
+            **win_rate(scores[name], scores["sft"]),
+            "accuracy": sum(w == 0 for w in wrong) / len(wrong) if wrong else None,
+            "wrong_steps_per_response": sum(wrong) / len(wrong) if wrong else None,
+            "kl_to_ref": kl,
+            "updates": int(logs[name][-1]["update"]) if logs[name] else 0,
+            "seconds": logs[name][-1]["seconds"] if logs[name] else 0.0,
+            "best_accuracy": max(accuracy, default=None)}
+    best_baseline = policies.get("ppo_sequence", {}).get("best_accuracy")
+    for name in policies:
+        row = first_update_at(logs[name], best_baseline) if best_baseline is not None else None
+        policies[name]["episodes_to_best_baseline"] = row and int(row["episodes"])
+
+    warnings = failure_signatures(reward_models, policies, logs)
+    sentences = checks(reward_models, policies, logs)
+    models = {name: {"pair_accuracy": row["pair_accuracy"], "preference_accuracy": row["preference_accuracy"],
+                     "localisation": row["localisation"]} for name, row in reward_models.items()}
+    part = run / "eval.json.part"
+    part.write_text(json.dumps({"judge": judge_text, "baseline": str(policy_path), "policies": policies,
+                                "reward_models": models, "checks": sentences, "warnings": warnings}, indent=1) + "\n")
+    part.replace(run / "eval.json")
+    show_table(policies)
+    print(f"Judge: {judge_text}.")
+    for sentence in sentences + [f"WARNING: {warning}" for warning in warnings]:
+        print(sentence)
+    print(f"\n{run}/eval.json")
+
+
+if __name__ == "__main__":
+    main(HfArgumentParser(Args).parse_args_into_dataclasses()[0])
