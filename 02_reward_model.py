@@ -14,9 +14,9 @@ Equations: A2 (token reward), A3 (reward of a response), A4 (kept tokens), A5 (l
 
 Simplified against the paper:
   1. A3 and A5 are our reading of the paper's words (A3 as a mean or a sum: --response_reward).
-  2. Our addition to A5, off with --zero 0: kept tokens are pulled towards zero reward, because A5 only asks that
-     both responses give them the same. It makes the heat map readable.
-  3. Both models start from the SFT policy, with a head of zeros, and train for the same epochs over the same prompts.
+  2. Our addition to A5, off with --zero 0: the reward of kept tokens is pulled towards zero, because A5 only
+     asks that it is the same in both responses. It makes the heat map readable.
+  3. Both models start from the SFT policy with a head of zeros, and see the same prompts as often.
 
 Reads:  RUN/policy/  RUN/edits.jsonl
 Writes: RUN/reward_token/  RUN/reward_sequence/  RUN/reward_metrics.json  RUN/02_args.json
@@ -58,13 +58,14 @@ class Args:
         "help": "ours, not in A5: weight of the mean squared reward of kept tokens; 0 is the paper's loss"})
     response_reward: str = field(default="sum", metadata={
         "help": "A3: R as mean or sum of the token rewards", "choices": ["mean", "sum"]})
-    epochs: int = field(default=4, metadata={"help": "epochs over the training pairs, for both models"})
-    batch: int = field(default=64, metadata={"help": "pairs an optimiser step"})
-    lr: float = field(default=1.5e-3, metadata={"help": "learning rate of AdamW; cosine with 3 %% warm-up"})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device"})
+    epochs: int = field(default=5, metadata={"help": "epochs over the training pairs, for both models"})
+    batch: int = field(default=32, metadata={"help": "pairs an optimiser step"})
+    lr: float = field(default=7e-4, metadata={"help": "learning rate of AdamW; cosine with 3 %% warm-up"})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={
+        "help": "torch device"})
 
 
-# --- The equations -----------------------------------------------------------------------------------------------
+# --- The equations -----------------------------------------------------------------------------------------
 
 def token_rewards(model, inputs, response_mask):
     """A2: r_t = r_phi(s_t, a_t) (B, T), read at the position of token t itself; 0 outside the response."""
@@ -93,23 +94,22 @@ def kept_tokens(edit_ops, rejected_length, edited_length):
 
 
 def fine_grained_loss(rewards_w, mask_w, rewards_l, mask_l, kept, alpha, beta, zero=0.0, how="mean"):
-    """A5, the mean over B pairs. rewards (B, T_w) and (B, T_l); kept: B lists of index pairs (U_0 of each pair).
+    """A5, the mean over B pairs, a scalar. rewards and masks (B, T_w), (B, T_l); kept: U_0 of every pair.
 
-    -log sigmoid(alpha (R(tau^w) - R(tau^l))) + beta 1[U_0 not empty] (1/|U_0|) sum over U_0 of (r_i^w - r_j^l)^2
-    and, ours, zero (1/|U_0|) sum over U_0 of ((r_i^w)^2 + (r_j^l)^2) / 2. Returns loss and its three parts.
+    -log sigmoid(alpha (R(tau^w) - R(tau^l))) + beta 1[U_0 not empty] 1/|U_0| sum_U0 (r^w - r^l)^2
+    and, ours, + zero 1[U_0 not empty] 1/|U_0| sum_U0 ((r^w)^2 + (r^l)^2) / 2.
     """
     margin = response_reward(rewards_w, mask_w, how) - response_reward(rewards_l, mask_l, how)
-    preference = -F.logsigmoid(alpha * margin).mean()                                      # A5, first term
-    flat = [(row, i, j, 1 / len(pairs) / len(kept)) for row, pairs in enumerate(kept) for i, j in pairs]
-    if not flat:                                                                           # 1[U_0 not empty]
-        return preference, {"preference": preference.item(), "consistency": 0.0, "zero": 0.0}
-    row, i, j = torch.tensor([entry[:3] for entry in flat], device=rewards_w.device).T
-    weight = torch.tensor([entry[3] for entry in flat], device=rewards_w.device)           # 1/|U_0|, then 1/B
+    loss = -F.logsigmoid(alpha * margin).mean()                            # A5, first term
+    flat = [(row, i, j) for row, pairs in enumerate(kept) for i, j in pairs]
+    if not flat:                                                           # A5: 1[U_0 not empty]
+        return loss
+    row, i, j = torch.tensor(flat, device=loss.device).T
+    sizes = torch.tensor([len(pairs) for pairs in kept], device=loss.device)
+    weight = 1 / sizes[row] / len(kept)                                    # 1/|U_0|, then the mean over B
     r_w, r_l = rewards_w[row, j], rewards_l[row, i]
-    consistency = (weight * (r_w - r_l) ** 2).sum()                                        # A5, second term
-    pull = (weight * (r_w ** 2 + r_l ** 2) / 2).sum()                                      # ours
-    loss = preference + beta * consistency + zero * pull
-    return loss, {"preference": preference.item(), "consistency": consistency.item(), "zero": pull.item()}
+    loss = loss + beta * (weight * (r_w - r_l) ** 2).sum()                 # A5, second term
+    return loss + zero * (weight * (r_w ** 2 + r_l ** 2) / 2).sum()        # ours
 
 
 def sequence_loss(reward_w, reward_l):
@@ -117,7 +117,7 @@ def sequence_loss(reward_w, reward_l):
     return -F.logsigmoid(reward_w - reward_l).mean()
 
 
-# --- Files, models and batches: helpers that stand in several scripts, letter for letter ---------------------------
+# --- Files, models and batches: helpers that stand in several scripts, letter for letter -------------------
 
 def fail(message):
     """One clear line on standard error, exit status 2."""
@@ -156,24 +156,23 @@ def read_jsonl(path, columns):
 
 def start_stage(args, stage):
     """Print the resolved arguments, save them as RUN/stage_args.json, seed torch; returns the run folder."""
-    settings = {name: value for name, value in asdict(args).items() if value is not None}
-    print(f"stage {stage}: " + " ".join(f"{name}={value}" for name, value in settings.items()), flush=True)
+    settings = [f"{name}={value}" for name, value in asdict(args).items() if value is not None]
+    print(f"stage {stage}: {' '.join(settings)}", flush=True)
     run = Path(args.run)
     run.mkdir(parents=True, exist_ok=True)
     (run / f"{stage}_args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
     torch.manual_seed(args.seed)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     return run
 
 
 def open_model(auto_class, path, **options):
-    """from_pretrained in float32 (log-probs must not round) and eval mode (dropout off), or a readable error."""
+    """from_pretrained in float32 (log-probs must not round), eval mode (dropout off), or a readable error."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         return auto_class.from_pretrained(path, dtype=torch.float32, **options).eval()
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
+        fail(f"{path}: no model that {auto_class.__name__} can open ({str(error).strip().splitlines()[0]})")
 
 
 def open_tokenizer(path):
@@ -206,8 +205,8 @@ def save_model(model, tokenizer, path):
 def pack(prompts, responses, pad_id, device):
     """Prompts padded on the left, responses on the right: every response starts in the same column.
 
-    prompts, responses: B lists of token ids, the longest P and T long. Returns the model inputs (B, P + T) and
-    response_mask (B, T), made from lengths, the only mask of losses and metrics.
+    prompts, responses: B lists of token ids, the longest P and T long. Returns the model inputs (B, P + T)
+    and response_mask (B, T), made from lengths, the only mask of losses and metrics.
     """
     P = max(map(len, prompts))
     T = max(map(len, responses))
@@ -222,16 +221,17 @@ def pack(prompts, responses, pad_id, device):
 
 
 def paint(text, code):
-    """Text in an ANSI colour, plain where the output is no terminal or NO_COLOR is set."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    """Text in an ANSI colour; plain where the output is no terminal or NO_COLOR is set."""
+    colour = code and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     return f"\033[{code}m{text}\033[0m" if colour else text
 
 
-# --- Training ----------------------------------------------------------------------------------------------------
+# --- Training ----------------------------------------------------------------------------------------------
 
 def score(kind, model, rows, column, pad_id):
-    """Rewards of the responses in one column (rejected, edited, chosen): (B, T) and mask, or (B,) for sequence."""
-    inputs, mask = pack([r["prompt_ids"] for r in rows], [r[f"{column}_ids"] for r in rows], pad_id, model.device)
+    """Rewards of a column of responses (rejected, edited, chosen): (B, T) and its mask, or (B,) and None."""
+    prompts = [row["prompt_ids"] for row in rows]
+    inputs, mask = pack(prompts, [row[f"{column}_ids"] for row in rows], pad_id, model.device)
     if kind == "token":
         return token_rewards(model, inputs, mask), mask
     return sequence_reward(model, inputs), None
@@ -245,9 +245,8 @@ def pair_loss(kind, model, rows, pad_id, args):
         return sequence_loss(rewards_w, rewards_l)
     rewards_w, mask_w = score(kind, model, rows, "edited", pad_id)
     kept = [kept_tokens(r["edit_ops"], len(r["rejected_ids"]), len(r["edited_ids"])) for r in rows]
-    loss, parts = fine_grained_loss(rewards_w, mask_w, rewards_l, mask_l, kept, args.alpha, args.beta, args.zero,
-                                    args.response_reward)
-    return loss
+    return fine_grained_loss(rewards_w, mask_w, rewards_l, mask_l, kept, args.alpha, args.beta, args.zero,
+                             args.response_reward)
 
 
 def train(kind, model, rows, pad_id, args):
@@ -273,10 +272,10 @@ def train(kind, model, rows, pad_id, args):
     bar.close()
 
 
-# --- Metrics -----------------------------------------------------------------------------------------------------
+# --- Metrics -----------------------------------------------------------------------------------------------
 
 def auroc(positive, negative):
-    """Area under the ROC curve: the chance that a positive scores above a negative, a tie counting one half."""
+    """Area under the ROC curve: the chance that a positive scores above a negative, a tie counts one half."""
     scores = np.concatenate([positive, negative])
     values, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
@@ -285,7 +284,7 @@ def auroc(positive, negative):
 
 
 def average_precision(positive, negative):
-    """Mean of the precision at each positive, ranked by falling score; of tied scores the negatives come first."""
+    """Mean precision at the positives, ranked by falling score; of tied scores the negatives come first."""
     scores = np.concatenate([positive, negative])
     labels = np.concatenate([np.ones(len(positive)), np.zeros(len(negative))])
     labels = labels[np.lexsort((labels, -scores))]
@@ -304,7 +303,7 @@ def score_all(kind, model, rows, column, pad_id, args):
 
 
 def pair_accuracy(kind, model, rows, better, pad_id, args):
-    """Share of pairs in which the better column gets the higher reward than `rejected`; a tie counts one half."""
+    """Share of pairs whose better column gets a higher reward than `rejected`; a tie counts one half."""
     total = {}
     for column in (better, "rejected"):
         rewards = score_all(kind, model, rows, column, pad_id, args)
@@ -319,8 +318,8 @@ def localisation(model, rows, pad_id, args):
     """How well low token rewards find the errors of `rejected`, on held-out pairs.
 
     auroc, average_precision: the first wrong token against the right tokens before it, scored by -r.
-    first_edit_accuracy: share of pairs whose edited token beats the original one where the two texts part, after
-    the same prefix. mean_reward: of kept, replaced, deleted (in rejected) and inserted tokens (in edited).
+    first_edit_accuracy: share of pairs whose edited token beats the original where the two part, after the
+    same prefix. mean_reward: of kept, replaced, deleted (in rejected) and inserted tokens (in edited).
     """
     rejected = score_all("token", model, rows, "rejected", pad_id, args)
     edited = score_all("token", model, rows, "edited", pad_id, args)
@@ -345,15 +344,15 @@ def localisation(model, rows, pad_id, args):
 
 
 def reward_scale(kind, model, rows, pad_id, args):
-    """What stage 3 needs to scale rewards: mean and standard deviation of the total reward of a sampled response."""
-    totals = [np.sum(rewards) for rewards in score_all(kind, model, rows, "rejected", pad_id, args)]
-    totals += [np.sum(rewards) for rewards in score_all(kind, model, rows, "chosen", pad_id, args)]
+    """What stage 3 needs to scale rewards: mean and standard deviation of the total reward of a response."""
+    totals = [np.sum(rewards) for column in ("rejected", "chosen")
+              for rewards in score_all(kind, model, rows, column, pad_id, args)]
     return {"mean": float(np.mean(totals)), "std": float(np.std(totals))}
 
 
 def show_rewards(model, rows, tokenizer, args):
     """Print responses with every token coloured by its reward: red is punished, green is praised."""
-    print("\nRewards of held-out responses, red below -0.25 and green above +0.25, the first wrong token in [ ]:")
+    print("\nHeld-out responses, red: reward below -0.25, green: above +0.25, [first wrong token]:")
     for row, rewards in zip(rows, score_all("token", model, rows, "rejected", tokenizer.pad_token_id, args)):
         text = ""
         for t, (token, reward) in enumerate(zip(row["rejected_ids"], rewards)):
@@ -366,21 +365,21 @@ def show_rewards(model, rows, tokenizer, args):
                                          for t in sorted(lowest)))
 
 
-# --- The stage ---------------------------------------------------------------------------------------------------
+# --- The stage ---------------------------------------------------------------------------------------------
 
 def open_edits(path, tokenizer):
     """Rows of edits.jsonl, checked against the tokenizer of the model they will train."""
     rows = read_jsonl(path, {"split": str, "prompt_ids": list, "chosen_ids": list, "rejected_ids": list})
-    spelt = [tokenizer.decode(row["rejected_ids"], skip_special_tokens=True) == row["rejected"] for row in rows[:50]]
     largest = max(max(row["rejected_ids"]) for row in rows)
-    if largest >= len(tokenizer) or not any(spelt):
-        fail(f"{path}: its token ids are not of the tokenizer in {tokenizer.name_or_path}: another run's file?")
+    texts = tokenizer.batch_decode([row["rejected_ids"] for row in rows[:50]], skip_special_tokens=True)
+    if largest >= len(tokenizer) or all(text != row["rejected"] for text, row in zip(texts, rows)):
+        fail(f"{path}: its token ids are not of the tokenizer in {tokenizer.name_or_path}: another run?")
     return rows
 
 
 def open_reward_model(kind, path, tokenizer):
-    """The model of A2 or A6 on top of a language model: one output, its head at zero, so that all rewards start
-    at 0 and only the data moves them."""
+    """The model of A2 or A6 on top of a language model: one output, its head at zero, so that all rewards
+    start at 0."""
     auto_class = AutoModelForTokenClassification if kind == "token" else AutoModelForSequenceClassification
     model = open_model(auto_class, path, num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id

@@ -43,8 +43,8 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from tqdm import trange
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.utils import logging
 
 
@@ -53,7 +53,7 @@ class Args:
     run: str = field(default="runs/default", metadata={"help": "run folder"})
     seed: int = field(default=1, metadata={"help": "seed of prompts and samples, the same for both runs"})
     overwrite: bool = field(default=False, metadata={"help": "train again even if the policies exist"})
-    policy: Optional[str] = field(default=None, metadata={"help": "SFT policy, also pi_ref; default RUN/policy"})
+    policy: Optional[str] = field(default=None, metadata={"help": "SFT policy, pi_ref; default RUN/policy"})
     problems: Optional[str] = field(default=None, metadata={"help": "prompts; default RUN/problems.jsonl"})
     reward: str = field(default="both", metadata={
         "help": "which reward to train on", "choices": ["both", "token", "sequence"]})
@@ -63,7 +63,7 @@ class Args:
     rollout_batch: int = field(default=256, metadata={"help": "responses sampled an update (episodes)"})
     ppo_epochs: int = field(default=2, metadata={"help": "passes over a rollout"})
     minibatch: int = field(default=64, metadata={"help": "responses an optimiser step"})
-    lr: float = field(default=3e-4, metadata={"help": "learning rate of the policy (AdamW)"})
+    lr: float = field(default=1e-4, metadata={"help": "learning rate of the policy (AdamW)"})
     value_lr: float = field(default=1e-3, metadata={"help": "learning rate of the value model (AdamW)"})
     kappa: float = field(default=0.05, metadata={"help": "A7: KL coefficient, kappa, in reward per nat"})
     gamma: float = field(default=1.0, metadata={"help": "A8: discount a token, gamma"})
@@ -74,15 +74,16 @@ class Args:
         "help": "stop the passes over a rollout when the mean KL(pi_old, pi) exceeds this many nats a token"})
     temperature: float = field(default=1.0, metadata={"help": "temperature of sampling and of all log-probs"})
     max_new_tokens: int = field(default=48, metadata={"help": "longest response, in tokens"})
-    eval_every: int = field(default=2, metadata={"help": "updates between two measurements on validation prompts"})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device"})
+    eval_every: int = field(default=2, metadata={"help": "updates between looks at the validation prompts"})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={
+        "help": "torch device"})
 
 
-# --- The equations -----------------------------------------------------------------------------------------------
+# --- The equations -----------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def scores_of(kind, reward_model, inputs, response_mask, scale):
-    """A7, the one place where the two runs differ: scores (B, T) of the response tokens, in standard deviations.
+    """A7, the one place where the two runs differ: scores (B, T), in standard deviations of the total reward.
 
     token: r_phi(s_t, a_t) on every token. sequence: 1[t = T] R_phi(x, y), everything on the last token.
     """
@@ -95,8 +96,8 @@ def scores_of(kind, reward_model, inputs, response_mask, scale):
 
 
 def kl_rewards(scores, old_logprobs, ref_logprobs, kappa):
-    """A7: r^_t = r_t - kappa log(pi_old(a_t | s_t) / pi_ref(a_t | s_t)), all (B, T). The KL term is a reward: it
-    carries no gradient."""
+    """A7: r^_t = r_t - kappa log(pi_old(a_t | s_t) / pi_ref(a_t | s_t)), all (B, T). The KL term is a reward
+    and carries no gradient."""
     return scores - kappa * (old_logprobs - ref_logprobs).detach()
 
 
@@ -132,19 +133,19 @@ def masked_whiten(x, mask):
 
 
 def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip):
-    """A9: - (1/N) sum_t min(rho_t A_t, clip(rho_t, 1-eps, 1+eps) A_t), N = all response tokens of the minibatch."""
+    """A9: -(1/N) sum_t min(rho_t A_t, clip(rho_t, 1-eps, 1+eps) A_t), N response tokens in the minibatch."""
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return -masked_mean(torch.min(ratio * advantages, clipped * advantages), response_mask)
 
 
 def value_loss(values, old_values, returns, response_mask, clip):
-    """A9: clipped squared loss, half the mean over tokens of the larger of the plain and the clipped error."""
+    """A9: half the mean over tokens of the larger squared error, of V and of V clipped around old V."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), response_mask)
 
 
-# --- Helpers that stand in several scripts, letter for letter ------------------------------------------------------
+# --- Helpers that stand in several scripts, letter for letter ----------------------------------------------
 
 def fail(message):
     """One clear line on standard error, exit status 2."""
@@ -183,24 +184,23 @@ def read_jsonl(path, columns):
 
 def start_stage(args, stage):
     """Print the resolved arguments, save them as RUN/stage_args.json, seed torch; returns the run folder."""
-    settings = {name: value for name, value in asdict(args).items() if value is not None}
-    print(f"stage {stage}: " + " ".join(f"{name}={value}" for name, value in settings.items()), flush=True)
+    settings = [f"{name}={value}" for name, value in asdict(args).items() if value is not None]
+    print(f"stage {stage}: {' '.join(settings)}", flush=True)
     run = Path(args.run)
     run.mkdir(parents=True, exist_ok=True)
     (run / f"{stage}_args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
     torch.manual_seed(args.seed)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     return run
 
 
 def open_model(auto_class, path, **options):
-    """from_pretrained in float32 (log-probs must not round) and eval mode (dropout off), or a readable error."""
+    """from_pretrained in float32 (log-probs must not round), eval mode (dropout off), or a readable error."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         return auto_class.from_pretrained(path, dtype=torch.float32, **options).eval()
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
+        fail(f"{path}: no model that {auto_class.__name__} can open ({str(error).strip().splitlines()[0]})")
 
 
 def open_tokenizer(path):
@@ -235,7 +235,7 @@ def encode_prompt(tokenizer, prompt):
     if isinstance(prompt, str):
         return tokenizer(prompt).input_ids
     if tokenizer.chat_template is None:
-        fail("prompts are chat messages, but the tokenizer of --model has no chat template")
+        fail("a prompt is a list of chat messages, but the tokenizer has no chat template")
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
 
@@ -243,8 +243,8 @@ def encode_prompt(tokenizer, prompt):
 def pack(prompts, responses, pad_id, device):
     """Prompts padded on the left, responses on the right: every response starts in the same column.
 
-    prompts, responses: B lists of token ids, the longest P and T long. Returns the model inputs (B, P + T) and
-    response_mask (B, T), made from lengths, the only mask of losses and metrics.
+    prompts, responses: B lists of token ids, the longest P and T long. Returns the model inputs (B, P + T)
+    and response_mask (B, T), made from lengths, the only mask of losses and metrics.
     """
     P = max(map(len, prompts))
     T = max(map(len, responses))
@@ -272,31 +272,21 @@ def token_logprobs(logits, inputs, response_mask):
 
 @torch.no_grad()
 def sample(model, prompts, tokenizer, max_new_tokens, temperature=1.0):
-    """Sample one response to each prompt (lists of ids). Pure: no top-k, no top-p. The end token, where the policy
-    writes it, is the last token of the response; a response without one ran into max_new_tokens."""
+    """Sample one response to each prompt (lists of ids) from the policy as it is, without the top-k, top-p or
+    penalty of a checkpoint's own settings. The end token, where there is one, is the last response token."""
     inputs, _ = pack(prompts, [[]] * len(prompts), tokenizer.pad_token_id, model.device)
-    ids, mask, position = inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"]
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
-    columns = []
-    cache = None
-    while len(columns) < max_new_tokens and not ended.all():
-        output = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
-                       use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        probs = torch.softmax(output.logits[:, -1].float() / temperature, dim=-1)
-        ids = torch.multinomial(probs, 1)
-        columns.append(ids)
-        ended |= ids[:, 0] == tokenizer.eos_token_id
-        mask = F.pad(mask, (0, 1), value=1)
-        position = position[:, -1:] + 1
     end = tokenizer.eos_token_id
-    rows = torch.cat(columns, dim=1).tolist()
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+        eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+    ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    rows = ids[:, inputs["input_ids"].shape[1]:].tolist()
     return [row[:row.index(end) + 1] if end in row else row for row in rows]
 
 
 def paint(text, code):
-    """Text in an ANSI colour, plain where the output is no terminal or NO_COLOR is set."""
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    """Text in an ANSI colour; plain where the output is no terminal or NO_COLOR is set."""
+    colour = code and sys.stdout.isatty() and "NO_COLOR" not in os.environ
     return f"\033[{code}m{text}\033[0m" if colour else text
 
 
@@ -312,11 +302,11 @@ def sequence_reward(model, inputs):
 
 
 def edit_columns(a, b):
-    """E1, the Levenshtein table D of a (rows) against b (columns), one pair of big integers a column.
+    """E1: the Levenshtein table D of a (rows) against b (columns), one pair of big integers a column.
 
-    Neighbours in a column of D differ by -1, 0 or +1, so a column is two sets of bits: bit i of `up` says
-    D[i+1][j] = D[i][j] + 1, bit i of `down` says D[i+1][j] = D[i][j] - 1. One column follows from the last with a
-    dozen integer operations, all rows at once (Myers 1999; Hyyrö 2003). Returns len(b) + 1 pairs (up, down).
+    Neighbours in a column of D differ by -1, 0 or +1, so two sets of bits hold it: bit i of `up` says
+    D[i+1][j] = D[i][j] + 1, bit i of `down` says D[i+1][j] = D[i][j] - 1. A column follows from the last with
+    a dozen integer operations, all rows at once (Myers 1999, Hyyrö 2003). Returns len(b) + 1 pairs.
     """
     rows_with = {}
     for i, token in enumerate(a):
@@ -326,10 +316,10 @@ def edit_columns(a, b):
     columns = [(up, down)]
     for token in b:
         equal = rows_with.get(token, 0)
-        diagonal = (((equal & up) + up) ^ up) | equal | down  # D[i+1][j+1] = D[i][j]: nothing to pay here
-        right_up = down | ~(diagonal | up)                    # D[i+1][j+1] = D[i+1][j] + 1
-        right_down = diagonal & up                            # D[i+1][j+1] = D[i+1][j] - 1
-        right_up = right_up << 1 | 1                          # the top row of D is 0, 1, 2, ...
+        diagonal = (((equal & up) + up) ^ up) | equal | down    # D[i+1][j+1] = D[i][j]
+        right_up = down | ~(diagonal | up)                      # D[i+1][j+1] = D[i+1][j] + 1
+        right_down = diagonal & up                              # D[i+1][j+1] = D[i+1][j] - 1
+        right_up = right_up << 1 | 1                            # one row down; the top row is 0, 1, 2, ...
         right_down = right_down << 1
         up = (right_down | ~(diagonal | right_up)) & full
         down = right_up & diagonal & full
@@ -338,30 +328,27 @@ def edit_columns(a, b):
 
 
 def edit_distance(a, b):
-    """E1: the least number of replaced, deleted and inserted items that turns sequence a into b. O(|a| |b| / 64)."""
+    """E1: the least number of replaced, deleted and inserted items that turns sequence a into b."""
     up, down = edit_columns(a, b)[-1]
     return len(b) + up.bit_count() - down.bit_count()
 
 
 @lru_cache(maxsize=200_000)
 def split_steps(text):
-    """The steps of a response: lines, sentences, or what stands between semicolons."""
+    """The steps of a response: its lines, its sentences, or what stands between semicolons."""
     return tuple(step.strip() for step in re.split(r"\n|(?<=;)|(?<=\.)\s", text) if step.strip())
 
 
 def judge(response, solutions):
-    """(wrong steps, answer right?) of a response: its steps against the nearest of all right solutions (E1).
-
-    A step that is replaced, deleted or inserted on the way to that solution is a wrong step. The answer is the last
-    step. A response that does not parse is as far away as it looks, and never an error.
-    """
+    """(wrong steps, answer right?) of a response. Its steps against those of the nearest right solution (E1):
+    a step replaced, deleted or inserted on the way there is a wrong one; the last step is the answer."""
     steps = split_steps(response)
     wrong_steps = min(edit_distance(steps, split_steps(solution)) for solution in solutions)
     answer_right = any(steps[-1:] == split_steps(solution)[-1:] for solution in solutions)
     return wrong_steps, answer_right
 
 
-# --- One update --------------------------------------------------------------------------------------------------
+# --- One update --------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def rollout(kind, models, prompts, tokenizer, scale, args):
@@ -383,7 +370,7 @@ def rollout(kind, models, prompts, tokenizer, scale, args):
 
 
 def update(models, optimizer, inputs, batch, args, update_number):
-    """args.ppo_epochs passes of clipped policy and value steps (A9) over one rollout; returns mean statistics."""
+    """args.ppo_epochs passes of clipped policy and value steps (A9) over a rollout; mean statistics."""
     statistics = []
     B = len(batch["mask"])
     for epoch in range(args.ppo_epochs):
@@ -425,7 +412,7 @@ def average(statistics):
 
 @torch.no_grad()
 def validate(policy, problems, tokenizer, args):
-    """Share of sampled responses without a wrong step, and wrong steps a response, on the validation problems."""
+    """Share of sampled responses without a wrong step, and wrong steps a response, on validation problems."""
     prompts = [problem["prompt_ids"] for problem in problems]
     responses = []
     for start in range(0, len(prompts), args.rollout_batch):
@@ -468,7 +455,7 @@ def ppo(kind, problems, tokenizer, scale, args, paths):
         if not name.startswith(models["value"].base_model_prefix + "."):
             torch.nn.init.zeros_(parameter)            # a head of zeros: V = 0 at the start
     if models["reward"].config.vocab_size != models["policy"].config.vocab_size:
-        fail(f"{paths['reward']} and {paths['policy']} differ in vocabulary: token rewards need one tokenizer")
+        fail(f"{paths['reward']} and {paths['policy']} differ in vocabulary; rewards need the same tokens")
     for model in models.values():
         model.to(args.device)
     optimizer = torch.optim.AdamW([{"params": models["policy"].parameters(), "lr": args.lr},
@@ -490,7 +477,8 @@ def ppo(kind, problems, tokenizer, scale, args, paths):
         responses, inputs, batch = rollout(kind, models, prompts, tokenizer, scale, args)
         if not batch["rewards"].isfinite().all():
             fail(f"update {number}: a reward is not finite; look at {paths['reward']}")
-        row = {"update": number, "episodes": number * args.rollout_batch, **statistics_of(batch, responses, tokenizer)}
+        row = {"update": number, "episodes": number * args.rollout_batch,
+               **statistics_of(batch, responses, tokenizer)}
         if number == 1:
             assert abs(row["kl"]) < 1e-3, "the policy does not start as the reference"
         row.update(update(models, optimizer, inputs, batch, args, number))
@@ -500,9 +488,7 @@ def ppo(kind, problems, tokenizer, scale, args, paths):
         if val and (number % args.eval_every == 0 or number == args.updates):
             row.update(validate(models["policy"], val, tokenizer, args))
         log.append(row)
-        shown = {"score": f"{row['score']:+.2f}", "kl": f"{row['kl']:.2f}", "clipfrac": f"{row['clipfrac']:.2f}"}
-        if "accuracy" in row:
-            shown["right"] = f"{row['accuracy']:.0%}"
+        shown = {name: f"{row[name]:.2f}" for name in ("score", "kl", "clipfrac", "accuracy") if name in row}
         bar.set_postfix(shown, refresh=False)
     print(f"  a last sample: {show_sample(responses[0], batch['scores'][0], tokenizer)}")
     return models["policy"], log
@@ -535,8 +521,8 @@ def main(args):
     for problem in problems:
         problem["prompt_ids"] = encode_prompt(tokenizer, problem["prompt"])
         if len(problem["prompt_ids"]) + args.max_new_tokens > context:
-            fail(f"{problems_path}, {problem['id']}: the prompt has {len(problem['prompt_ids'])} tokens, which with "
-                 f"--max_new_tokens {args.max_new_tokens} is more than the context of {context}")
+            fail(f"{problems_path}, {problem['id']}: a prompt of {len(problem['prompt_ids'])} tokens and "
+                 f"--max_new_tokens {args.max_new_tokens} do not fit the context of {context}")
     run = start_stage(args, "03")
     for kind in kinds:
         target = run / f"ppo_{kind}"

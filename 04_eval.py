@@ -1,13 +1,14 @@
 """Stage 4: which policy is better, by how much, and how fast it got there.
 
 Paper: Xu et al., "Aligning Large Language Models via Fine-grained Supervision" (ACL 2024, arXiv 2406.02756).
-The paper's three checks: (1) reward-model accuracy with and without minimal edits, (2) win rate of fine-grained
-against ordinary PPO at the same data size, (3) convergence of both.
+The paper's three checks: (1) reward-model accuracy with and without minimal edits, (2) win rate of
+fine-grained against ordinary PPO at the same data size, (3) convergence of both.
 
 Simplified against the paper:
-  1. The judge is the oracle of the built-in tasks (E1 on steps): fewer wrong steps wins, then the right answer, a tie
-     counts one half. Without an oracle it is a reward model of stage 2, and its own accuracy is printed beside it.
-  2. The opponent is the SFT policy, answering the same prompts. The paper asks a simulated human (AlpacaFarm).
+  1. The judge is the oracle of the built-in tasks (E1 on steps): fewer wrong steps wins, then the right
+     answer, a tie counts one half. The paper asks a simulated human (AlpacaFarm). Without an oracle the judge is a
+     reward model of stage 2, and its own accuracy is printed beside it.
+  2. The opponent is the SFT policy, answering the same prompts.
 
 Reads:  RUN/policy/  RUN/ppo_token/  RUN/ppo_sequence/  RUN/*.csv  RUN/problems.jsonl  RUN/reward_metrics.json
 Writes: RUN/eval.json  RUN/04_args.json
@@ -29,8 +30,8 @@ from typing import List, Optional
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoModelForTokenClassification
-from transformers import AutoTokenizer, HfArgumentParser
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.utils import logging
 
 
@@ -39,18 +40,19 @@ class Args:
     run: str = field(default="runs/default", metadata={"help": "run folder"})
     seed: int = field(default=1, metadata={"help": "seed of the samples, the same for every policy"})
     overwrite: bool = field(default=False, metadata={"help": "evaluate again even if eval.json exists"})
-    policy: Optional[str] = field(default=None, metadata={"help": "SFT policy, the opponent; default RUN/policy"})
+    policy: Optional[str] = field(default=None, metadata={"help": "SFT policy, opponent; default RUN/policy"})
     policies: Optional[List[str]] = field(default=None, metadata={
         "help": "policies to evaluate; default RUN/ppo_token RUN/ppo_sequence"})
     problems: Optional[str] = field(default=None, metadata={"help": "prompts; default RUN/problems.jsonl"})
-    split: str = field(default="test", metadata={"help": "which prompts", "choices": ["train", "val", "test"]})
+    split: str = field(default="test", metadata={"help": "prompts", "choices": ["train", "val", "test"]})
     batch: int = field(default=500, metadata={"help": "responses sampled at once"})
     temperature: float = field(default=1.0, metadata={"help": "sampling temperature"})
     max_new_tokens: int = field(default=48, metadata={"help": "longest response, in tokens"})
-    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "torch device"})
+    device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={
+        "help": "torch device"})
 
 
-# --- Statistics --------------------------------------------------------------------------------------------------
+# --- Statistics --------------------------------------------------------------------------------------------
 
 def win_rate(scores, baseline_scores):
     """Win rate of a policy over the baseline, prompt by prompt: 1 for the higher score, 1/2 for a tie.
@@ -79,7 +81,7 @@ def read_log(path):
                 for row in csv.DictReader(file)]
 
 
-# --- Helpers that stand in several scripts, letter for letter ------------------------------------------------------
+# --- Helpers that stand in several scripts, letter for letter ----------------------------------------------
 
 def fail(message):
     """One clear line on standard error, exit status 2."""
@@ -118,24 +120,23 @@ def read_jsonl(path, columns):
 
 def start_stage(args, stage):
     """Print the resolved arguments, save them as RUN/stage_args.json, seed torch; returns the run folder."""
-    settings = {name: value for name, value in asdict(args).items() if value is not None}
-    print(f"stage {stage}: " + " ".join(f"{name}={value}" for name, value in settings.items()), flush=True)
+    settings = [f"{name}={value}" for name, value in asdict(args).items() if value is not None]
+    print(f"stage {stage}: {' '.join(settings)}", flush=True)
     run = Path(args.run)
     run.mkdir(parents=True, exist_ok=True)
     (run / f"{stage}_args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
     torch.manual_seed(args.seed)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     return run
 
 
 def open_model(auto_class, path, **options):
-    """from_pretrained in float32 (log-probs must not round) and eval mode (dropout off), or a readable error."""
+    """from_pretrained in float32 (log-probs must not round), eval mode (dropout off), or a readable error."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
         return auto_class.from_pretrained(path, dtype=torch.float32, **options).eval()
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
+        fail(f"{path}: no model that {auto_class.__name__} can open ({str(error).strip().splitlines()[0]})")
 
 
 def open_tokenizer(path):
@@ -160,7 +161,7 @@ def encode_prompt(tokenizer, prompt):
     if isinstance(prompt, str):
         return tokenizer(prompt).input_ids
     if tokenizer.chat_template is None:
-        fail("prompts are chat messages, but the tokenizer of --model has no chat template")
+        fail("a prompt is a list of chat messages, but the tokenizer has no chat template")
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
 
@@ -168,8 +169,8 @@ def encode_prompt(tokenizer, prompt):
 def pack(prompts, responses, pad_id, device):
     """Prompts padded on the left, responses on the right: every response starts in the same column.
 
-    prompts, responses: B lists of token ids, the longest P and T long. Returns the model inputs (B, P + T) and
-    response_mask (B, T), made from lengths, the only mask of losses and metrics.
+    prompts, responses: B lists of token ids, the longest P and T long. Returns the model inputs (B, P + T)
+    and response_mask (B, T), made from lengths, the only mask of losses and metrics.
     """
     P = max(map(len, prompts))
     T = max(map(len, responses))
@@ -197,25 +198,15 @@ def token_logprobs(logits, inputs, response_mask):
 
 @torch.no_grad()
 def sample(model, prompts, tokenizer, max_new_tokens, temperature=1.0):
-    """Sample one response to each prompt (lists of ids). Pure: no top-k, no top-p. The end token, where the policy
-    writes it, is the last token of the response; a response without one ran into max_new_tokens."""
+    """Sample one response to each prompt (lists of ids) from the policy as it is, without the top-k, top-p or
+    penalty of a checkpoint's own settings. The end token, where there is one, is the last response token."""
     inputs, _ = pack(prompts, [[]] * len(prompts), tokenizer.pad_token_id, model.device)
-    ids, mask, position = inputs["input_ids"], inputs["attention_mask"], inputs["position_ids"]
-    ended = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
-    columns = []
-    cache = None
-    while len(columns) < max_new_tokens and not ended.all():
-        output = model(input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache,
-                       use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
-        probs = torch.softmax(output.logits[:, -1].float() / temperature, dim=-1)
-        ids = torch.multinomial(probs, 1)
-        columns.append(ids)
-        ended |= ids[:, 0] == tokenizer.eos_token_id
-        mask = F.pad(mask, (0, 1), value=1)
-        position = position[:, -1:] + 1
     end = tokenizer.eos_token_id
-    rows = torch.cat(columns, dim=1).tolist()
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+        eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+    ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    rows = ids[:, inputs["input_ids"].shape[1]:].tolist()
     return [row[:row.index(end) + 1] if end in row else row for row in rows]
 
 
@@ -231,11 +222,11 @@ def sequence_reward(model, inputs):
 
 
 def edit_columns(a, b):
-    """E1, the Levenshtein table D of a (rows) against b (columns), one pair of big integers a column.
+    """E1: the Levenshtein table D of a (rows) against b (columns), one pair of big integers a column.
 
-    Neighbours in a column of D differ by -1, 0 or +1, so a column is two sets of bits: bit i of `up` says
-    D[i+1][j] = D[i][j] + 1, bit i of `down` says D[i+1][j] = D[i][j] - 1. One column follows from the last with a
-    dozen integer operations, all rows at once (Myers 1999; Hyyrö 2003). Returns len(b) + 1 pairs (up, down).
+    Neighbours in a column of D differ by -1, 0 or +1, so two sets of bits hold it: bit i of `up` says
+    D[i+1][j] = D[i][j] + 1, bit i of `down` says D[i+1][j] = D[i][j] - 1. A column follows from the last with
+    a dozen integer operations, all rows at once (Myers 1999, Hyyrö 2003). Returns len(b) + 1 pairs.
     """
     rows_with = {}
     for i, token in enumerate(a):
@@ -245,10 +236,10 @@ def edit_columns(a, b):
     columns = [(up, down)]
     for token in b:
         equal = rows_with.get(token, 0)
-        diagonal = (((equal & up) + up) ^ up) | equal | down  # D[i+1][j+1] = D[i][j]: nothing to pay here
-        right_up = down | ~(diagonal | up)                    # D[i+1][j+1] = D[i+1][j] + 1
-        right_down = diagonal & up                            # D[i+1][j+1] = D[i+1][j] - 1
-        right_up = right_up << 1 | 1                          # the top row of D is 0, 1, 2, ...
+        diagonal = (((equal & up) + up) ^ up) | equal | down    # D[i+1][j+1] = D[i][j]
+        right_up = down | ~(diagonal | up)                      # D[i+1][j+1] = D[i+1][j] + 1
+        right_down = diagonal & up                              # D[i+1][j+1] = D[i+1][j] - 1
+        right_up = right_up << 1 | 1                            # one row down; the top row is 0, 1, 2, ...
         right_down = right_down << 1
         up = (right_down | ~(diagonal | right_up)) & full
         down = right_up & diagonal & full
@@ -257,37 +248,34 @@ def edit_columns(a, b):
 
 
 def edit_distance(a, b):
-    """E1: the least number of replaced, deleted and inserted items that turns sequence a into b. O(|a| |b| / 64)."""
+    """E1: the least number of replaced, deleted and inserted items that turns sequence a into b."""
     up, down = edit_columns(a, b)[-1]
     return len(b) + up.bit_count() - down.bit_count()
 
 
 @lru_cache(maxsize=200_000)
 def split_steps(text):
-    """The steps of a response: lines, sentences, or what stands between semicolons."""
+    """The steps of a response: its lines, its sentences, or what stands between semicolons."""
     return tuple(step.strip() for step in re.split(r"\n|(?<=;)|(?<=\.)\s", text) if step.strip())
 
 
 def judge(response, solutions):
-    """(wrong steps, answer right?) of a response: its steps against the nearest of all right solutions (E1).
-
-    A step that is replaced, deleted or inserted on the way to that solution is a wrong step. The answer is the last
-    step. A response that does not parse is as far away as it looks, and never an error.
-    """
+    """(wrong steps, answer right?) of a response. Its steps against those of the nearest right solution (E1):
+    a step replaced, deleted or inserted on the way there is a wrong one; the last step is the answer."""
     steps = split_steps(response)
     wrong_steps = min(edit_distance(steps, split_steps(solution)) for solution in solutions)
     answer_right = any(steps[-1:] == split_steps(solution)[-1:] for solution in solutions)
     return wrong_steps, answer_right
 
 
-# --- Evaluation --------------------------------------------------------------------------------------------------
+# --- Evaluation --------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def answer(model, reference, prompts, tokenizer, args):
     """Sample one response to each prompt, with the same seed for every policy.
 
-    Returns the responses as lists of ids and KL(policy, reference) in nats a response, the mean over the prompts of
-    the sum over response tokens of log pi - log pi_ref.
+    Returns the responses as lists of ids and KL(policy, reference) in nats a response: the mean over prompts
+    of the sum over response tokens of log pi - log pi_ref.
     """
     torch.manual_seed(args.seed)
     responses, kl = [], 0.0
@@ -315,8 +303,10 @@ def reward_scores(kind, model, prompts, responses, tokenizer, args):
     for start in range(0, len(prompts), args.batch):
         inputs, mask = pack(prompts[start:start + args.batch], responses[start:start + args.batch],
                             tokenizer.pad_token_id, args.device)
-        reward = sequence_reward(model, inputs) if kind == "sequence" else token_rewards(model, inputs, mask).sum(1)
-        scores += reward.tolist()
+        if kind == "sequence":
+            scores += sequence_reward(model, inputs).tolist()
+        else:
+            scores += token_rewards(model, inputs, mask).sum(dim=1).tolist()
     return scores
 
 
@@ -324,19 +314,20 @@ def failure_signatures(reward_models, policies, logs):
     """The paper's three failure signatures, one plain sentence for each that is seen."""
     warnings = []
     for kind, metrics in reward_models.items():
-        name = "pair_accuracy" if kind == "token" else "preference_accuracy"       # on the pairs it was trained for
+        name = "pair_accuracy" if kind == "token" else "preference_accuracy"     # on pairs as in training
         if metrics[name] is not None and metrics[name] < 0.70:
-            warnings.append(f"reward accuracy under 70 %: reward_{kind} orders {metrics[name]:.1%} of its held-out "
-                            f"pairs")
+            warnings.append(f"reward accuracy under 70 %: reward_{kind} orders {percent(metrics[name])} of "
+                            f"its held-out pairs")
     token, sequence = policies.get("ppo_token"), policies.get("ppo_sequence")
     if token and sequence and token["win_rate"] <= sequence["win_rate"]:
         warnings.append("win rate not above the baseline: ppo_token is not ahead of ppo_sequence")
     for name, log in logs.items():
         accuracy = [row["accuracy"] for row in log if row.get("accuracy") is not None]
         if accuracy and accuracy[-1] < max(accuracy) - 0.10:
-            warnings.append(f"unstable PPO: {name} ends {max(accuracy) - accuracy[-1]:.0%} below its best accuracy")
+            drop = percent(max(accuracy) - accuracy[-1])
+            warnings.append(f"unstable PPO: {name} ends {drop} below its best accuracy")
         if log and max(row["approx_kl"] for row in log) > 0.1:
-            warnings.append(f"unstable PPO: {name} moved more than 0.1 nats a token in one update (lower --lr)")
+            warnings.append(f"unstable PPO: {name} moved over 0.1 nats a token in one update; lower --lr")
         if log and log[-1]["ended"] < 0.9:
             warnings.append(f"unstable PPO: {log[-1]['ended']:.0%} of the responses of {name} still end")
     return warnings
@@ -353,16 +344,16 @@ def checks(reward_models, policies, logs):
     token_model, sequence_model = reward_models.get("token"), reward_models.get("sequence")
     if token_model and sequence_model:
         sentences.append(
-            f"1. Reward accuracy: with minimal edits the token model orders {percent(token_model['pair_accuracy'])} of "
-            f"held-out (edited, original) pairs; the sequence model, trained without, "
-            f"{percent(sequence_model['pair_accuracy'])} of them and {percent(sequence_model['preference_accuracy'])} of "
-            f"(chosen, rejected).")
+            f"1. Reward accuracy: trained on minimal edits, the token model orders "
+            f"{percent(token_model['pair_accuracy'])} of held-out (edited, original) pairs; trained on "
+            f"ordinary pairs, the sequence model orders {percent(sequence_model['pair_accuracy'])} of them, and "
+            f"{percent(sequence_model['preference_accuracy'])} of (chosen, rejected).")
     token, sequence = policies.get("ppo_token"), policies.get("ppo_sequence")
     if not (token and sequence):
         return sentences
     sentences.append(
-        f"2. Win rate: after the same {token['updates']} updates ppo_token wins {percent(token['win_rate'])} against the "
-        f"SFT policy, ppo_sequence {percent(sequence['win_rate'])}: "
+        f"2. Win rate: after {token['updates']} updates each, ppo_token wins {percent(token['win_rate'])} "
+        f"against the SFT policy and ppo_sequence {percent(sequence['win_rate'])}: "
         f"{100 * (token['win_rate'] - sequence['win_rate']):+.1f} points.")
     if sequence["best_accuracy"] is None:
         sentences.append("3. Convergence: not measured, because without an oracle there is no common scale.")
@@ -372,9 +363,10 @@ def checks(reward_models, policies, logs):
     else:
         row = first_update_at(logs["ppo_token"], sequence["best_accuracy"])
         sentences.append(
-            f"3. Convergence: ppo_token reaches the best of ppo_sequence, {percent(sequence['best_accuracy'])} right, at "
-            f"update {row['update']:.0f} of {token['updates']} ({row['update'] / sequence['updates']:.0%} of that run: "
-            f"{row['episodes']:.0f} episodes, {row['seconds']:.0f} s).")
+            f"3. Convergence: ppo_token reaches the best of ppo_sequence, "
+            f"{percent(sequence['best_accuracy'])} right, at update {row['update']:.0f} of {sequence['updates']} "
+            f"({percent(row['update'] / sequence['updates'])}), after {row['episodes']:.0f} episodes and "
+            f"{row['seconds']:.0f} s.")
     return sentences
 
 
@@ -391,7 +383,7 @@ def show_table(policies):
 
 
 def open_judge(run, problems, reward_models, args):
-    """(kind, model, what it is and what it is worth): the oracle where solutions are known, else a reward model."""
+    """(kind, model, what it is and is worth): the oracle where solutions are known, else a reward model."""
     if all(problem.get("solutions") for problem in problems):
         return "oracle", None, "the oracle: fewer wrong steps wins, then the right answer"
     kind = "sequence" if "sequence" in reward_models else "token"
@@ -399,9 +391,9 @@ def open_judge(run, problems, reward_models, args):
         fail(f"{run}: no oracle for these problems and no reward model: run 02_reward_model.py first")
     auto_class = AutoModelForSequenceClassification if kind == "sequence" else AutoModelForTokenClassification
     name = "preference_accuracy" if kind == "sequence" else "pair_accuracy"
-    worth = (f"reward_{kind}, because these problems have no oracle. It orders {percent(reward_models[kind][name])} of "
-             f"{reward_models[kind]['pairs']} held-out pairs as their annotator did (chance: 50 %), and ppo_{kind} was "
-             f"trained on it: read these win rates as reward gained, not as quality")
+    worth = (f"reward_{kind}, for want of an oracle. It orders {percent(reward_models[kind][name])} of "
+             f"{reward_models[kind]['pairs']} held-out pairs as their annotator did (chance: 50 %), and "
+             f"ppo_{kind} was trained on it: read these win rates as reward gained, not as quality")
     return kind, open_model(auto_class, run / f"reward_{kind}").to(args.device), worth
 
 
@@ -463,8 +455,9 @@ def main(args):
     models = {name: {"pair_accuracy": row["pair_accuracy"], "preference_accuracy": row["preference_accuracy"],
                      "localisation": row["localisation"]} for name, row in reward_models.items()}
     part = run / "eval.json.part"
-    part.write_text(json.dumps({"judge": judge_text, "baseline": str(policy_path), "policies": policies,
-                                "reward_models": models, "checks": sentences, "warnings": warnings}, indent=1) + "\n")
+    result = {"judge": judge_text, "baseline": str(policy_path), "policies": policies,
+              "reward_models": models, "checks": sentences, "warnings": warnings}
+    part.write_text(json.dumps(result, indent=1) + "\n")
     part.replace(run / "eval.json")
     show_table(policies)
     print(f"Judge: {judge_text}.")
