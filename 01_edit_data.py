@@ -103,9 +103,9 @@ def edit_distance(a, b):
 
 
 def align(a, b):
-    """E1: one optimal path from a to b as a list of [op, i, j], op in keep, replace, delete, insert; i indexes
-    a and j indexes b. The common beginning is kept first, so the first operation stands where the two part. A
-    deletion marks nothing in b and an insertion nothing in a: there j and i only say where."""
+    """E1: one optimal path from a to b as a list of [op, i, j], op in keep, replace, delete, insert; i
+    indexes a, j indexes b. The common beginning is kept first, so the first operation stands where the two
+    part. A deletion marks nothing in b and an insertion nothing in a: there j and i only say where."""
     start = 0
     while start < min(len(a), len(b)) and a[start] == b[start]:
         start += 1
@@ -161,8 +161,9 @@ RUDE = [", you fool", ", as even a child knows", ", but my feet hurt"]
 PEOPLE = ("Ada Bob Cleo Dan Eva Finn Gus Hana Ivo Jane Kit Lena Mia Ned Olga Paul Rita Sam Tess Uma Vera "
           "Walt Yara Zoe Abe Bea Cal Dora Ed Flo").split()
 GOODS = ("bread soap rope glass paper honey shoes lamps tea salt cloth nails wine cheese brooms drums maps "
-         "clocks candles baskets").split()
-TOWNS = "Oslo Rome Bern Lima Cairo Paris Delhi Quito Tunis Sofia Malmo Turin Kyoto Derry Ghent Accra".split()
+         "clocks candles baskets bricks jam ink flutes hats kites boats chairs knives bells").split()
+TOWNS = ("Oslo Rome Bern Lima Cairo Paris Delhi Quito Tunis Sofia Malmo Turin Kyoto Derry Ghent Accra Lyon "
+         "Graz Minsk Dakar Hanoi Perth Cork Basel Porto Genoa Riga Seoul Lagos Tokyo").split()
 
 
 def calculate(value, operations, rng=None):
@@ -215,8 +216,8 @@ class Qa:
 
     def __init__(self, seed):
         rng = random.Random(seed)
-        self.makes = {person: rng.choice(GOODS) for person in PEOPLE}
-        self.home = {person: rng.choice(TOWNS) for person in PEOPLE}
+        self.makes = dict(zip(PEOPLE, rng.sample(GOODS, len(PEOPLE))))
+        self.home = dict(zip(PEOPLE, rng.sample(TOWNS, len(PEOPLE))))
         example = self.problem(rng)
         self.texts = [example["prompt"], *example["solutions"], *RUDE]
         self.texts += [" " + name for names in (PEOPLE, GOODS, TOWNS) for name in names]
@@ -270,7 +271,8 @@ def fail(message):
 
 
 def read_jsonl(path, columns):
-    """Rows of a JSONL file as dictionaries. columns: name -> allowed types. A fault names file and line."""
+    """Rows of a JSONL file as dictionaries. columns: name -> allowed types; one that allows null may be empty.
+    A fault names file and line."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -290,7 +292,8 @@ def read_jsonl(path, columns):
                 fail(f"{path}, line {number}: column `{name}` is missing")
             if not isinstance(row[name], types):
                 fail(f"{path}, line {number}: column `{name}` has the wrong type, {type(row[name]).__name__}")
-            if row[name] in ("", []) or isinstance(row[name], str) and not row[name].strip():
+            empty = not row[name].strip() if isinstance(row[name], str) else row[name] == []
+            if empty and not isinstance(None, types):
                 fail(f"{path}, line {number}: column `{name}` is empty")
         rows.append(row)
     if not rows:
@@ -450,7 +453,11 @@ def read_pairs(path):
     columns = {"prompt": text, "edited": maybe, **{name: text for name in names.values() if name != "edited"}}
     if "edited" not in first:
         del columns["edited"]
-    plain = lambda value: value[-1]["content"] if isinstance(value, list) else value
+
+    def plain(value):
+        text = value[-1]["content"] if isinstance(value, list) else value
+        return text if text and text.strip() else None            # an empty edit is no edit
+
     return [{"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"],
              "chosen": plain(row[names["chosen"]]), "rejected": plain(row[names["rejected"]]),
              "edited": plain(row.get("edited"))}
@@ -476,7 +483,7 @@ def encode_pairs(pairs, tokenizer, context, drop):
     fitting = []
     for pair in pairs:
         if pair["chosen"] is None:
-            drop["row has neither an edit nor a preferred response"] += 1
+            drop["row has no edit and no preferred response"] += 1
             continue
         pair["prompt_ids"] = encode_prompt(tokenizer, pair["prompt"])
         for name in ("chosen", "rejected", "edited"):

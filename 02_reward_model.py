@@ -126,7 +126,8 @@ def fail(message):
 
 
 def read_jsonl(path, columns):
-    """Rows of a JSONL file as dictionaries. columns: name -> allowed types. A fault names file and line."""
+    """Rows of a JSONL file as dictionaries. columns: name -> allowed types; one that allows null may be empty.
+    A fault names file and line."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -146,7 +147,8 @@ def read_jsonl(path, columns):
                 fail(f"{path}, line {number}: column `{name}` is missing")
             if not isinstance(row[name], types):
                 fail(f"{path}, line {number}: column `{name}` has the wrong type, {type(row[name]).__name__}")
-            if row[name] in ("", []) or isinstance(row[name], str) and not row[name].strip():
+            empty = not row[name].strip() if isinstance(row[name], str) else row[name] == []
+            if empty and not isinstance(None, types):
                 fail(f"{path}, line {number}: column `{name}` is empty")
         rows.append(row)
     if not rows:

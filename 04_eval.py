@@ -6,8 +6,8 @@ fine-grained against ordinary PPO at the same data size, (3) convergence of both
 
 Simplified against the paper:
   1. The judge is the oracle of the built-in tasks (E1 on steps): fewer wrong steps wins, then the right
-     answer, a tie counts one half. The paper asks a simulated human (AlpacaFarm). Without an oracle the judge is a
-     reward model of stage 2, and its own accuracy is printed beside it.
+     answer, a tie counts one half. The paper asks a simulated human (AlpacaFarm). Without an oracle the judge
+     is a reward model of stage 2, and its own accuracy is printed beside it.
   2. The opponent is the SFT policy, answering the same prompts.
 
 Reads:  RUN/policy/  RUN/ppo_token/  RUN/ppo_sequence/  RUN/*.csv  RUN/problems.jsonl  RUN/reward_metrics.json
@@ -90,7 +90,8 @@ def fail(message):
 
 
 def read_jsonl(path, columns):
-    """Rows of a JSONL file as dictionaries. columns: name -> allowed types. A fault names file and line."""
+    """Rows of a JSONL file as dictionaries. columns: name -> allowed types; one that allows null may be empty.
+    A fault names file and line."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -110,7 +111,8 @@ def read_jsonl(path, columns):
                 fail(f"{path}, line {number}: column `{name}` is missing")
             if not isinstance(row[name], types):
                 fail(f"{path}, line {number}: column `{name}` has the wrong type, {type(row[name]).__name__}")
-            if row[name] in ("", []) or isinstance(row[name], str) and not row[name].strip():
+            empty = not row[name].strip() if isinstance(row[name], str) else row[name] == []
+            if empty and not isinstance(None, types):
                 fail(f"{path}, line {number}: column `{name}` is empty")
         rows.append(row)
     if not rows:
@@ -346,8 +348,8 @@ def checks(reward_models, policies, logs):
         sentences.append(
             f"1. Reward accuracy: trained on minimal edits, the token model orders "
             f"{percent(token_model['pair_accuracy'])} of held-out (edited, original) pairs; trained on "
-            f"ordinary pairs, the sequence model orders {percent(sequence_model['pair_accuracy'])} of them, and "
-            f"{percent(sequence_model['preference_accuracy'])} of (chosen, rejected).")
+            f"ordinary pairs, the sequence model orders {percent(sequence_model['pair_accuracy'])} of them "
+            f"and {percent(sequence_model['preference_accuracy'])} of (chosen, rejected).")
     token, sequence = policies.get("ppo_token"), policies.get("ppo_sequence")
     if not (token and sequence):
         return sentences
@@ -364,9 +366,9 @@ def checks(reward_models, policies, logs):
         row = first_update_at(logs["ppo_token"], sequence["best_accuracy"])
         sentences.append(
             f"3. Convergence: ppo_token reaches the best of ppo_sequence, "
-            f"{percent(sequence['best_accuracy'])} right, at update {row['update']:.0f} of {sequence['updates']} "
-            f"({percent(row['update'] / sequence['updates'])}), after {row['episodes']:.0f} episodes and "
-            f"{row['seconds']:.0f} s.")
+            f"{percent(sequence['best_accuracy'])} right, at update {row['update']:.0f} of "
+            f"{sequence['updates']} ({percent(row['update'] / sequence['updates'])}), after "
+            f"{row['episodes']:.0f} episodes and {row['seconds']:.0f} s.")
     return sentences
 
 

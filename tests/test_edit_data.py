@@ -1,0 +1,150 @@
+"""A1: the built-in tasks and their oracle, sampled pairs, gates, files; data of one's own."""
+
+import json
+import random
+from collections import Counter
+
+import pytest
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("response, wrong_steps, answer_right", [
+    ("3+2=5;-1=4;+4=8;-6=2", 0, True),
+    ("3+2=6;-1=5;+4=9;-6=3", 4, False),         # an error is carried through
+    ("3+2=5;-1=4;+4=8;-6=3", 1, False),
+    ("3+2=5;-1=4;-6=2", 1, True),               # a step left out
+    ("3+2=5;-1=4;+4=8;-6=2;-6=2", 1, True),     # a step too many
+    ("", 4, False),
+    ("no calculation at all", 4, False),        # what does not parse is wrong, never an error
+])
+def test_oracle_of_math(edit_data, response, wrong_steps, answer_right):
+    assert edit_data.judge(response, ["3+2=5;-1=4;+4=8;-6=2"]) == (wrong_steps, answer_right)
+
+
+@pytest.mark.parametrize("task_name", ["math", "qa"])
+def test_task_knows_solutions_errors_and_corrections(edit_data, task_name):
+    task = {"math": edit_data.Math, "qa": edit_data.Qa}[task_name](1)
+    rng = random.Random(0)
+    operations = Counter()
+    right = 0
+    for _ in range(300):
+        problem = task.problem(rng)
+        assert problem["solution"] == problem["solutions"][0] and problem["answer"] in problem["solution"]
+        assert all(edit_data.judge(solution, problem["solutions"]) == (0, True) for solution in problem["solutions"])
+        demonstration = task.demonstration(problem, rng)
+        correction = edit_data.nearest(demonstration, problem["solutions"])
+        distance = edit_data.edit_distance(demonstration, correction)
+        assert distance == min(edit_data.edit_distance(demonstration, s) for s in problem["solutions"])
+        assert (distance == 0) == (edit_data.judge(demonstration, problem["solutions"])[0] == 0)
+        right += distance == 0
+        words = [text.replace(".", " .").split() for text in (demonstration, correction)]
+        runs = [op for op, i, j in edit_data.align(*words) if op != "keep"]
+        operations.update(runs)
+    assert 0.3 < right / 300 < 0.6                                    # demonstrations err as a real policy does
+    if task_name == "qa":
+        assert all(operations[op] > 20 for op in ("replace", "delete", "insert"))
+
+
+def test_math_values_stay_single_digits_and_errors_carry_on(edit_data):
+    rng = random.Random(0)
+    for _ in range(200):
+        problem = edit_data.Math(1).problem(rng)
+        for text in (problem["solution"], edit_data.Math(1).demonstration(problem, rng)):
+            value = text[0]
+            for step in text.split(";"):
+                operation = step.lstrip("0123456789")[:2] if step[0].isdigit() else step[:2]
+                assert len(step.split("=")[1]) == 1
+                assert operation in problem["prompt"]
+            assert value == problem["prompt"][0]
+    # 5-2=4 is the error; the next step goes on from 4
+    assert edit_data.calculate(4, [("+", 3)]) == "4+3=7"
+
+
+def test_splits_are_disjoint_and_without_duplicates(tiny_run):
+    problems = rows_of(tiny_run / "problems.jsonl")
+    assert len({problem["prompt"] for problem in problems}) == len(problems) == 90
+    assert Counter(problem["split"] for problem in problems) == {"train": 60, "val": 10, "test": 20}
+    split = {problem["prompt"]: problem["split"] for problem in problems}
+    assert all(split[row["prompt"]] == row["split"] for row in rows_of(tiny_run / "edits.jsonl"))
+
+
+def test_rows_of_edits_follow_the_contract(edit_data, tiny_run):
+    tokenizer = edit_data.open_tokenizer(tiny_run / "policy")
+    rows = rows_of(tiny_run / "edits.jsonl")
+    assert rows
+    for row in rows:
+        assert {"id", "split", "prompt", "chosen", "rejected", "edited", "editor", "rejected_ids", "edited_ids",
+                "edit_ops", "edit_distance", "first_error"} <= set(row) and "margin" not in row
+        assert tokenizer.decode(row["rejected_ids"], skip_special_tokens=True) == row["rejected"]
+        assert row["edited_ids"][-1] == tokenizer.eos_token_id        # the end token is a response token
+        assert row["edit_distance"] == len(row["edit_ops"]) > 0
+        result = list(row["rejected_ids"])
+        for op, i, j in reversed(row["edit_ops"]):                    # the operations make edited from rejected
+            if op == "insert":
+                result.insert(i, row["edited_ids"][j])
+            elif op == "delete":
+                del result[i]
+            else:
+                result[i] = row["edited_ids"][j]
+        assert result == row["edited_ids"]
+        wrong = [i for op, i, j in row["edit_ops"] if op != "insert"]
+        assert row["first_error"] == (wrong[0] if wrong else None)
+
+
+def test_gates_drop_and_count(edit_data):
+    pair = {"id": "a", "split": "train", "prompt": "p", "chosen": "c", "rejected": "1;2;3", "edited": "1;2;4",
+            "prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [5, 6, 7, 2], "edited_ids": [5, 6, 8, 2],
+            "solutions": ["1;2;4"]}
+    drop = Counter()
+    row = edit_data.edit_row(pair, "oracle", 0.5, drop)
+    assert row["edit_ops"] == [["replace", 2, 2]] and row["first_error"] == 2 and not drop
+    assert edit_data.edit_row(pair, "oracle", 0.2, drop) is None                             # too large a share
+    assert edit_data.edit_row({**pair, "edited_ids": [5, 6, 7, 2]}, "oracle", 0.5, drop) is None     # no change
+    assert edit_data.edit_row({**pair, "edited": "9;2;3"}, "oracle", 0.5, drop) is None      # not better
+    assert sum(drop.values()) == 3 and all(reason.startswith("gate") for reason in drop)
+    without = edit_data.edit_row({**pair, "edited": None, "edited_ids": None}, "human", 0.5, drop)
+    assert without["edit_ops"] is None and without["chosen_ids"] == [2]
+
+
+@pytest.mark.parametrize("row, chosen, edited", [
+    ({"prompt": "p", "chosen": "good", "rejected": "bad"}, "good", None),
+    ({"prompt": "p", "chosen": "good", "rejected": "bad", "edited": "better"}, "good", "better"),
+    ({"prompt": "p", "response": "bad", "edited": "better"}, "better", "better"),
+    ({"prompt": [{"role": "user", "content": "p"}], "chosen": [{"role": "assistant", "content": "good"}],
+      "rejected": [{"role": "assistant", "content": "bad"}]}, "good", None),
+])
+def test_shapes_of_data(edit_data, tmp_path, row, chosen, edited):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    pair = edit_data.read_pairs(path)[0]
+    assert (pair["chosen"], pair["rejected"], pair["edited"]) == (chosen, "bad", edited)
+
+
+def test_one_prompt_never_stands_in_two_splits(edit_data):
+    pairs = [{"id": str(k), "prompt": f"prompt {k % 40}"} for k in range(100)]
+    problems = edit_data.split_by_prompt(pairs, edit_data.Args())
+    assert len(problems) == 40
+    assert Counter(problem["split"] for problem in problems) == {"train": 32, "val": 4, "test": 4}
+    assert len({(pair["prompt"], pair["split"]) for pair in pairs}) == 40
+
+
+def test_a_second_call_changes_nothing(edit_data, tiny_run):
+    before = {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()}
+    args = json.loads((tiny_run / "01_args.json").read_text())
+    edit_data.main(edit_data.Args(**args))
+    assert {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()} == before
+
+
+def test_real_human_edits_on_a_real_checkpoint(edit_data, shared, tmp_path, capsys):
+    lines = (shared / "data" / "qa_feedback.jsonl").read_text(encoding="utf-8").splitlines()[:60]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    edit_data.main(edit_data.Args(run=str(tmp_path / "run"), data=str(tmp_path / "data.jsonl"),
+                                  model=str(shared / "models" / "stories260K")))
+    rows = rows_of(tmp_path / "run" / "edits.jsonl")
+    shown = capsys.readouterr().out
+    dropped = sum(int(line.split()[1]) for line in shown.splitlines() if line.startswith("dropped"))
+    assert len(rows) + dropped == 60 and len(rows) > 30               # nothing is dropped silently
+    assert all(row["editor"] == "human" for row in rows)
