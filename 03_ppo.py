@@ -18,7 +18,7 @@ Equations: A7 (reward), A8 (advantages), A9 (PPO).
         reward of                       a1   a2   a3        its reward is read at a1 itself.
 
 Simplified against the paper:
-  1. Off-the-shelf values: the value model is a second model, started from the SFT policy in both runs.
+  1. The value model is a second model beside the policy, started from the SFT policy in both runs.
   2. Rewards are divided by the standard deviation of a response's total reward (stage 2 measured it).
 
 Reads:  RUN/policy/  RUN/problems.jsonl  RUN/reward_token/  RUN/reward_sequence/  RUN/reward_metrics.json
@@ -472,7 +472,7 @@ def ppo(kind, problems, tokenizer, scale, args, paths):
     bar = trange(1, args.updates + 1, desc=f"ppo_{kind}", unit="update")
     for number in bar:
         start = time.time()
-        if len(queue) < args.rollout_batch:
+        while len(queue) < args.rollout_batch:
             queue += rng.sample(train, len(train))
         prompts = [problem["prompt_ids"] for problem in queue[:args.rollout_batch]]
         queue = queue[args.rollout_batch:]
