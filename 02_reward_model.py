@@ -58,7 +58,7 @@ class Args:
         "help": "ours, not in A5: weight of the mean squared reward of kept tokens; 0 is the paper's loss"})
     response_reward: str = field(default="sum", metadata={
         "help": "A3: R as mean or sum of the token rewards", "choices": ["mean", "sum"]})
-    epochs: int = field(default=5, metadata={"help": "epochs over the training pairs, for both models"})
+    epochs: int = field(default=8, metadata={"help": "epochs over the training pairs, for both models"})
     batch: int = field(default=32, metadata={"help": "pairs an optimiser step"})
     lr: float = field(default=7e-4, metadata={"help": "learning rate of AdamW; cosine with 3 %% warm-up"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={
@@ -126,8 +126,8 @@ def fail(message):
 
 
 def read_jsonl(path, columns):
-    """Rows of a JSONL file as dictionaries. columns: name -> allowed types; one that allows null may be empty.
-    A fault names file and line."""
+    """Rows of a JSONL file as dictionaries. columns: name -> allowed types; what may be null may be empty. A
+    fault names file and line."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -367,6 +367,20 @@ def show_rewards(model, rows, tokenizer, args):
                                          for t in sorted(lowest)))
 
 
+def show_metrics(kind, metrics):
+    """The held-out metrics of one model, as they stand in reward_metrics.json."""
+    shown = lambda x: "not measured" if x is None else f"{x:.3f}"
+    print(f"\nreward_{kind} on {metrics['pairs']} held-out pairs, share in order: (edited, original) "
+          f"{shown(metrics['pair_accuracy'])}, (chosen, rejected) {shown(metrics['preference_accuracy'])}")
+    found = metrics["localisation"]
+    if found:
+        means = ", ".join(f"{op} {shown(reward)}" for op, reward in found["mean_reward"].items())
+        print(f"  first wrong token against the right tokens before it: AUROC {shown(found['auroc'])}, "
+              f"average precision {shown(found['average_precision'])}")
+        print(f"  edited above original token at the first edit: {shown(found['first_edit_accuracy'])}")
+        print(f"  mean reward: {means}")
+
+
 # --- The stage ---------------------------------------------------------------------------------------------
 
 def open_edits(path, tokenizer):
@@ -430,7 +444,7 @@ def main(args):
         metrics_path.write_text(json.dumps(metrics, indent=1) + "\n")
         if kind == "token":
             show_rewards(model, edited[:3], tokenizer, args)
-        print(f"\nreward_{kind}, {metrics[kind]['pairs']} held-out pairs: " + json.dumps(metrics[kind]))
+        show_metrics(kind, metrics[kind])
 
 
 if __name__ == "__main__":

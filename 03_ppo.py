@@ -59,13 +59,13 @@ class Args:
         "help": "which reward to train on", "choices": ["both", "token", "sequence"]})
     reward_model: Optional[str] = field(default=None, metadata={
         "help": "with --reward token or sequence: its folder; default RUN/reward_token, RUN/reward_sequence"})
-    updates: int = field(default=60, metadata={"help": "PPO updates: rollout, then ppo_epochs over it"})
+    updates: int = field(default=40, metadata={"help": "PPO updates: rollout, then ppo_epochs over it"})
     rollout_batch: int = field(default=256, metadata={"help": "responses sampled an update (episodes)"})
     ppo_epochs: int = field(default=2, metadata={"help": "passes over a rollout"})
     minibatch: int = field(default=64, metadata={"help": "responses an optimiser step"})
     lr: float = field(default=1e-4, metadata={"help": "learning rate of the policy (AdamW)"})
     value_lr: float = field(default=1e-3, metadata={"help": "learning rate of the value model (AdamW)"})
-    kappa: float = field(default=0.05, metadata={"help": "A7: KL coefficient, kappa, in reward per nat"})
+    kappa: float = field(default=0.1, metadata={"help": "A7: KL coefficient, kappa, in reward per nat"})
     gamma: float = field(default=1.0, metadata={"help": "A8: discount a token, gamma"})
     lam: float = field(default=0.95, metadata={"help": "A8: lambda of generalised advantage estimation"})
     clip: float = field(default=0.2, metadata={"help": "A9: clip range of the ratio, epsilon"})
@@ -154,8 +154,8 @@ def fail(message):
 
 
 def read_jsonl(path, columns):
-    """Rows of a JSONL file as dictionaries. columns: name -> allowed types; one that allows null may be empty.
-    A fault names file and line."""
+    """Rows of a JSONL file as dictionaries. columns: name -> allowed types; what may be null may be empty. A
+    fault names file and line."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -525,6 +525,8 @@ def main(args):
         if len(problem["prompt_ids"]) + args.max_new_tokens > context:
             fail(f"{problems_path}, {problem['id']}: a prompt of {len(problem['prompt_ids'])} tokens and "
                  f"--max_new_tokens {args.max_new_tokens} do not fit the context of {context}")
+    if not any(problem["split"] == "train" for problem in problems):
+        fail(f"{problems_path}: no problem has the split train")
     run = start_stage(args, "03")
     for kind in kinds:
         target = run / f"ppo_{kind}"

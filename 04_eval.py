@@ -90,8 +90,8 @@ def fail(message):
 
 
 def read_jsonl(path, columns):
-    """Rows of a JSONL file as dictionaries. columns: name -> allowed types; one that allows null may be empty.
-    A fault names file and line."""
+    """Rows of a JSONL file as dictionaries. columns: name -> allowed types; what may be null may be empty. A
+    fault names file and line."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:

@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,15 @@ def test_every_field_is_read(name):
     fields = next(node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "Args")
     for field in fields.body:
         assert f"args.{field.target.id}" in source or f'"{field.target.id}"' in source
+
+
+def test_readme_points_at_the_lines_and_flags_that_exist():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\[`(\w+)`\]\((0\d_\w+\.py)#L(\d+)\)", readme)
+    assert {"edit_distance", "fine_grained_loss", "scores_of", "gae", "policy_loss"} <= {name for name, _, _ in links}
+    for name, script, line in links:
+        text = (ROOT / script).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+        assert text.startswith(f"def {name}("), f"README: {name} is not at {script} line {line}"
+    sources = "".join((ROOT / name).read_text(encoding="utf-8") for name in SCRIPTS)
+    for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z_]+)", readme)) - {"extra", "help"}:
+        assert f"    {flag}: " in sources, f"README: no script has --{flag}"
