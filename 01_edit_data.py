@@ -54,7 +54,7 @@ class Args:
         "help": "gate: largest edit distance as a share of the longer response, in tokens"})
     train_prompts: int = field(default=16000, metadata={"help": "built-in tasks: training prompts"})
     pair_prompts: Optional[int] = field(default=None, metadata={
-        "help": "of these, prompts to sample pairs for: the data size; default math 14000, qa 5000"})
+        "help": "of these, prompts to sample pairs for: the data size; default math 10000, qa 4500"})
     val_prompts: int = field(default=500, metadata={"help": "validation prompts; of --data at most 10 %%"})
     test_prompts: int = field(default=1000, metadata={"help": "test prompts; of --data at most 10 %%"})
     sft_steps: Optional[int] = field(default=None, metadata={
@@ -155,7 +155,7 @@ def nearest(response_ids, solutions_ids):
 
 # --- Built-in tasks: a problem has a prompt, its right solutions (the first is the reference) and an answer 
 
-STEP_ERROR = 0.2        # math: share of wrong steps in the demonstrations
+STEP_ERROR = 0.25       # math: share of wrong steps in the demonstrations
 ENTITY_ERROR = 0.13     # qa: share of wrong entities,
 MISSING_STEP = 0.08     # of responses that leave a step out,
 RUDE_PHRASE = 0.1       # and of responses with a rude or irrelevant phrase
@@ -227,11 +227,11 @@ class Qa:
     def problem(self, rng):
         a, b, c = rng.sample(PEOPLE, 3)
         x, y, town = self.makes[a], self.makes[b], self.home[c]
-        voices = [f"{a} makes {x}. {b} makes {y}. {c} lives in {town}.",
-                  f"{a} is a maker of {x}. {b} is a maker of {y}. The home of {c} is {town}."]
+        voices = [f"One makes {x}. The other makes {y}. The friend lives in {town}.",
+                  f"The first gift is {x}. The second gift is {y}. The home is {town}."]
         answers = [f"They send {x} and {y} to {town}.", f"So {x} and {y} go to {town}."]
         solutions = [f" {voice} {answer}" for voice in voices for answer in answers]
-        prompt = f"Q: What do {a} and {b} send to {c}, and where?\nA:"
+        prompt = f"Q: What do {a} and {b} send to their friend {c}, and where?\nA:"
         return {"prompt": prompt, "solution": solutions[0], "answer": answers[0], "solutions": solutions}
 
     def demonstration(self, problem, rng):
@@ -576,7 +576,7 @@ def report(rows, drop, tokenizer):
         print("\nThree minimal edits, [-deleted-] and {+inserted+}:")
     for row in edits[:3]:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        print(f"  {prompt.strip()}\n    {diff(row, tokenizer)}")
+        print(f"  {' '.join(prompt.split())}\n    {diff(row, tokenizer).strip()}")
     print()
     for reason, count in drop.items():
         print(f"dropped {count:6d}  {reason}")
@@ -663,7 +663,7 @@ def main(args):
 
     # pairs and their minimal edits
     if not args.data:
-        n = args.pair_prompts or {"math": 14000, "qa": 5000}[args.task]
+        n = args.pair_prompts or {"math": 10000, "qa": 4500}[args.task]
         train = [problem for problem in problems if problem["split"] == "train"][:n]
         held_out = [problem for problem in problems if problem["split"] != "train"]
         pairs = sample_pairs(train + held_out, model, tokenizer, args, drop)

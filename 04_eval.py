@@ -316,10 +316,10 @@ def failure_signatures(reward_models, policies, logs):
     """The paper's three failure signatures, one plain sentence for each that is seen."""
     warnings = []
     for kind, metrics in reward_models.items():
-        name = "pair_accuracy" if kind == "token" else "preference_accuracy"     # on pairs as in training
-        if metrics[name] is not None and metrics[name] < 0.70:
-            warnings.append(f"reward accuracy under 70 %: reward_{kind} orders {percent(metrics[name])} of "
-                            f"its held-out pairs")
+        accuracy = metrics["pair_accuracy"] or metrics["preference_accuracy"]      # the latter without edits
+        if accuracy < 0.70:
+            warnings.append(f"reward accuracy under 70 %: reward_{kind} orders {percent(accuracy)} of the "
+                            f"held-out pairs")
     token, sequence = policies.get("ppo_token"), policies.get("ppo_sequence")
     if token and sequence and token["win_rate"] <= sequence["win_rate"]:
         warnings.append("win rate not above the baseline: ppo_token is not ahead of ppo_sequence")
