@@ -43,7 +43,8 @@ from transformers.utils import logging
 class Args:
     run: str = field(default="runs/default", metadata={"help": "run folder"})
     seed: int = field(default=1, metadata={"help": "seed of the task, the policy and the samples"})
-    overwrite: bool = field(default=False, metadata={"help": "do the stage again even if its files exist"})
+    overwrite: bool = field(default=False, metadata={
+        "help": "do the stage again; what later stages made of the old one goes"})
     task: str = field(default="math", metadata={"help": "built-in task", "choices": ["math", "qa"]})
     data: Optional[str] = field(default=None, metadata={"help": "JSONL of your own, no built-in task"})
     model: Optional[str] = field(default=None, metadata={"help": "causal LM (name or path) as the policy"})
@@ -268,13 +269,13 @@ def make_problems(task, args, rng):
 
 def fail(message):
     """One clear line on standard error, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)            # on a line of its own, not behind a bar
     raise SystemExit(2)
 
 
-def read_jsonl(path, columns):
-    """Rows of a JSONL file as dictionaries. columns: name -> allowed types; what may be null may be empty. A
-    fault names file and line."""
+def read_jsonl(path, columns, fault=lambda row: None):
+    """Rows of a JSONL file as dictionaries. columns: name -> allowed types; what may be null may be empty.
+    fault(row): what else is wrong with a row, or None. A fault names file and line."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -285,6 +286,7 @@ def read_jsonl(path, columns):
             continue
         try:
             row = json.loads(line.decode("utf-8"))
+            json.dumps(row, ensure_ascii=False).encode("utf-8")          # half a surrogate pair is no text
         except ValueError as error:
             fail(f"{path}, line {number}: not a line of JSON in UTF-8 ({error})")
         if not isinstance(row, dict):
@@ -297,6 +299,8 @@ def read_jsonl(path, columns):
             empty = not row[name].strip() if isinstance(row[name], str) else row[name] == []
             if empty and not isinstance(None, types):
                 fail(f"{path}, line {number}: column `{name}` is empty")
+        if fault(row):
+            fail(f"{path}, line {number}: {fault(row)}")
         rows.append(row)
     if not rows:
         fail(f"{path}: has no rows")
@@ -314,22 +318,38 @@ def start_stage(args, stage):
     return run
 
 
+def check_folder(path):
+    """A model folder of the run must be there: a missing one would be looked up on the net as a name."""
+    if isinstance(path, Path) and not path.is_dir():
+        fail(f"{path}: no model folder; run the stage that writes it first, or name another one")
+
+
 def open_model(auto_class, path, **options):
     """from_pretrained in float32 (log-probs must not round), eval mode (dropout off), or a readable error."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    check_folder(path)
     try:
-        return auto_class.from_pretrained(path, dtype=torch.float32, **options).eval()
-    except (OSError, ValueError) as error:
-        fail(f"{path}: no model that {auto_class.__name__} can open ({str(error).strip().splitlines()[0]})")
+        model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True,
+                                                 **options)
+    except Exception as error:                     # transformers and safetensors raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
+    if info["missing_keys"] and not options:       # transformers would make the weights up
+        fail(f"{path}: no {auto_class.__name__}, it has no {sorted(info['missing_keys'])[0]}")
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        fail(f"{path}: a weight of the model is not finite")
+    return model.eval()
 
 
 def open_tokenizer(path):
     """The tokenizer of a model folder, with an end token and a pad token that is never the end token."""
+    check_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        fail(f"{path}: no tokenizer that AutoTokenizer can open ({str(error).strip().splitlines()[0]})")
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"{path}: no tokenizer that AutoTokenizer can open ({reason})")
     if tokenizer.eos_token is None:
         fail(f"{path}: the tokenizer has no end token, so no response could end")
     if tokenizer.pad_token in (None, tokenizer.eos_token):
@@ -345,6 +365,7 @@ def save_model(model, tokenizer, path):
     """save_pretrained beside the target first, so that a model folder is whole or absent."""
     model.config.pad_token_id = tokenizer.pad_token_id
     part = Path(f"{path}.part")
+    shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     shutil.rmtree(path, ignore_errors=True)
@@ -435,7 +456,7 @@ def encode_prompt(tokenizer, prompt):
     if isinstance(prompt, str):
         return tokenizer(prompt).input_ids
     if tokenizer.chat_template is None:
-        fail("a prompt is a list of chat messages, but the tokenizer has no chat template")
+        fail(f"{tokenizer.name_or_path}: no chat template, but a prompt is a list of chat messages")
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
 
@@ -448,23 +469,32 @@ def encode_response(tokenizer, text):
 def read_pairs(path):
     """Pairs of your own in two shapes: prompt, chosen, rejected[, edited], or prompt, response, edited (then
     the edit is the preferred one). Texts are strings or lists of chat messages, whose last one counts."""
-    text, maybe = (str, list), (str, list, type(None))
-    first = read_jsonl(path, {"prompt": text})[0]
-    names = {"chosen": "chosen", "rejected": "rejected"}
-    if "chosen" not in first and "edited" in first:
-        names = {"chosen": "edited", "rejected": "response"}
-    columns = {"prompt": text, "edited": maybe, **{name: text for name in names.values() if name != "edited"}}
-    if "edited" not in first:
-        del columns["edited"]
+
+    def fault(row):
+        for name in columns:
+            value = row[name]
+            if isinstance(value, list) and (name != "edited" or value):
+                if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
+                    return f"column `{name}` is no list of chat messages with `content`"
+                if not value[-1]["content"].strip() and name != "edited":
+                    return f"column `{name}` is empty"
 
     def plain(value):
-        text = value[-1]["content"] if isinstance(value, list) else value
+        text = value[-1]["content"] if value and isinstance(value, list) else value
         return text if text and text.strip() else None            # an empty edit is no edit
 
-    return [{"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"],
-             "chosen": plain(row[names["chosen"]]), "rejected": plain(row[names["rejected"]]),
-             "edited": plain(row.get("edited"))}
-            for k, row in enumerate(read_jsonl(path, columns))]
+    text, maybe = (str, list), (str, list, type(None))
+    columns = {"prompt": text}
+    present = {name for row in read_jsonl(path, columns) for name in row}
+    better, worse = "chosen", "rejected"
+    if "chosen" not in present and "edited" in present:
+        better, worse = "edited", "response"
+    columns = {"prompt": text, better: text, worse: text}
+    if "edited" in present:
+        columns["edited"] = maybe
+    return [{"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"], "chosen": plain(row[better]),
+             "rejected": plain(row[worse]), "edited": plain(row.get("edited"))}
+            for k, row in enumerate(read_jsonl(path, columns, fault))]
 
 
 def split_by_prompt(pairs, args):
@@ -602,13 +632,18 @@ def write_jsonl(path, rows):
 
 def check_run_folder(args):
     """Refuse a run folder that holds something else; True if the stage is done already."""
+    if Path(args.run).exists() and not Path(args.run).is_dir():
+        fail(f"{args.run}: no folder; name another --run")
     saved = Path(args.run) / "01_args.json"
     if args.overwrite or not saved.exists():
         return False
-    old = json.loads(saved.read_text())
-    for name in ("task", "data", "model", "seed"):
-        if old[name] != getattr(args, name):
-            fail(f"{args.run} was made with --{name} {old[name]}: name another --run, or add --overwrite")
+    try:
+        old = json.loads(saved.read_text())
+        changed = [name for name in ("task", "data", "model", "seed") if old[name] != getattr(args, name)]
+    except (ValueError, KeyError, TypeError):
+        fail(f"{saved}: not the arguments of a run: name another --run, or add --overwrite")
+    for name in changed:
+        fail(f"{args.run} was made with --{name} {old[name]}: name another --run, or add --overwrite")
     return (Path(args.run) / "edits.jsonl").exists()
 
 
@@ -644,9 +679,14 @@ def main(args):
         pairs = encode_pairs(pairs, tokenizer, model.config.max_position_embeddings, drop)
         demonstrations = [(pair["prompt_ids"], pair["rejected_ids"])
                           for pair in pairs if pair["split"] == "train"]
+        kept = {json.dumps(pair["prompt"]) for pair in pairs}
+        problems = [problem for problem in problems if json.dumps(problem["prompt"]) in kept]
         if not demonstrations:
             fail(f"{args.data}: no training row is left: {dict(drop)}")
     run = start_stage(args, "01")
+    if args.overwrite:                              # models of the old pairs would pass for models of the new
+        for old in [*run.glob("reward_*"), *run.glob("ppo_*"), *run.glob("eval.json")]:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
     if not source:
         model, tokenizer = small_policy(task.texts, args)
     model.to(args.device)

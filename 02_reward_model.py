@@ -121,13 +121,13 @@ def sequence_loss(reward_w, reward_l):
 
 def fail(message):
     """One clear line on standard error, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)            # on a line of its own, not behind a bar
     raise SystemExit(2)
 
 
-def read_jsonl(path, columns):
-    """Rows of a JSONL file as dictionaries. columns: name -> allowed types; what may be null may be empty. A
-    fault names file and line."""
+def read_jsonl(path, columns, fault=lambda row: None):
+    """Rows of a JSONL file as dictionaries. columns: name -> allowed types; what may be null may be empty.
+    fault(row): what else is wrong with a row, or None. A fault names file and line."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -138,6 +138,7 @@ def read_jsonl(path, columns):
             continue
         try:
             row = json.loads(line.decode("utf-8"))
+            json.dumps(row, ensure_ascii=False).encode("utf-8")          # half a surrogate pair is no text
         except ValueError as error:
             fail(f"{path}, line {number}: not a line of JSON in UTF-8 ({error})")
         if not isinstance(row, dict):
@@ -150,6 +151,8 @@ def read_jsonl(path, columns):
             empty = not row[name].strip() if isinstance(row[name], str) else row[name] == []
             if empty and not isinstance(None, types):
                 fail(f"{path}, line {number}: column `{name}` is empty")
+        if fault(row):
+            fail(f"{path}, line {number}: {fault(row)}")
         rows.append(row)
     if not rows:
         fail(f"{path}: has no rows")
@@ -167,22 +170,38 @@ def start_stage(args, stage):
     return run
 
 
+def check_folder(path):
+    """A model folder of the run must be there: a missing one would be looked up on the net as a name."""
+    if isinstance(path, Path) and not path.is_dir():
+        fail(f"{path}: no model folder; run the stage that writes it first, or name another one")
+
+
 def open_model(auto_class, path, **options):
     """from_pretrained in float32 (log-probs must not round), eval mode (dropout off), or a readable error."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    check_folder(path)
     try:
-        return auto_class.from_pretrained(path, dtype=torch.float32, **options).eval()
-    except (OSError, ValueError) as error:
-        fail(f"{path}: no model that {auto_class.__name__} can open ({str(error).strip().splitlines()[0]})")
+        model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True,
+                                                 **options)
+    except Exception as error:                     # transformers and safetensors raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
+    if info["missing_keys"] and not options:       # transformers would make the weights up
+        fail(f"{path}: no {auto_class.__name__}, it has no {sorted(info['missing_keys'])[0]}")
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        fail(f"{path}: a weight of the model is not finite")
+    return model.eval()
 
 
 def open_tokenizer(path):
     """The tokenizer of a model folder, with an end token and a pad token that is never the end token."""
+    check_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        fail(f"{path}: no tokenizer that AutoTokenizer can open ({str(error).strip().splitlines()[0]})")
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"{path}: no tokenizer that AutoTokenizer can open ({reason})")
     if tokenizer.eos_token is None:
         fail(f"{path}: the tokenizer has no end token, so no response could end")
     if tokenizer.pad_token in (None, tokenizer.eos_token):
@@ -198,10 +217,20 @@ def save_model(model, tokenizer, path):
     """save_pretrained beside the target first, so that a model folder is whole or absent."""
     model.config.pad_token_id = tokenizer.pad_token_id
     part = Path(f"{path}.part")
+    shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     shutil.rmtree(path, ignore_errors=True)
     part.rename(path)
+
+
+def read_metrics(path):
+    """reward_metrics.json, one entry a reward model; empty where stage 2 has not run."""
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return {kind: {**row, "scale": {**row["scale"]}} for kind, row in metrics.items()}
+    except (ValueError, AttributeError, KeyError, TypeError):
+        fail(f"{path}: not what 02_reward_model.py writes; delete it and run 02_reward_model.py again")
 
 
 def pack(prompts, responses, pad_id, device):
@@ -383,12 +412,37 @@ def show_metrics(kind, metrics):
 
 # --- The stage ---------------------------------------------------------------------------------------------
 
+def fault_of_edit(row, vocabulary):
+    """What is wrong with the ids and operations of a row of edits.jsonl, or None."""
+    ops = row.get("edit_ops")
+    names = ["prompt_ids", "chosen_ids", "rejected_ids"] + ["edited_ids"] * bool(ops)
+    for name in names:
+        ids = row.get(name)
+        if not isinstance(ids, list) or not all(type(k) is int and 0 <= k < vocabulary for k in ids):
+            return f"column `{name}` holds no ids of this tokenizer (0 to {vocabulary - 1}): another run?"
+    if not ops:
+        return None
+    T_l, T_w = len(row["rejected_ids"]), len(row["edited_ids"])
+    try:
+        inside = all((op == "insert" or 0 <= i < T_l) and (op == "delete" or 0 <= j < T_w)
+                     for op, i, j in ops)
+        known = {op for op, i, j in ops} <= {"replace", "delete", "insert"}
+        kept_tokens(ops, T_l, T_w)
+    except (TypeError, ValueError):
+        inside = False
+    if not inside or not known:
+        return "column `edit_ops` does not lead from `rejected_ids` to `edited_ids`"
+    if row.get("first_error") is not None and row["first_error"] not in range(T_l):
+        return "column `first_error` is no index into `rejected_ids`"
+    return None
+
+
 def open_edits(path, tokenizer):
     """Rows of edits.jsonl, checked against the tokenizer of the model they will train."""
-    rows = read_jsonl(path, {"split": str, "prompt_ids": list, "chosen_ids": list, "rejected_ids": list})
-    largest = max(max(row["rejected_ids"]) for row in rows)
+    columns = {"split": str, "rejected": str, "prompt_ids": list, "chosen_ids": list, "rejected_ids": list}
+    rows = read_jsonl(path, columns, lambda row: fault_of_edit(row, len(tokenizer)))
     texts = tokenizer.batch_decode([row["rejected_ids"] for row in rows[:50]], skip_special_tokens=True)
-    if largest >= len(tokenizer) or all(text != row["rejected"] for text, row in zip(texts, rows)):
+    if all(text != row["rejected"] for text, row in zip(texts, rows)):
         fail(f"{path}: its token ids are not of the tokenizer in {tokenizer.name_or_path}: another run?")
     return rows
 
@@ -410,29 +464,33 @@ def open_reward_model(kind, path, tokenizer):
 def main(args):
     run = Path(args.run)
     edits_path = Path(args.edits or run / "edits.jsonl")
-    model_path = Path(args.model or run / "policy")
+    model_path = args.model or run / "policy"
     if not edits_path.exists():
         fail(f"{edits_path} is missing: run 01_edit_data.py first, or name the file with --edits")
     tokenizer = open_tokenizer(model_path)
     rows = open_edits(edits_path, tokenizer)
-    run = start_stage(args, "02")
     metrics_path = run / "reward_metrics.json"
-    metrics = json.loads(metrics_path.read_text()) if metrics_path.exists() else {}
+    metrics = read_metrics(metrics_path)
+    todo = []
     for kind in ("token", "sequence") if args.kind == "both" else (args.kind,):
         path = run / f"reward_{kind}"
+        usable = [row for row in rows if row.get("edit_ops")] if kind == "token" else rows
         if path.exists() and kind in metrics and not args.overwrite:
             print(f"{path} is there already; --overwrite trains it again")
-            continue
-        usable = [row for row in rows if row.get("edit_ops")] if kind == "token" else rows
-        if not usable:
+        elif not usable:
             print(f"reward_token: skipped, it needs the column `edited`, and no row of {edits_path} has one")
-            continue
+        elif len({row["split"] == "train" for row in usable}) < 2:
+            fail(f"{edits_path}: reward_{kind} needs rows of the split train and rows of another split")
+        else:
+            todo.append((kind, path, usable))
+    if todo:
+        start_stage(args, "02")
+    for kind, path, usable in todo:
         held_out = [row for row in usable if row["split"] != "train"]
         edited = [row for row in held_out if row.get("edit_ops")]
         model = open_reward_model(kind, model_path, tokenizer).to(args.device)
         start = time.time()
         train(kind, model, [row for row in usable if row["split"] == "train"], tokenizer.pad_token_id, args)
-        save_model(model, tokenizer, path)
         pad_id = tokenizer.pad_token_id
         metrics[kind] = {
             "pair_accuracy": pair_accuracy(kind, model, edited, "edited", pad_id, args) if edited else None,
@@ -441,7 +499,12 @@ def main(args):
             "localisation": localisation(model, edited, pad_id, args) if kind == "token" else None,
             "scale": reward_scale(kind, model, held_out, pad_id, args),
             "seconds": round(time.time() - start, 1)}
-        metrics_path.write_text(json.dumps(metrics, indent=1) + "\n")
+        if not metrics[kind]["scale"]["std"] > 0:
+            fail(f"reward_{kind}: after the last step the rewards are all equal or not finite; lower --lr")
+        save_model(model, tokenizer, path)
+        part = Path(f"{metrics_path}.part")
+        part.write_text(json.dumps(metrics, indent=1) + "\n")
+        part.replace(metrics_path)
         if kind == "token":
             show_rewards(model, edited[:3], tokenizer, args)
         show_metrics(kind, metrics[kind])

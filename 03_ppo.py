@@ -42,7 +42,7 @@ from typing import Optional
 
 import torch
 import torch.nn.functional as F
-from tqdm import trange
+from tqdm import tqdm, trange
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers.utils import logging
@@ -149,13 +149,13 @@ def value_loss(values, old_values, returns, response_mask, clip):
 
 def fail(message):
     """One clear line on standard error, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)            # on a line of its own, not behind a bar
     raise SystemExit(2)
 
 
-def read_jsonl(path, columns):
-    """Rows of a JSONL file as dictionaries. columns: name -> allowed types; what may be null may be empty. A
-    fault names file and line."""
+def read_jsonl(path, columns, fault=lambda row: None):
+    """Rows of a JSONL file as dictionaries. columns: name -> allowed types; what may be null may be empty.
+    fault(row): what else is wrong with a row, or None. A fault names file and line."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -166,6 +166,7 @@ def read_jsonl(path, columns):
             continue
         try:
             row = json.loads(line.decode("utf-8"))
+            json.dumps(row, ensure_ascii=False).encode("utf-8")          # half a surrogate pair is no text
         except ValueError as error:
             fail(f"{path}, line {number}: not a line of JSON in UTF-8 ({error})")
         if not isinstance(row, dict):
@@ -178,6 +179,8 @@ def read_jsonl(path, columns):
             empty = not row[name].strip() if isinstance(row[name], str) else row[name] == []
             if empty and not isinstance(None, types):
                 fail(f"{path}, line {number}: column `{name}` is empty")
+        if fault(row):
+            fail(f"{path}, line {number}: {fault(row)}")
         rows.append(row)
     if not rows:
         fail(f"{path}: has no rows")
@@ -195,22 +198,38 @@ def start_stage(args, stage):
     return run
 
 
+def check_folder(path):
+    """A model folder of the run must be there: a missing one would be looked up on the net as a name."""
+    if isinstance(path, Path) and not path.is_dir():
+        fail(f"{path}: no model folder; run the stage that writes it first, or name another one")
+
+
 def open_model(auto_class, path, **options):
     """from_pretrained in float32 (log-probs must not round), eval mode (dropout off), or a readable error."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    check_folder(path)
     try:
-        return auto_class.from_pretrained(path, dtype=torch.float32, **options).eval()
-    except (OSError, ValueError) as error:
-        fail(f"{path}: no model that {auto_class.__name__} can open ({str(error).strip().splitlines()[0]})")
+        model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True,
+                                                 **options)
+    except Exception as error:                     # transformers and safetensors raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
+    if info["missing_keys"] and not options:       # transformers would make the weights up
+        fail(f"{path}: no {auto_class.__name__}, it has no {sorted(info['missing_keys'])[0]}")
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        fail(f"{path}: a weight of the model is not finite")
+    return model.eval()
 
 
 def open_tokenizer(path):
     """The tokenizer of a model folder, with an end token and a pad token that is never the end token."""
+    check_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        fail(f"{path}: no tokenizer that AutoTokenizer can open ({str(error).strip().splitlines()[0]})")
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"{path}: no tokenizer that AutoTokenizer can open ({reason})")
     if tokenizer.eos_token is None:
         fail(f"{path}: the tokenizer has no end token, so no response could end")
     if tokenizer.pad_token in (None, tokenizer.eos_token):
@@ -226,6 +245,7 @@ def save_model(model, tokenizer, path):
     """save_pretrained beside the target first, so that a model folder is whole or absent."""
     model.config.pad_token_id = tokenizer.pad_token_id
     part = Path(f"{path}.part")
+    shutil.rmtree(part, ignore_errors=True)
     model.save_pretrained(part)
     tokenizer.save_pretrained(part)
     shutil.rmtree(path, ignore_errors=True)
@@ -237,9 +257,29 @@ def encode_prompt(tokenizer, prompt):
     if isinstance(prompt, str):
         return tokenizer(prompt).input_ids
     if tokenizer.chat_template is None:
-        fail("a prompt is a list of chat messages, but the tokenizer has no chat template")
+        fail(f"{tokenizer.name_or_path}: no chat template, but a prompt is a list of chat messages")
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def read_metrics(path):
+    """reward_metrics.json, one entry a reward model; empty where stage 2 has not run."""
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return {kind: {**row, "scale": {**row["scale"]}} for kind, row in metrics.items()}
+    except (ValueError, AttributeError, KeyError, TypeError):
+        fail(f"{path}: not what 02_reward_model.py writes; delete it and run 02_reward_model.py again")
+
+
+def encode_problems(path, problems, tokenizer, context, max_new_tokens):
+    """Add prompt_ids to the problems, checked against the tokenizer and the context of the policy."""
+    for problem in problems:
+        problem["prompt_ids"] = encode_prompt(tokenizer, problem["prompt"])
+        if len(problem["prompt_ids"]) + max_new_tokens > context:
+            fail(f"{path}, {problem['id']}: a prompt of {len(problem['prompt_ids'])} tokens and "
+                 f"--max_new_tokens {max_new_tokens} do not fit the context of {context}")
+    if all(tokenizer.unk_token_id in problem["prompt_ids"] for problem in problems):
+        fail(f"{path}: every prompt has words that {tokenizer.name_or_path} does not know: another run?")
 
 
 def pack(prompts, responses, pad_id, device):
@@ -484,6 +524,9 @@ def ppo(kind, problems, tokenizer, scale, args, paths):
         if number == 1:
             assert abs(row["kl"]) < 1e-3, "the policy does not start as the reference"
         row.update(update(models, optimizer, inputs, batch, args, number))
+        with torch.no_grad():
+            if not models["policy"](**{name: x[:8] for name, x in inputs.items()}).logits.isfinite().all():
+                fail(f"update {number}: the policy is not finite any more; lower --lr or raise --kappa")
         elapsed = time.time() - start
         seconds += elapsed
         row.update(seconds=round(seconds, 2), tokens_per_second=batch["mask"].sum().item() / elapsed)
@@ -499,11 +542,13 @@ def ppo(kind, problems, tokenizer, scale, args, paths):
 def write_csv(path, rows):
     """One line an update; a column that an update did not measure stays empty."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with open(path, "w", newline="") as file:
+    part = Path(f"{path}.part")
+    with open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows({name: round(value, 5) if isinstance(value, float) else value
                           for name, value in row.items()} for row in rows)
+    part.replace(path)
 
 
 def main(args):
@@ -513,30 +558,31 @@ def main(args):
     if not problems_path.exists():
         fail(f"{problems_path} is missing: run 01_edit_data.py first, or name the file with --problems")
     kinds = ("token", "sequence") if args.reward == "both" else (args.reward,)
-    metrics_path = run / "reward_metrics.json"
+    metrics_path = (Path(args.reward_model).parent if args.reward_model else run) / "reward_metrics.json"
     if not metrics_path.exists():
         fail(f"{metrics_path} is missing: run 02_reward_model.py first")
-    metrics = json.loads(metrics_path.read_text())
+    metrics = read_metrics(metrics_path)
     tokenizer = open_tokenizer(policy_path)
     problems = read_jsonl(problems_path, {"id": str, "prompt": (str, list), "split": str})
     context = open_model(AutoModelForCausalLM, policy_path).config.max_position_embeddings
-    for problem in problems:
-        problem["prompt_ids"] = encode_prompt(tokenizer, problem["prompt"])
-        if len(problem["prompt_ids"]) + args.max_new_tokens > context:
-            fail(f"{problems_path}, {problem['id']}: a prompt of {len(problem['prompt_ids'])} tokens and "
-                 f"--max_new_tokens {args.max_new_tokens} do not fit the context of {context}")
     if not any(problem["split"] == "train" for problem in problems):
         fail(f"{problems_path}: no problem has the split train")
-    run = start_stage(args, "03")
+    encode_problems(problems_path, problems, tokenizer, context, args.max_new_tokens)
+    todo = []
     for kind in kinds:
         target = run / f"ppo_{kind}"
+        reward_path = args.reward_model or run / f"reward_{kind}"
         if target.exists() and not args.overwrite:
             print(f"{target} is there already; --overwrite trains it again")
-            continue
-        reward_path = args.reward_model or run / f"reward_{kind}"
-        if args.reward == "both" and kind not in metrics:
+        elif args.reward == "both" and kind not in metrics:
             print(f"ppo_{kind}: skipped, stage 2 made no reward_{kind}")
-            continue
+        elif kind not in metrics or not args.reward_model and not reward_path.is_dir():
+            fail(f"{reward_path} or its entry in {metrics_path} is missing: run 02_reward_model.py first")
+        else:
+            todo.append((kind, reward_path, target))
+    if todo:
+        start_stage(args, "03")
+    for kind, reward_path, target in todo:
         paths = {"policy": policy_path, "reward": reward_path}
         policy, log = ppo(kind, problems, tokenizer, metrics[kind]["scale"], args, paths)
         write_csv(run / f"ppo_{kind}.csv", log)

@@ -85,13 +85,13 @@ def read_log(path):
 
 def fail(message):
     """One clear line on standard error, exit status 2."""
-    print(f"error: {message}", file=sys.stderr)
+    tqdm.write(f"error: {message}", file=sys.stderr)            # on a line of its own, not behind a bar
     raise SystemExit(2)
 
 
-def read_jsonl(path, columns):
-    """Rows of a JSONL file as dictionaries. columns: name -> allowed types; what may be null may be empty. A
-    fault names file and line."""
+def read_jsonl(path, columns, fault=lambda row: None):
+    """Rows of a JSONL file as dictionaries. columns: name -> allowed types; what may be null may be empty.
+    fault(row): what else is wrong with a row, or None. A fault names file and line."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -102,6 +102,7 @@ def read_jsonl(path, columns):
             continue
         try:
             row = json.loads(line.decode("utf-8"))
+            json.dumps(row, ensure_ascii=False).encode("utf-8")          # half a surrogate pair is no text
         except ValueError as error:
             fail(f"{path}, line {number}: not a line of JSON in UTF-8 ({error})")
         if not isinstance(row, dict):
@@ -114,6 +115,8 @@ def read_jsonl(path, columns):
             empty = not row[name].strip() if isinstance(row[name], str) else row[name] == []
             if empty and not isinstance(None, types):
                 fail(f"{path}, line {number}: column `{name}` is empty")
+        if fault(row):
+            fail(f"{path}, line {number}: {fault(row)}")
         rows.append(row)
     if not rows:
         fail(f"{path}: has no rows")
@@ -131,22 +134,38 @@ def start_stage(args, stage):
     return run
 
 
+def check_folder(path):
+    """A model folder of the run must be there: a missing one would be looked up on the net as a name."""
+    if isinstance(path, Path) and not path.is_dir():
+        fail(f"{path}: no model folder; run the stage that writes it first, or name another one")
+
+
 def open_model(auto_class, path, **options):
     """from_pretrained in float32 (log-probs must not round), eval mode (dropout off), or a readable error."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    check_folder(path)
     try:
-        return auto_class.from_pretrained(path, dtype=torch.float32, **options).eval()
-    except (OSError, ValueError) as error:
-        fail(f"{path}: no model that {auto_class.__name__} can open ({str(error).strip().splitlines()[0]})")
+        model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True,
+                                                 **options)
+    except Exception as error:                     # transformers and safetensors raise many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
+    if info["missing_keys"] and not options:       # transformers would make the weights up
+        fail(f"{path}: no {auto_class.__name__}, it has no {sorted(info['missing_keys'])[0]}")
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        fail(f"{path}: a weight of the model is not finite")
+    return model.eval()
 
 
 def open_tokenizer(path):
     """The tokenizer of a model folder, with an end token and a pad token that is never the end token."""
+    check_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        fail(f"{path}: no tokenizer that AutoTokenizer can open ({str(error).strip().splitlines()[0]})")
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"{path}: no tokenizer that AutoTokenizer can open ({reason})")
     if tokenizer.eos_token is None:
         fail(f"{path}: the tokenizer has no end token, so no response could end")
     if tokenizer.pad_token in (None, tokenizer.eos_token):
@@ -163,9 +182,29 @@ def encode_prompt(tokenizer, prompt):
     if isinstance(prompt, str):
         return tokenizer(prompt).input_ids
     if tokenizer.chat_template is None:
-        fail("a prompt is a list of chat messages, but the tokenizer has no chat template")
+        fail(f"{tokenizer.name_or_path}: no chat template, but a prompt is a list of chat messages")
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def read_metrics(path):
+    """reward_metrics.json, one entry a reward model; empty where stage 2 has not run."""
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return {kind: {**row, "scale": {**row["scale"]}} for kind, row in metrics.items()}
+    except (ValueError, AttributeError, KeyError, TypeError):
+        fail(f"{path}: not what 02_reward_model.py writes; delete it and run 02_reward_model.py again")
+
+
+def encode_problems(path, problems, tokenizer, context, max_new_tokens):
+    """Add prompt_ids to the problems, checked against the tokenizer and the context of the policy."""
+    for problem in problems:
+        problem["prompt_ids"] = encode_prompt(tokenizer, problem["prompt"])
+        if len(problem["prompt_ids"]) + max_new_tokens > context:
+            fail(f"{path}, {problem['id']}: a prompt of {len(problem['prompt_ids'])} tokens and "
+                 f"--max_new_tokens {max_new_tokens} do not fit the context of {context}")
+    if all(tokenizer.unk_token_id in problem["prompt_ids"] for problem in problems):
+        fail(f"{path}: every prompt has words that {tokenizer.name_or_path} does not know: another run?")
 
 
 def pack(prompts, responses, pad_id, device):
@@ -316,7 +355,9 @@ def failure_signatures(reward_models, policies, logs):
     """The paper's three failure signatures, one plain sentence for each that is seen."""
     warnings = []
     for kind, metrics in reward_models.items():
-        accuracy = metrics["pair_accuracy"] or metrics["preference_accuracy"]      # the latter without edits
+        accuracy = metrics["pair_accuracy"]
+        if accuracy is None:                                  # no edits: then the pairs of the data
+            accuracy = metrics["preference_accuracy"]
         if accuracy < 0.70:
             warnings.append(f"reward accuracy under 70 %: reward_{kind} orders {percent(accuracy)} of the "
                             f"held-out pairs")
@@ -416,22 +457,26 @@ def main(args):
     if not paths:
         fail(f"{run} has no policy to evaluate: run 03_ppo.py first, or name folders with --policies")
     policy_path = Path(args.policy or run / "policy")
-    reference = open_model(AutoModelForCausalLM, policy_path).to(args.device)
-    tokenizer = open_tokenizer(policy_path)
+    reference = open_model(AutoModelForCausalLM, args.policy or policy_path).to(args.device)
+    tokenizer = open_tokenizer(args.policy or policy_path)
     metrics_path = run / "reward_metrics.json"
-    reward_models = json.loads(metrics_path.read_text()) if metrics_path.exists() else {}
+    reward_models = read_metrics(metrics_path)
     kind, judge_model, judge_text = open_judge(run, problems, reward_models, args)
+    encode_problems(problems_path, problems, tokenizer, reference.config.max_position_embeddings,
+                    args.max_new_tokens)
     start_stage(args, "04")
 
     # responses and scores of every policy, the SFT policy first
-    prompts = [encode_prompt(tokenizer, problem["prompt"]) for problem in problems]
+    prompts = [problem["prompt_ids"] for problem in problems]
     scores, policies, logs = {}, {}, {}
     for path in tqdm([policy_path, *paths], desc="policies", unit="policy"):
-        model = open_model(AutoModelForCausalLM, path).to(args.device)
+        model = reference if path == policy_path else open_model(AutoModelForCausalLM, path).to(args.device)
         if model.config.vocab_size != reference.config.vocab_size:
             fail(f"{path} and {policy_path} differ in vocabulary: policies of one run share the tokenizer")
         responses, kl = answer(model, reference, prompts, tokenizer, args)
         name = "sft" if path == policy_path else path.name
+        if name in policies:
+            fail(f"{path}: two policies are called {name}; rename one folder")
         if kind == "oracle":
             scores[name] = oracle_scores(responses, problems, tokenizer)
         else:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from collections import Counter
 
 import pytest
@@ -148,3 +149,12 @@ def test_real_human_edits_on_a_real_checkpoint(edit_data, shared, tmp_path, caps
     dropped = sum(int(line.split()[1]) for line in shown.splitlines() if line.startswith("dropped"))
     assert len(rows) + dropped == 60 and len(rows) > 30               # nothing is dropped silently
     assert all(row["editor"] == "human" for row in rows)
+
+
+def test_overwriting_stage_1_removes_what_later_stages_made(edit_data, tiny_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(tiny_run, run)
+    args = json.loads((run / "01_args.json").read_text())
+    edit_data.main(edit_data.Args(**{**args, "run": str(run), "overwrite": True, "sft_steps": 1}))
+    left = {path.name for path in run.iterdir()}
+    assert "edits.jsonl" in left and not any(name.startswith(("reward_", "ppo_", "eval")) for name in left)

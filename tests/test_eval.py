@@ -29,9 +29,10 @@ def test_first_update_that_reaches_a_level(evaluation):
 def test_failure_signatures(evaluation):
     row = {"accuracy": 0.5, "approx_kl": 0.01, "ended": 1.0}
     models = {"token": {"pair_accuracy": 0.9, "preference_accuracy": 0.6},
-              "sequence": {"pair_accuracy": 0.6, "preference_accuracy": 0.8}}
+              "sequence": {"pair_accuracy": None, "preference_accuracy": 0.8}}
     good = {"ppo_token": {"win_rate": 0.8}, "ppo_sequence": {"win_rate": 0.6}}
     assert evaluation.failure_signatures(models, good, {"ppo_token": [row]}) == []
+    models["sequence"]["pair_accuracy"] = 0.71
     models["token"]["pair_accuracy"] = 0.69
     assert len(evaluation.failure_signatures(models, {}, {})) == 1
     equal = {"ppo_token": {"win_rate": 0.6}, "ppo_sequence": {"win_rate": 0.6}}
