@@ -96,3 +96,9 @@ def test_readme_points_at_the_lines_and_flags_that_exist():
     sources = "".join((ROOT / name).read_text(encoding="utf-8") for name in SCRIPTS)
     for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z_]+)", readme)) - {"extra", "help"}:
         assert f"    {flag}: " in sources, f"README: no script has --{flag}"
+
+
+def test_ci_runs_the_commands_of_the_readme():
+    commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("python3 -m venv")]
+    assert len(commands) == 2
+    assert all(line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() for line in commands)
