@@ -27,6 +27,7 @@ import sys
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Optional
 
@@ -585,17 +586,25 @@ def paint(text, code):
     return f"\033[{code}m{text}\033[0m" if colour else text
 
 
+def token_texts(ids, tokenizer):
+    """The text that each token adds to the ones before it, spaces included."""
+    texts = [tokenizer.decode(ids[:k]) for k in range(len(ids) + 1)]
+    return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
+
+
 def diff(row, tokenizer):
     """The rejected response with its edit, [-deleted-] in red and {+inserted+} in green."""
+    old, new = token_texts(row["rejected_ids"], tokenizer), token_texts(row["edited_ids"], tokenizer)
     shown = []
-    for op, i, j in align(row["rejected_ids"], row["edited_ids"]):
-        old = tokenizer.decode([row["rejected_ids"][i]]) if op != "insert" else ""
-        new = tokenizer.decode([row["edited_ids"][j]]) if op in ("replace", "insert") else ""
-        if op == "keep":
-            shown.append(old)
+    for kept, steps in groupby(align(row["rejected_ids"], row["edited_ids"]), lambda step: step[0] == "keep"):
+        steps = list(steps)
+        deleted = "".join(old[i] for op, i, j in steps if op != "insert")
+        inserted = "".join(new[j] for op, i, j in steps if op != "delete")
+        if kept:
+            shown.append(deleted)
             continue
-        shown.append(paint(f"[-{old}-]", 31) if old else "")
-        shown.append(paint(f"{{+{new}+}}", 32) if new else "")
+        shown.append(paint(f"[-{deleted}-]", 31) if deleted else "")
+        shown.append(paint(f"{{+{inserted}+}}", 32) if inserted else "")
     return "".join(shown)
 
 

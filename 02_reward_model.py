@@ -381,19 +381,25 @@ def reward_scale(kind, model, rows, pad_id, args):
     return {"mean": float(np.mean(totals)), "std": float(np.std(totals))}
 
 
+def token_texts(ids, tokenizer):
+    """The text that each token adds to the ones before it, spaces included."""
+    texts = [tokenizer.decode(ids[:k]) for k in range(len(ids) + 1)]
+    return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
+
+
 def show_rewards(model, rows, tokenizer, args):
     """Print responses with every token coloured by its reward: red is punished, green is praised."""
     print("\nHeld-out responses, red: reward below -0.25, green: above +0.25, [first wrong token]:")
     for row, rewards in zip(rows, score_all("token", model, rows, "rejected", tokenizer.pad_token_id, args)):
-        text = ""
-        for t, (token, reward) in enumerate(zip(row["rejected_ids"], rewards)):
-            token = tokenizer.decode([token])
-            token = f"[{token}]" if t == row["first_error"] else token
-            text += paint(token, 31 if reward < -0.25 else 32 if reward > 0.25 else 0)
-        print(f"  {row['prompt'] if isinstance(row['prompt'], str) else row['prompt'][-1]['content']}{text}")
-        lowest = sorted(range(len(rewards)), key=rewards.__getitem__)[:3]
-        print("    lowest: " + "  ".join(f"{tokenizer.decode([row['rejected_ids'][t]])!r} {rewards[t]:+.2f}"
-                                         for t in sorted(lowest)))
+        texts = token_texts(row["rejected_ids"], tokenizer)
+        coloured = ""
+        for t, (text, reward) in enumerate(zip(texts, rewards)):
+            text = f"[{text}]" if t == row["first_error"] else text
+            coloured += paint(text, 31 if reward < -0.25 else 32 if reward > 0.25 else 0)
+        lowest = sorted(sorted(range(len(rewards)), key=rewards.__getitem__)[:3])
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        print(f"  {' '.join(prompt.split())}\n    {coloured.strip()}")
+        print("    lowest: " + "  ".join(f"{texts[t]!r} {rewards[t]:+.2f}" for t in lowest))
 
 
 def show_metrics(kind, metrics):

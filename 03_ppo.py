@@ -478,11 +478,16 @@ def statistics_of(batch, responses, tokenizer):
             "ended": sum(r[-1] == tokenizer.eos_token_id for r in responses) / len(responses)}
 
 
+def token_texts(ids, tokenizer):
+    """The text that each token adds to the ones before it, spaces included."""
+    texts = [tokenizer.decode(ids[:k]) for k in range(len(ids) + 1)]
+    return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
+
+
 def show_sample(response, scores, tokenizer):
     """One response, every token coloured by its score: red is punished, green is praised."""
-    tokens = [tokenizer.decode([token]) for token in response]
-    return "".join(paint(token, 31 if score < -0.25 else 32 if score > 0.25 else 0)
-                   for token, score in zip(tokens, scores.tolist()))
+    return "".join(paint(text, 31 if score < -0.25 else 32 if score > 0.25 else 0)
+                   for text, score in zip(token_texts(response, tokenizer), scores.tolist()))
 
 
 def ppo(kind, problems, tokenizer, scale, args, paths):
