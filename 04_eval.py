@@ -372,7 +372,8 @@ def failure_signatures(reward_models, policies, logs):
         if log and max(row["approx_kl"] for row in log) > 0.1:
             warnings.append(f"unstable PPO: {name} moved over 0.1 nats a token in one update; lower --lr")
         if log and log[-1]["ended"] < 0.9:
-            warnings.append(f"unstable PPO: {log[-1]['ended']:.0%} of the responses of {name} still end")
+            ended = percent(log[-1]["ended"])
+            warnings.append(f"unstable PPO: only {ended} of the responses of {name} end by themselves")
     return warnings
 
 
