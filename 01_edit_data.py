@@ -13,7 +13,7 @@ Simplified against the paper:
 Reads:  nothing, or --data FILE (JSONL) and --model NAME_OR_PATH
 Writes: RUN/policy/  RUN/problems.jsonl  RUN/edits.jsonl  RUN/01_args.json
 
-    python 01_edit_data.py                about 1 minute on two CPU cores, less on a GPU
+    python 01_edit_data.py                about 1 minute on two CPU cores (no GPU was at hand to measure)
     python 01_edit_data.py --task qa      about 1.5 minutes
     python 01_edit_data.py --data FILE --model Qwen/Qwen2.5-0.5B
 """

@@ -21,7 +21,7 @@ Simplified against the paper:
 Reads:  RUN/policy/  RUN/edits.jsonl
 Writes: RUN/reward_token/  RUN/reward_sequence/  RUN/reward_metrics.json  RUN/02_args.json
 
-    python 02_reward_model.py                    about 4 minutes on two CPU cores
+    python 02_reward_model.py             about 2 minutes on two CPU cores (no GPU was at hand to measure)
 """
 
 import json
