@@ -170,3 +170,21 @@ def test_samples_stop_at_the_end_token_and_follow_the_policy(ppo, tiny_run):
     counts = torch.bincount(torch.tensor([r[0] for r in responses]), minlength=len(tokenizer)) / 2000
     probs = torch.softmax(policy(input_ids=torch.tensor([prompt])).logits[0, -1] / 2.0, dim=-1)
     assert (counts - probs).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("target_kl, expected", [(None, 6), (1e-7, 2)])
+def test_an_update_takes_all_minibatches_or_stops_on_kl(ppo, tiny_run, target_kl, expected):
+    """Three epochs of two minibatches, the short one included; the KL of the first is 0, the second stops it."""
+    models = {"policy": ppo.open_model(AutoModelForCausalLM, tiny_run / "policy"),
+              "value": ppo.open_model(AutoModelForTokenClassification, tiny_run / "reward_token")}
+    inputs, mask = ppo.pack([[5, 6]] * 3, [[7, 8, 2], [9, 2], [4, 2]], 0, "cpu")
+    with torch.no_grad():
+        logprobs = ppo.token_logprobs(ppo.response_logits(models["policy"], inputs, mask), inputs, mask)
+    batch = {"mask": mask, "old_logprobs": logprobs, "advantages": torch.randn(3, 3), "old_values": mask * 0.0,
+             "returns": torch.randn(3, 3)}
+    optimizer = torch.optim.SGD(models["policy"].parameters(), lr=0.1)
+    steps = []
+    optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    args = ppo.Args(ppo_epochs=3, minibatch=2, target_kl=target_kl)
+    ppo.update(models, optimizer, inputs, batch, args, 1)
+    assert len(steps) == expected
