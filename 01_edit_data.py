@@ -56,7 +56,7 @@ class Args:
         "help": "gate: largest edit distance as a share of the longer response, in tokens"})
     train_prompts: int = field(default=16000, metadata={"help": "built-in tasks: training prompts"})
     pair_prompts: Optional[int] = field(default=None, metadata={
-        "help": "of these, prompts to sample pairs for: the data size; default math 10000, qa 4500"})
+        "help": "of these, prompts to sample pairs for: the data size; default math 10000, qa 5200"})
     val_prompts: int = field(default=500, metadata={"help": "validation prompts; of --data at most 10 %%"})
     test_prompts: int = field(default=1000, metadata={"help": "test prompts; of --data at most 10 %%"})
     sft_steps: Optional[int] = field(default=None, metadata={
@@ -712,7 +712,7 @@ def main(args):
 
     # pairs and their minimal edits
     if not args.data:
-        n = args.pair_prompts or {"math": 10000, "qa": 4500}[args.task]
+        n = args.pair_prompts or {"math": 10000, "qa": 5200}[args.task]
         train = [problem for problem in problems if problem["split"] == "train"][:n]
         held_out = [problem for problem in problems if problem["split"] != "train"]
         pairs = sample_pairs(train + held_out, model, tokenizer, args, drop)
