@@ -94,7 +94,7 @@ def test_readme_points_at_the_lines_and_flags_that_exist():
         text = (ROOT / script).read_text(encoding="utf-8").splitlines()[int(line) - 1]
         assert text.startswith(f"def {name}("), f"README: {name} is not at {script} line {line}"
     sources = "".join((ROOT / name).read_text(encoding="utf-8") for name in SCRIPTS)
-    for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z_]+)", readme)) - {"extra", "help"}:
+    for flag in set(re.findall(r"(?<![\w-])--([a-z][a-z_]+)", readme)) - {"help"}:
         assert f"    {flag}: " in sources, f"README: no script has --{flag}"
 
 
