@@ -1,14 +1,18 @@
 """Stage 1: a policy, its problems, and pairs of responses that differ by a minimal edit.
 
-Paper: Xu et al., "Aligning Large Language Models via Fine-grained Supervision", ACL 2024, arXiv 2406.02756.
-Equations: E1 (edit distance and alignment), A1 (data).
+Papers: A, Xu et al., "Aligning Large Language Models via Fine-grained Supervision" (ACL 2024, 2406.02756).
+        B, Chen et al., "Improving Large Language Models via Fine-grained Reinforcement Learning with Minimum
+        Editing Constraint" (RLMEC, ACL 2024, 2401.06081).
+Equations: E1 (edit distance and alignment), A1 (data), B1 (editing task).
 
-Simplified against the paper:
-  1. The editor is an oracle that knows every right solution of a built-in task, or a human whose edits stand
-     in a file. The paper asks an LLM.
+Simplified against the papers:
+  1. The editor is an oracle that knows every right solution of a built-in task, the nearest right solution at
+     hand, or a human whose edits stand in a file. Both papers ask an LLM.
   2. The policy is a Llama of 0.2 million parameters, fine-tuned for a minute on demonstrations with errors
-     (SFT). The paper starts from LLaMA-7B; --model takes any causal language model.
-  3. Preferences of the built-in tasks are exact: fewer wrong steps. The paper simulates human preferences.
+     (SFT). The papers start from 7B models; --model takes any causal language model.
+  3. Preferences of the built-in tasks are exact: fewer wrong steps. Paper A simulates human preferences.
+  4. A solution of a built-in task is right when no step is wrong. Paper B looks at the final answer alone,
+     and so does --data with the columns prompt, solution, answer.
 
 Reads:  nothing, or --data FILE (JSONL) and --model NAME_OR_PATH
 Writes: RUN/policy/  RUN/problems.jsonl  RUN/edits.jsonl  RUN/01_args.json
@@ -24,6 +28,7 @@ import random
 import re
 import shutil
 import sys
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -50,8 +55,9 @@ class Args:
     data: Optional[str] = field(default=None, metadata={"help": "JSONL of your own, no built-in task"})
     model: Optional[str] = field(default=None, metadata={"help": "causal LM (name or path) as the policy"})
     editor: Optional[str] = field(default=None, metadata={
-        "help": "oracle (built-in tasks) or human (column `edited` of --data); default: the one that fits",
-        "choices": ["oracle", "human"]})
+        "help": "oracle (built-in tasks), nearest (B1: nearest right solution of samples and reference) "
+                "or human (column `edited` of --data); default: the one that fits",
+        "choices": ["oracle", "nearest", "human"]})
     max_edit_share: float = field(default=0.8, metadata={
         "help": "gate: largest edit distance as a share of the longer response, in tokens"})
     train_prompts: int = field(default=16000, metadata={"help": "built-in tasks: training prompts"})
@@ -65,7 +71,9 @@ class Args:
     sft_lr: float = field(default=3e-3, metadata={"help": "SFT learning rate (AdamW, cosine)"})
     hidden_size: int = field(default=64, metadata={"help": "width of the small policy"})
     layers: int = field(default=4, metadata={"help": "layers of the small policy"})
-    temperature: float = field(default=1.0, metadata={"help": "temperature of the sampled pairs"})
+    samples: int = field(default=2, metadata={
+        "help": "solutions sampled a prompt; every worse one makes a pair with the best"})
+    temperature: float = field(default=1.0, metadata={"help": "temperature of the samples"})
     max_new_tokens: int = field(default=48, metadata={"help": "longest sampled response, in tokens"})
     sample_batch: int = field(default=1000, metadata={"help": "responses sampled at once"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={
@@ -150,9 +158,40 @@ def judge(response, solutions):
     return wrong_steps, answer_right
 
 
+def final_answer(text):
+    """The number behind the last `answer is` or `####` of a solution, else its last number; None without."""
+    number = r"-?\$?\d[\d,]*(?:\.\d+)?"
+    marked = re.findall(rf"(?i)(?:answer is:?|####)\s*({number})", text)
+    found = (marked or re.findall(number, text))[-1:]
+    return float(re.sub("[$,]", "", found[0])) if found else None
+
+
+def right(response, problem):
+    """Is a solution right? With an oracle (`solutions`): no step is wrong. Else its final answer counts: the
+    same number as `answer`, or, where that is no number, a last step that is the answer, word for word."""
+    if problem.get("solutions"):
+        return judge(response, problem["solutions"])[0] == 0
+    answer = final_answer(problem["answer"])
+    if answer is None:
+        return split_steps(response)[-1:] == split_steps(problem["answer"])[-1:]
+    return final_answer(response) == answer
+
+
 def nearest(response_ids, solutions_ids):
-    """The minimal correction: the right solution at the smallest edit distance (E1) from the response."""
+    """B1: the right solution at the smallest edit distance (E1) from the response, of those at hand."""
     return min(solutions_ids, key=lambda ids: edit_distance(response_ids, ids))
+
+
+def step_starts(ids, tokenizer):
+    """Index of the first token of every step of a response, from the ids as they are."""
+    text_of = lambda k: tokenizer.decode(ids[:k + 1], skip_special_tokens=True)
+    text = text_of(len(ids))
+    starts, position = [], 0
+    for step in split_steps(text):
+        position = text.index(step, position)
+        starts.append(bisect_right(range(len(ids) - 1), position, key=lambda k: len(text_of(k))))
+        position += len(step)
+    return starts
 
 
 # --- Built-in tasks: a problem has a prompt, its right solutions (the first is the reference) and an answer 
@@ -225,6 +264,7 @@ class Qa:
         example = self.problem(rng)
         self.texts = [example["prompt"], *example["solutions"], *RUDE]
         self.texts += [" " + name for names in (PEOPLE, GOODS, TOWNS) for name in names]
+        self.texts += ["123456789"]                                  # the generative model numbers steps (B2)
 
     def problem(self, rng):
         a, b, c = rng.sample(PEOPLE, 3)
@@ -394,12 +434,13 @@ def pack(prompts, responses, pad_id, device):
 @torch.no_grad()
 def sample(model, prompts, tokenizer, max_new_tokens, temperature=1.0):
     """Sample one response to each prompt (lists of ids) from the policy as it is, without the top-k, top-p or
-    penalty of a checkpoint's own settings. The end token, where there is one, is the last response token."""
+    penalty of a checkpoint's own settings; temperature 0 takes the likeliest tokens. The end token, where
+    there is one, is the last response token."""
     inputs, _ = pack(prompts, [[]] * len(prompts), tokenizer.pad_token_id, model.device)
     end = tokenizer.eos_token_id
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
-        eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+        **how, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
     ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     rows = ids[:, inputs["input_ids"].shape[1]:].tolist()
     return [row[:row.index(end) + 1] if end in row else row for row in rows]
@@ -450,7 +491,7 @@ def fine_tune(model, tokenizer, demonstrations, args, steps):
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
-# --- Pairs and edits (A1) ----------------------------------------------------------------------------------
+# --- Pairs and edits (A1, B1) ------------------------------------------------------------------------------
 
 def encode_prompt(tokenizer, prompt):
     """Token ids of a prompt: a plain string, or chat messages through the tokenizer's own template."""
@@ -460,6 +501,9 @@ def encode_prompt(tokenizer, prompt):
         fail(f"{tokenizer.name_or_path}: no chat template, but a prompt is a list of chat messages")
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False).input_ids
+
+
+PROBLEM = ("id", "prompt", "split", "solution", "answer", "solutions")         # columns of problems.jsonl
 
 
 def encode_response(tokenizer, text):
@@ -498,9 +542,51 @@ def read_pairs(path):
             for k, row in enumerate(read_jsonl(path, columns, fault))]
 
 
+def read_solutions(path):
+    """Problems of your own in the shape prompt, solution, answer[, response]: one problem a prompt, with the
+    texts of its responses as `samples`. A prompt may stand in several rows."""
+    seen = {}
+
+    def fault(row):
+        if seen.setdefault(json.dumps(row["prompt"]), row["answer"]) != row["answer"]:
+            return f"column `answer` is {row['answer']}, and an earlier row has another one for this prompt"
+
+    problems = {}
+    columns = {"prompt": (str, list), "solution": str, "answer": (str, int, float)}
+    for k, row in enumerate(read_jsonl(path, columns, fault)):
+        key = json.dumps(row["prompt"])
+        new = {"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"], "solution": row["solution"],
+               "answer": str(row["answer"]), "samples": []}
+        problems.setdefault(key, new)
+        if isinstance(row.get("response"), str):
+            problems[key]["samples"].append(row["response"])
+    return list(problems.values())
+
+
+def encode_samples(problems, tokenizer, context, drop):
+    """Token ids in place of the texts of `samples`; what does not fit the context is dropped and counted."""
+    fitting = []
+    for problem in problems:
+        room = context - len(encode_prompt(tokenizer, problem["prompt"]))
+        samples = [encode_response(tokenizer, text) for text in problem["samples"]]
+        problem["samples"] = [ids for ids in samples if len(ids) <= room]
+        drop[f"response is longer than the model's context of {context} tokens"] += sum(
+            len(ids) > room for ids in samples)
+        if len(encode_response(tokenizer, problem["solution"])) > room:
+            drop[f"problem's solution is longer than the model's context of {context} tokens"] += 1
+        elif not right(problem["solution"], problem):
+            drop["problem's reference solution does not end in its answer"] += 1
+        elif samples and not problem["samples"]:
+            drop["problem has no response left"] += 1
+        else:
+            fitting.append(problem)
+    return fitting
+
+
 def split_by_prompt(pairs, args):
     """Give every pair a split, by its prompt; returns one problem a prompt. At most 10 % for val and test."""
-    problems = {json.dumps(pair["prompt"]): {"id": pair["id"], "prompt": pair["prompt"]} for pair in pairs}
+    problems = {json.dumps(pair["prompt"]): {name: pair[name] for name in PROBLEM if name in pair}
+                for pair in pairs}
     keys = random.Random(args.seed).sample(sorted(problems), len(problems))
     n_val = min(args.val_prompts, len(keys) // 10)
     n_test = min(args.test_prompts, len(keys) // 10)
@@ -530,37 +616,57 @@ def encode_pairs(pairs, tokenizer, context, drop):
     return fitting
 
 
-def sample_pairs(problems, model, tokenizer, args, drop):
-    """A1: two samples a prompt; the oracle prefers the one with fewer wrong steps and edits the other one."""
-    pairs = []
-    right = 0
-    for start in trange(0, len(problems), args.sample_batch // 2, desc="sampling pairs", unit="batch"):
-        batch = problems[start:start + args.sample_batch // 2]
+def sample_solutions(problems, model, tokenizer, args):
+    """A1, B1: add `samples` to the problems, args.samples solutions each, as the ids that were sampled."""
+    size = max(1, args.sample_batch // args.samples)
+    for start in trange(0, len(problems), size, desc="sampling", unit="batch"):
+        batch = problems[start:start + size]
         prompts = [encode_prompt(tokenizer, problem["prompt"]) for problem in batch]
-        ids = sample(model, [ids for ids in prompts for _ in (1, 2)], tokenizer, args.max_new_tokens,
-                     args.temperature)
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        ids = sample(model, [ids for ids in prompts for _ in range(args.samples)], tokenizer,
+                     args.max_new_tokens, args.temperature)
         for k, problem in enumerate(batch):
-            two = sorted((judge(texts[n], problem["solutions"])[0], n) for n in (2 * k, 2 * k + 1))
-            right += sum(wrong_steps == 0 for wrong_steps, n in two)
-            if two[0][0] == two[1][0]:
-                drop["tie: both samples have the same number of wrong steps"] += 1
-                continue
-            w, l = two[0][1], two[1][1]
-            edited_ids = nearest(ids[l], [encode_response(tokenizer, text) for text in problem["solutions"]])
-            pairs.append({**problem, "chosen": texts[w], "rejected": texts[l],
-                          "edited": tokenizer.decode(edited_ids, skip_special_tokens=True),
-                          "prompt_ids": prompts[k], "chosen_ids": ids[w], "rejected_ids": ids[l],
-                          "edited_ids": edited_ids})
-    print(f"{right / 2 / len(problems):.1%} of {2 * len(problems)} sampled responses are right")
+            problem["samples"] = ids[args.samples * k:args.samples * (k + 1)]
+
+
+def pairs_of(problem, editor, tokenizer, drop):
+    """A1: every sample that is worse than the best one, beside a best one (`chosen`) and its minimal edit.
+
+    oracle: worse means more wrong steps, and the edit leads to the nearest of all right solutions.
+    nearest (B1): worse means wrong, and the edit leads to the nearest right one of samples and reference; the
+    reference is `chosen` where no sample is right.
+    """
+    samples = problem["samples"]
+    texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
+    if problem.get("solutions"):
+        wrong = [judge(text, problem["solutions"])[0] for text in texts]
+    else:
+        wrong = [int(not right(text, problem)) for text in texts]
+    solutions = problem.get("solutions", []) if editor == "oracle" else [problem["solution"]]
+    candidates = [encode_response(tokenizer, solution) for solution in solutions]
+    best = [ids for ids, w in zip(samples, wrong) if w == min(wrong)]
+    if editor == "nearest" and min(wrong) > 0:
+        best = candidates
+    elif editor == "nearest":
+        candidates += [ids for ids in best if ids[-1] == tokenizer.eos_token_id]
+    worse = [n for n in range(len(samples)) if wrong[n] > min(wrong) or best is candidates]
+    if not worse:
+        drop["prompt: its samples are equally good, so nothing is worth an edit"] += 1
+    pairs = []
+    for k, n in enumerate(worse):
+        chosen_ids = best[k % len(best)]
+        edited_ids = nearest(samples[n], candidates)
+        pairs.append({**problem, "prompt_ids": encode_prompt(tokenizer, problem["prompt"]),
+                      "chosen": tokenizer.decode(chosen_ids, skip_special_tokens=True), "rejected": texts[n],
+                      "edited": tokenizer.decode(edited_ids, skip_special_tokens=True),
+                      "chosen_ids": chosen_ids, "rejected_ids": samples[n], "edited_ids": edited_ids})
     return pairs
 
 
-def edit_row(pair, editor, max_edit_share, drop):
+def edit_row(pair, editor, max_edit_share, tokenizer, drop):
     """One row of edits.jsonl: E1 on (rejected, edited), the quality gates. None if a gate drops the pair."""
-    columns = ("id", "split", "prompt", "chosen", "rejected", "edited", "prompt_ids", "chosen_ids",
-               "rejected_ids", "edited_ids")
-    row = {**{name: pair[name] for name in columns}, "editor": editor}
+    columns = ("id", "split", "prompt", "solution", "answer", "solutions", "chosen", "rejected", "edited",
+               "prompt_ids", "chosen_ids", "rejected_ids", "edited_ids")
+    row = {**{name: pair[name] for name in columns if name in pair}, "editor": editor}
     if pair["edited"] is None:                      # a preference pair without an edit: for the baseline only
         return {**row, "editor": None, "edit_ops": None, "edit_distance": None, "first_error": None}
     ops = [step for step in align(pair["rejected_ids"], pair["edited_ids"]) if step[0] != "keep"]
@@ -573,8 +679,12 @@ def edit_row(pair, editor, max_edit_share, drop):
     elif solutions and judge(pair["edited"], solutions)[0] >= judge(pair["rejected"], solutions)[0]:
         drop["gate: the judge does not find the edit better"] += 1
     else:
-        return {**row, "edit_ops": ops, "edit_distance": len(ops),
-                "first_error": wrong_tokens[0] if wrong_tokens else None}
+        first_error = wrong_tokens[0] if wrong_tokens else None
+        row.update(edit_ops=ops, edit_distance=len(ops), first_error=first_error)
+        if "solution" in row:                       # B2: the step in which the first operation stands, from 1
+            starts = step_starts(row["rejected_ids"], tokenizer)
+            row["first_wrong_step"] = max(1, bisect_right(starts, ops[0][1])) if starts else None
+        return row
     return None
 
 
@@ -657,19 +767,28 @@ def check_run_folder(args):
 
 
 def main(args):
-    editor = args.editor or ("human" if args.data else "oracle")
-    if (editor == "human") != bool(args.data):
-        fail("--editor oracle knows the built-in tasks only, --editor human the column `edited` of --data")
     if args.data and not args.model:
         fail("--data needs --model: the small policy knows only the words of the built-in tasks")
+    if args.editor == ("oracle" if args.data else "human"):
+        fail(f"--editor {args.editor} does not fit: oracle knows the built-in tasks only, human is the column "
+             "`edited` of --data")
     if check_run_folder(args):
         print(f"{args.run}/edits.jsonl is there already; --overwrite makes it again")
         return
+    data = read_jsonl(args.data, {"prompt": (str, list)}) if args.data else []
+    solved = any("solution" in row or "answer" in row for row in data)
+    editor = args.editor or ("nearest" if solved else "human" if args.data else "oracle")
+    if args.data and solved != (editor == "nearest"):
+        fail(f"{args.data} does not fit --editor {editor}: nearest needs the columns `solution` and `answer`, "
+             "human needs `edited`, or `chosen` and `rejected`")
 
     # problems: from the built-in task, or the prompts of the data
     rng = random.Random(args.seed)
     drop = Counter()
-    if args.data:
+    if solved:
+        problems = read_solutions(args.data)
+        split_by_prompt(problems, args)
+    elif args.data:
         pairs = read_pairs(args.data)
         problems = split_by_prompt(pairs, args)
     else:
@@ -684,17 +803,22 @@ def main(args):
         model, tokenizer = open_model(AutoModelForCausalLM, source), open_tokenizer(source)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
-    if args.data:
+    if solved:
+        problems = encode_samples(problems, tokenizer, model.config.max_position_embeddings, drop)
+        demonstrations = [(encode_prompt(tokenizer, problem["prompt"]),
+                           encode_response(tokenizer, problem["solution"]))
+                          for problem in problems if problem["split"] == "train"]
+    elif args.data:
         pairs = encode_pairs(pairs, tokenizer, model.config.max_position_embeddings, drop)
         demonstrations = [(pair["prompt_ids"], pair["rejected_ids"])
                           for pair in pairs if pair["split"] == "train"]
         kept = {json.dumps(pair["prompt"]) for pair in pairs}
         problems = [problem for problem in problems if json.dumps(problem["prompt"]) in kept]
-        if not demonstrations:
-            fail(f"{args.data}: no training row is left: {dict(drop)}")
+    if args.data and not demonstrations:
+        fail(f"{args.data}: no training row is left: {dict(drop)}")
     run = start_stage(args, "01")
     if args.overwrite:                              # models of the old pairs would pass for models of the new
-        for old in [*run.glob("reward_*"), *run.glob("ppo_*"), *run.glob("eval.json")]:
+        for old in [path for name in ("reward_*", "ppo_*", "rlmec*", "eval.json") for path in run.glob(name)]:
             shutil.rmtree(old) if old.is_dir() else old.unlink()
     if not source:
         model, tokenizer = small_policy(task.texts, args)
@@ -708,16 +832,21 @@ def main(args):
         if steps:
             fine_tune(model, tokenizer, demonstrations, args, steps)
         save_model(model, tokenizer, path)
-    write_jsonl(run / "problems.jsonl", problems)
+    write_jsonl(run / "problems.jsonl", [{name: problem[name] for name in PROBLEM if name in problem}
+                                         for problem in problems])
 
     # pairs and their minimal edits
-    if not args.data:
-        n = args.pair_prompts or {"math": 10000, "qa": 5200}[args.task]
+    if solved or not args.data:
+        n = args.pair_prompts or {"math": 10000, "qa": 5200}[args.task] if not args.data else len(problems)
         train = [problem for problem in problems if problem["split"] == "train"][:n]
-        held_out = [problem for problem in problems if problem["split"] != "train"]
-        pairs = sample_pairs(train + held_out, model, tokenizer, args, drop)
+        used = train + [problem for problem in problems if problem["split"] != "train"]
+        sample_solutions([problem for problem in used if not problem.get("samples")], model, tokenizer, args)
+        is_right = [right(tokenizer.decode(ids, skip_special_tokens=True), problem)
+                    for problem in used for ids in problem["samples"]]
+        print(f"{sum(is_right) / len(is_right):.1%} of {len(is_right)} solutions are right")
+        pairs = [pair for problem in used for pair in pairs_of(problem, editor, tokenizer, drop)]
     bar = tqdm(pairs, desc="edits", unit="pair")
-    rows = [row for pair in bar if (row := edit_row(pair, editor, args.max_edit_share, drop))]
+    rows = [row for pair in bar if (row := edit_row(pair, editor, args.max_edit_share, tokenizer, drop))]
     if not rows:
         fail(f"no pair is left: {dict(drop)}")
     write_jsonl(run / "edits.jsonl", rows)

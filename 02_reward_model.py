@@ -27,10 +27,13 @@ Writes: RUN/reward_token/  RUN/reward_sequence/  RUN/reward_metrics.json  RUN/02
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import time
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Optional
 
@@ -38,8 +41,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, AutoTokenizer
-from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 
@@ -50,8 +54,8 @@ class Args:
     overwrite: bool = field(default=False, metadata={"help": "train again even if the models exist"})
     edits: Optional[str] = field(default=None, metadata={"help": "pairs; default RUN/edits.jsonl"})
     model: Optional[str] = field(default=None, metadata={"help": "model to start from; default RUN/policy"})
-    kind: str = field(default="both", metadata={
-        "help": "which reward model", "choices": ["both", "token", "sequence"]})
+    kind: str = field(default="all", metadata={
+        "help": "which reward model", "choices": ["all", "token", "sequence", "generative"]})
     alpha: float = field(default=2.0, metadata={"help": "A5: scale of the preference, alpha"})
     beta: float = field(default=1.0, metadata={"help": "A5: weight of equal rewards on kept tokens, beta"})
     zero: float = field(default=5.0, metadata={
@@ -61,6 +65,11 @@ class Args:
     epochs: int = field(default=8, metadata={"help": "epochs over the training pairs, for both models"})
     batch: int = field(default=32, metadata={"help": "pairs an optimiser step"})
     lr: float = field(default=7e-4, metadata={"help": "learning rate of AdamW; cosine with 3 %% warm-up"})
+    rewrite_epochs: int = field(default=1, metadata={"help": "B2: epochs over the task `rewrite`"})
+    locate_epochs: int = field(default=4, metadata={"help": "B2: epochs over the task `locate`"})
+    grm_batch: int = field(default=64, metadata={"help": "B2: examples an optimiser step"})
+    grm_lr: float = field(default=2e-3, metadata={"help": "B2: learning rate; cosine with 3 %% warm-up"})
+    max_new_tokens: int = field(default=48, metadata={"help": "B2: longest rewrite that is tried, in tokens"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={
         "help": "torch device"})
 
@@ -115,6 +124,68 @@ def fine_grained_loss(rewards_w, mask_w, rewards_l, mask_l, kept, alpha, beta, z
 def sequence_loss(reward_w, reward_l):
     """A6: -log sigmoid(R(x, y_w) - R(x, y_l)), the mean over B pairs."""
     return -F.logsigmoid(reward_w - reward_l).mean()
+
+
+# --- The generative reward model: its prompts are written here, once, for training, scoring and generation -
+
+def instructions(tokenizer):
+    """B2: token ids of the fixed parts of both prompts. A vocabulary of a built-in task has no words for
+    instructions: there the end token separates the parts, and a step is numbered by a bare digit."""
+    texts = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
+             "rewrite": "\nThe attempt, corrected with as few changes as possible:\n",
+             "locate": "\nThe first wrong step of the attempt:\n"}
+    label = "[{}] "
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    parts = {name: encode(text) for name, text in texts.items()}
+    if any(tokenizer.unk_token_id in ids for ids in [*parts.values(), encode(label.format(1))]):
+        end = [tokenizer.eos_token_id]
+        parts = {"solution": [], "attempt": end, "rewrite": end, "locate": end}
+        label = "{}"
+    return {**parts, "label": lambda k: encode(label.format(k))}
+
+
+def rewrite_prompt(parts, prompt_ids, solution_ids, response_ids, end):
+    """B2: the prompt of `rewrite`, from (x, y*, y^), as token ids; the ids of y^ stand in it as they are."""
+    solution = [token for token in solution_ids if token != end]
+    attempt = [token for token in response_ids if token != end]
+    return prompt_ids + parts["solution"] + solution + parts["attempt"] + attempt + parts["rewrite"]
+
+
+def locate_prompt(parts, prompt_ids, solution_ids, response_ids, end, tokenizer):
+    """B2: the prompt of `locate`: the same with numbered steps in y* and y^, as token ids."""
+
+    def numbered(ids):
+        ids = [token for token in ids if token != end]
+        starts = step_starts(ids, tokenizer)
+        steps = [ids[a:b] for a, b in zip(starts, starts[1:] + [len(ids)])]
+        return [token for k, step in enumerate(steps, 1) for token in parts["label"](k) + step]
+
+    solution, attempt = numbered(solution_ids), numbered(response_ids)
+    return prompt_ids + parts["solution"] + solution + parts["attempt"] + attempt + parts["locate"]
+
+
+def locate_answer(parts, step, end):
+    """B2: the output of `locate`: the labels of the steps in turn, up to that of the first wrong one."""
+    return [token for k in range(1, step + 1) for token in parts["label"](k)] + [end]
+
+
+def located_step(parts, answer_ids, steps, end):
+    """The step, from 1, that an answer to `locate` names; None if it is no such answer, or the response has
+    no such step."""
+    return next((k for k in range(1, steps + 1) if locate_answer(parts, k, end) == answer_ids), None)
+
+
+def generative_loss(model, prompts, outputs, tasks, pad_id):
+    """B2: maximum likelihood of the outputs (lists of ids) given the prompts: the mean over the output tokens
+    of each task, summed over tasks, so that the few tokens of `locate` count as much as those of `rewrite`.
+    """
+    inputs, mask = pack(prompts, outputs, pad_id, model.device)
+    logprobs = token_logprobs(response_logits(model, inputs, mask), inputs, mask)
+    loss = 0.0
+    for task in sorted(set(tasks)):
+        rows = torch.tensor([name == task for name in tasks], device=mask.device)
+        loss = loss - logprobs[rows].sum() / mask[rows].sum()
+    return loss
 
 
 # --- Files, models and batches: helpers that stand in several scripts, letter for letter -------------------
@@ -251,6 +322,111 @@ def pack(prompts, responses, pad_id, device):
     return {name: tensor.to(device) for name, tensor in inputs.items()}, mask[:, P:].to(device)
 
 
+def response_logits(model, inputs, response_mask):
+    """Logits (B, T, vocabulary) in float32 that score the response tokens: those at t-1 score token t."""
+    T = response_mask.shape[1]
+    return model(**inputs, logits_to_keep=T + 1).logits[:, :-1].float()
+
+
+def token_logprobs(logits, inputs, response_mask):
+    """log pi(a_t | s_t) (B, T) of the response tokens, 0 where the mask is."""
+    tokens = inputs["input_ids"][:, -response_mask.shape[1]:]
+    return -F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none") * response_mask
+
+
+@torch.no_grad()
+def sample(model, prompts, tokenizer, max_new_tokens, temperature=1.0):
+    """Sample one response to each prompt (lists of ids) from the policy as it is, without the top-k, top-p or
+    penalty of a checkpoint's own settings; temperature 0 takes the likeliest tokens. The end token, where
+    there is one, is the last response token."""
+    inputs, _ = pack(prompts, [[]] * len(prompts), tokenizer.pad_token_id, model.device)
+    end = tokenizer.eos_token_id
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+    model.generation_config = GenerationConfig(
+        **how, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+    ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    rows = ids[:, inputs["input_ids"].shape[1]:].tolist()
+    return [row[:row.index(end) + 1] if end in row else row for row in rows]
+
+
+def edit_columns(a, b):
+    """E1: the Levenshtein table D of a (rows) against b (columns), one pair of big integers a column.
+
+    Neighbours in a column of D differ by -1, 0 or +1, so two sets of bits hold it: bit i of `up` says
+    D[i+1][j] = D[i][j] + 1, bit i of `down` says D[i+1][j] = D[i][j] - 1. A column follows from the last with
+    a dozen integer operations, all rows at once (Myers 1999, Hyyrö 2003). Returns len(b) + 1 pairs.
+    """
+    rows_with = {}
+    for i, token in enumerate(a):
+        rows_with[token] = rows_with.get(token, 0) | 1 << i
+    full = (1 << len(a)) - 1
+    up, down = full, 0
+    columns = [(up, down)]
+    for token in b:
+        equal = rows_with.get(token, 0)
+        diagonal = (((equal & up) + up) ^ up) | equal | down    # D[i+1][j+1] = D[i][j]
+        right_up = down | ~(diagonal | up)                      # D[i+1][j+1] = D[i+1][j] + 1
+        right_down = diagonal & up                              # D[i+1][j+1] = D[i+1][j] - 1
+        right_up = right_up << 1 | 1                            # one row down; the top row is 0, 1, 2, ...
+        right_down = right_down << 1
+        up = (right_down | ~(diagonal | right_up)) & full
+        down = right_up & diagonal & full
+        columns.append((up, down))
+    return columns
+
+
+def edit_distance(a, b):
+    """E1: the least number of replaced, deleted and inserted items that turns sequence a into b."""
+    up, down = edit_columns(a, b)[-1]
+    return len(b) + up.bit_count() - down.bit_count()
+
+
+@lru_cache(maxsize=200_000)
+def split_steps(text):
+    """The steps of a response: its lines, its sentences, or what stands between semicolons."""
+    return tuple(step.strip() for step in re.split(r"\n|(?<=;)|(?<=\.)\s", text) if step.strip())
+
+
+def judge(response, solutions):
+    """(wrong steps, answer right?) of a response. Its steps against those of the nearest right solution (E1):
+    a step replaced, deleted or inserted on the way there is a wrong one; the last step is the answer."""
+    steps = split_steps(response)
+    wrong_steps = min(edit_distance(steps, split_steps(solution)) for solution in solutions)
+    answer_right = any(steps[-1:] == split_steps(solution)[-1:] for solution in solutions)
+    return wrong_steps, answer_right
+
+
+def final_answer(text):
+    """The number behind the last `answer is` or `####` of a solution, else its last number; None without."""
+    number = r"-?\$?\d[\d,]*(?:\.\d+)?"
+    marked = re.findall(rf"(?i)(?:answer is:?|####)\s*({number})", text)
+    found = (marked or re.findall(number, text))[-1:]
+    return float(re.sub("[$,]", "", found[0])) if found else None
+
+
+def right(response, problem):
+    """Is a solution right? With an oracle (`solutions`): no step is wrong. Else its final answer counts: the
+    same number as `answer`, or, where that is no number, a last step that is the answer, word for word."""
+    if problem.get("solutions"):
+        return judge(response, problem["solutions"])[0] == 0
+    answer = final_answer(problem["answer"])
+    if answer is None:
+        return split_steps(response)[-1:] == split_steps(problem["answer"])[-1:]
+    return final_answer(response) == answer
+
+
+def step_starts(ids, tokenizer):
+    """Index of the first token of every step of a response, from the ids as they are."""
+    text_of = lambda k: tokenizer.decode(ids[:k + 1], skip_special_tokens=True)
+    text = text_of(len(ids))
+    starts, position = [], 0
+    for step in split_steps(text):
+        position = text.index(step, position)
+        starts.append(bisect_right(range(len(ids) - 1), position, key=lambda k: len(text_of(k))))
+        position += len(step)
+    return starts
+
+
 def paint(text, code):
     """Text in an ANSI colour; plain where the output is no terminal or NO_COLOR is set."""
     colour = code and sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -260,12 +436,16 @@ def paint(text, code):
 # --- Training ----------------------------------------------------------------------------------------------
 
 def score(kind, model, rows, column, pad_id):
-    """Rewards of a column of responses (rejected, edited, chosen): (B, T) and its mask, or (B,) and None."""
-    prompts = [row["prompt_ids"] for row in rows]
+    """Rewards of a column of responses (rejected, edited, chosen): (B, T) and its mask, or (B,) and None.
+    generative: p_t - 0.5 after the rewrite prompt, which is B3 before its clip."""
+    prompts = [row["rewrite_prompt" if kind == "generative" else "prompt_ids"] for row in rows]
     inputs, mask = pack(prompts, [row[f"{column}_ids"] for row in rows], pad_id, model.device)
+    if kind == "sequence":
+        return sequence_reward(model, inputs), None
     if kind == "token":
         return token_rewards(model, inputs, mask), mask
-    return sequence_reward(model, inputs), None
+    probabilities = token_logprobs(response_logits(model, inputs, mask), inputs, mask).exp()
+    return (probabilities - 0.5) * mask, mask
 
 
 def pair_loss(kind, model, rows, pad_id, args):
@@ -280,27 +460,63 @@ def pair_loss(kind, model, rows, pad_id, args):
                              args.response_reward)
 
 
-def train(kind, model, rows, pad_id, args):
-    """AdamW over all pairs, args.epochs times, the last short batch included."""
-    steps = -(-len(rows) // args.batch) * args.epochs
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
-    rng = random.Random(args.seed)
-    bar = tqdm(total=steps, desc=f"reward_{kind}", unit="step", mininterval=1.0)
-    for epoch in range(args.epochs):
+def train(kind, model, batches, loss_of, lr):
+    """AdamW, one step a batch; loss_of(batch) is A5, A6 or B2."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * len(batches)), len(batches))
+    bar = tqdm(batches, desc=f"reward_{kind}", unit="step", mininterval=1.0)
+    for batch in bar:
+        loss = loss_of(batch)
+        if not loss.isfinite():
+            fail(f"reward_{kind}, step {bar.n}: the loss is {loss.item()}; lower the learning rate")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def shuffled(rows, epochs, size, rng):
+    """Batches of all rows in a new order every epoch, the last short batch of each included."""
+    batches = []
+    for _ in range(epochs):
         order = rng.sample(rows, len(rows))
-        for start in range(0, len(order), args.batch):
-            loss = pair_loss(kind, model, order[start:start + args.batch], pad_id, args)
-            if not loss.isfinite():
-                fail(f"reward_{kind}, step {bar.n}: the loss is {loss.item()}; lower --lr")
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-            bar.update()
-            bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}", refresh=False)
-    bar.close()
+        batches += [order[start:start + size] for start in range(0, len(order), size)]
+    return batches
+
+
+def generative_rows(rows, tokenizer, context, args):
+    """B2: add the prompts of the GRM to the rows; those too long for its context are dropped and counted."""
+    parts, end = instructions(tokenizer), tokenizer.eos_token_id
+    fitting = []
+    for row in rows:
+        solution_ids = tokenizer(row["solution"], add_special_tokens=False).input_ids
+        parts_of = (parts, row["prompt_ids"], solution_ids)
+        row["rewrite_prompt"] = rewrite_prompt(*parts_of, row["rejected_ids"], end)
+        row["locate_prompt"] = locate_prompt(*parts_of, row["rejected_ids"], end, tokenizer)
+        row["chosen_right"] = row["chosen_ids"][-1] == end and right(row["chosen"], row)
+        row["copy_prompt"] = rewrite_prompt(*parts_of, row["chosen_ids"], end)
+        longest = max(len(row[name]) for name in ("rewrite_prompt", "locate_prompt", "copy_prompt"))
+        output = max(len(row["edited_ids"]), len(row["chosen_ids"]), args.max_new_tokens)
+        if longest + output <= context:
+            fitting.append(row)
+    if len(fitting) < len(rows):
+        print(f"reward_generative: dropped {len(rows) - len(fitting)} of {len(rows)} rows, whose prompt and "
+              f"rewrite are longer than the context of {context} tokens")
+    return fitting
+
+
+def generative_batches(rows, tokenizer, args):
+    """B2: batches of (prompt, output, task). Right responses are rewritten as they are, about as often as
+    they are sampled. `locate` is the harder task, so its examples come more often."""
+    parts, end = instructions(tokenizer), tokenizer.eos_token_id
+    rewrites = [(row["rewrite_prompt"], row["edited_ids"], "rewrite") for row in rows]
+    rewrites += [(row["copy_prompt"], row["chosen_ids"], "rewrite") for row in rows if row["chosen_right"]]
+    locations = [(row["locate_prompt"], locate_answer(parts, row["first_wrong_step"], end), "locate")
+                 for row in rows if row.get("first_wrong_step")]
+    examples = rewrites * args.rewrite_epochs + locations * args.locate_epochs
+    return shuffled(examples, 1, args.grm_batch, random.Random(args.seed))
 
 
 # --- Metrics -----------------------------------------------------------------------------------------------
@@ -325,11 +541,11 @@ def average_precision(positive, negative):
 
 @torch.no_grad()
 def score_all(kind, model, rows, column, pad_id, args):
-    """Rewards of all rows: lists of floats a response (token), or one float (sequence)."""
+    """Rewards of all rows: a list of floats a response, or one float (sequence)."""
     rewards = []
     for start in range(0, len(rows), 4 * args.batch):
         values, mask = score(kind, model, rows[start:start + 4 * args.batch], column, pad_id)
-        rewards += [v[m].tolist() for v, m in zip(values, mask)] if kind == "token" else values.tolist()
+        rewards += values.tolist() if kind == "sequence" else [v[m].tolist() for v, m in zip(values, mask)]
     return rewards
 
 
@@ -341,35 +557,37 @@ def pair_accuracy(kind, model, rows, better, pad_id, args):
         if kind == "token":
             how = np.mean if args.response_reward == "mean" else np.sum
             rewards = [how(r) for r in rewards]
+        if kind == "generative":                                # log P_GRM(response | rewrite prompt)
+            rewards = [np.sum(np.log(np.clip(np.array(r) + 0.5, 1e-12, 1))) for r in rewards]
         total[column] = np.array(rewards)
     return float(np.mean(np.sign(total[better] - total["rejected"]) + 1) / 2)
 
 
-def localisation(model, rows, pad_id, args):
+def localisation(kind, model, rows, pad_id, args):
     """How well low token rewards find the errors of `rejected`, on held-out pairs.
 
     auroc, average_precision: the first wrong token against the right tokens before it, scored by -r.
     first_edit_accuracy: share of pairs whose edited token beats the original where the two part, after the
     same prefix. mean_reward: of kept, replaced, deleted (in rejected) and inserted tokens (in edited).
     """
-    rejected = score_all("token", model, rows, "rejected", pad_id, args)
-    edited = score_all("token", model, rows, "edited", pad_id, args)
-    wrong, right, beats = [], [], []
+    rejected = score_all(kind, model, rows, "rejected", pad_id, args)
+    edited = score_all(kind, model, rows, "edited", pad_id, args)
+    wrong, before, beats = [], [], []
     by_operation = {"kept": [], "replace": [], "delete": [], "insert": []}
     for row, r_l, r_w in zip(rows, rejected, edited):
         first = row["first_error"]
         if first is not None:
             wrong.append(-r_l[first])
-            right += [-r for r in r_l[:first]]
+            before += [-r for r in r_l[:first]]
         op, i, j = row["edit_ops"][0]
         if i < len(r_l) and j < len(r_w):
             beats.append(r_w[j] > r_l[i])
         for op, i, j in row["edit_ops"]:
             by_operation[op].append(r_w[j] if op == "insert" else r_l[i])
         by_operation["kept"] += [r_l[i] for i, j in kept_tokens(row["edit_ops"], len(r_l), len(r_w))]
-    found = bool(wrong and right)
-    return {"auroc": auroc(wrong, right) if found else None,
-            "average_precision": average_precision(wrong, right) if found else None,
+    found = bool(wrong and before)
+    return {"auroc": auroc(wrong, before) if found else None,
+            "average_precision": average_precision(wrong, before) if found else None,
             "first_edit_accuracy": float(np.mean(beats)) if beats else None,
             "mean_reward": {op: float(np.mean(r)) if r else None for op, r in by_operation.items()}}
 
@@ -379,6 +597,37 @@ def reward_scale(kind, model, rows, pad_id, args):
     totals = [np.sum(rewards) for column in ("rejected", "chosen")
               for rewards in score_all(kind, model, rows, column, pad_id, args)]
     return {"mean": float(np.mean(totals)), "std": float(np.std(totals))}
+
+
+def rewriting(model, rows, tokenizer, args):
+    """How well the GRM does its two tasks (B2) on held-out rows, all answers the likeliest ones.
+
+    exact_rewrites: the editor's own edit. right_rewrites: the answer is right. edit_distance: mean E1 between
+    a wrong response and its rewrite, beside the editor's. located: the first wrong step is found. copied:
+    right responses left as they are.
+    """
+    parts, end = instructions(tokenizer), tokenizer.eos_token_id
+
+    def answers(prompts):
+        size = 4 * args.batch
+        batches = [prompts[start:start + size] for start in range(0, len(prompts), size)]
+        return [ids for part in batches for ids in sample(model, part, tokenizer, args.max_new_tokens, 0.0)]
+
+    rewrites = answers([row["rewrite_prompt"] for row in rows])
+    texts = tokenizer.batch_decode(rewrites, skip_special_tokens=True)
+    distances = [edit_distance(row["rejected_ids"], ids) for row, ids in zip(rows, rewrites)]
+    numbered = [row for row in rows if row.get("first_wrong_step")]
+    steps = [located_step(parts, answer, len(step_starts(row["rejected_ids"], tokenizer)), end)
+             for row, answer in zip(numbered, answers([row["locate_prompt"] for row in numbered]))]
+    copies = [row["copy_prompt"] for row in rows if row["chosen_right"]]
+    chosen = [row["chosen_ids"] for row in rows if row["chosen_right"]]
+    share = lambda hits: float(np.mean(list(hits))) if hits else None
+    return {"exact_rewrites": share([ids == row["edited_ids"] for row, ids in zip(rows, rewrites)]),
+            "right_rewrites": share([right(text, row) for text, row in zip(texts, rows)]),
+            "edit_distance": share(distances),
+            "editor_edit_distance": share([row["edit_distance"] for row in rows]),
+            "located": share([step == row["first_wrong_step"] for row, step in zip(numbered, steps)]),
+            "copied": share([ids == row for row, ids in zip(chosen, answers(copies))])}
 
 
 def token_texts(ids, tokenizer):
@@ -455,7 +704,9 @@ def open_edits(path, tokenizer):
 
 def open_reward_model(kind, path, tokenizer):
     """The model of A2 or A6 on top of a language model: one output, its head at zero, so that all rewards
-    start at 0."""
+    start at 0. The GRM (B2) is a language model itself."""
+    if kind == "generative":
+        return open_model(AutoModelForCausalLM, path)
     auto_class = AutoModelForTokenClassification if kind == "token" else AutoModelForSequenceClassification
     model = open_model(auto_class, path, num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -478,13 +729,15 @@ def main(args):
     metrics_path = run / "reward_metrics.json"
     metrics = read_metrics(metrics_path)
     todo = []
-    for kind in ("token", "sequence") if args.kind == "both" else (args.kind,):
+    for kind in ("token", "sequence", "generative") if args.kind == "all" else (args.kind,):
         path = run / f"reward_{kind}"
-        usable = [row for row in rows if row.get("edit_ops")] if kind == "token" else rows
+        needed = {"token": "edit_ops", "sequence": "rejected", "generative": "solution"}[kind]
+        usable = [row for row in rows if row.get(needed) and (row.get("edit_ops") or kind == "sequence")]
         if path.exists() and kind in metrics and not args.overwrite:
             print(f"{path} is there already; --overwrite trains it again")
         elif not usable:
-            print(f"reward_token: skipped, it needs the column `edited`, and no row of {edits_path} has one")
+            column = "solution" if kind == "generative" else "edited"
+            print(f"reward_{kind}: skipped, it needs the column `{column}`, which no row of {edits_path} has")
         elif len({row["split"] == "train" for row in usable}) < 2:
             fail(f"{edits_path}: reward_{kind} needs rows of the split train and rows of another split")
         else:
@@ -492,18 +745,30 @@ def main(args):
     if todo:
         start_stage(args, "02")
     for kind, path, usable in todo:
-        held_out = [row for row in usable if row["split"] != "train"]
-        edited = [row for row in held_out if row.get("edit_ops")]
         model = open_reward_model(kind, model_path, tokenizer).to(args.device)
         start = time.time()
-        train(kind, model, [row for row in usable if row["split"] == "train"], tokenizer.pad_token_id, args)
         pad_id = tokenizer.pad_token_id
+        if kind == "generative":
+            usable = generative_rows(usable, tokenizer, model.config.max_position_embeddings, args)
+        training = [row for row in usable if row["split"] == "train"]
+        held_out = [row for row in usable if row["split"] != "train"]
+        edited = [row for row in held_out if row.get("edit_ops")]
+        if not training or not held_out:
+            fail(f"reward_{kind}: no row is left to train on, or none to measure with: use a model with a "
+                 "longer context, or shorter solutions")
+        if kind == "generative":
+            train(kind, model, generative_batches(training, tokenizer, args),
+                  lambda batch: generative_loss(model, *zip(*batch), pad_id), args.grm_lr)
+        else:
+            train(kind, model, shuffled(training, args.epochs, args.batch, random.Random(args.seed)),
+                  lambda batch: pair_loss(kind, model, batch, pad_id, args), args.lr)
         metrics[kind] = {
             "pair_accuracy": pair_accuracy(kind, model, edited, "edited", pad_id, args) if edited else None,
             "preference_accuracy": pair_accuracy(kind, model, held_out, "chosen", pad_id, args),
             "pairs": len(edited or held_out),
-            "localisation": localisation(model, edited, pad_id, args) if kind == "token" else None,
+            "localisation": localisation(kind, model, edited, pad_id, args) if kind != "sequence" else None,
             "scale": reward_scale(kind, model, held_out, pad_id, args),
+            **(rewriting(model, edited, tokenizer, args) if kind == "generative" else {}),
             "seconds": round(time.time() - start, 1)}
         if not metrics[kind]["scale"]["std"] > 0:
             fail(f"reward_{kind}: after the last step the rewards are all equal or not finite; lower --lr")

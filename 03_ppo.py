@@ -1,7 +1,10 @@
-"""Stage 3: PPO with a reward on every token, beside ordinary PPO with one reward a response.
+"""Stage 3: PPO with a reward on every token, beside ordinary PPO with one reward a response; and RLMEC.
 
-Paper: Xu et al., "Aligning Large Language Models via Fine-grained Supervision" (ACL 2024, arXiv 2406.02756).
-Equations: A7 (reward), A8 (advantages), A9 (PPO).
+Papers: A, Xu et al., "Aligning Large Language Models via Fine-grained Supervision" (ACL 2024, 2406.02756).
+        B, Chen et al., "Improving Large Language Models via Fine-grained Reinforcement Learning with Minimum
+        Editing Constraint" (RLMEC, ACL 2024, 2401.06081).
+Equations: A7 (reward), A8 (advantages), A9 (PPO); B3 (token reward), B4 (rewrite), B5 (token-level
+objective), B6 (imitation), B7 (total), B8 (recipe), E1 (alignment).
 
     symbol      variable                    shape
     a_t         inputs["input_ids"][:, -T:] (B, T)     response tokens, the end token included
@@ -11,20 +14,26 @@ Equations: A7 (reward), A8 (advantages), A9 (PPO).
     r^_t        rewards                     (B, T)     scores minus the KL penalty
     V(s_t)      values                      (B, T)     before token t is written
     A^_t        advantages                  (B, T)
+    p_t         probabilities               (B, T)     of the generative reward model (GRM)
+    w_t         weights                     (B, T)     rlmec_loss
+    y~          rewrite_ids                 (B, T~)    the GRM's correction of the response
+    gamma_t     gamma                       (B, T~)    imitation weights
 
     One index convention, for a prompt p1 p2 and a response a1 a2 a3, all in columns -T: of the batch:
         input_ids      <pad>  p1   p2   a1   a2   a3        logits at t-1 score token t, so
         logits of             .    a1   a2   a3   .         log-prob and value of a1 are read at p2,
         reward of                       a1   a2   a3        its reward is read at a1 itself.
 
-Simplified against the paper:
+Simplified against the papers:
   1. The value model is a second model beside the policy, started from the SFT policy in both runs.
   2. Rewards are divided by the standard deviation of a response's total reward (stage 2 measured it).
+  3. RLMEC takes one sample a problem, and its rewrites are the GRM's likeliest ones.
 
-Reads:  RUN/policy/  RUN/problems.jsonl  RUN/reward_token/  RUN/reward_sequence/  RUN/reward_metrics.json
-Writes: RUN/ppo_token/  RUN/ppo_sequence/  RUN/ppo_token.csv  RUN/ppo_sequence.csv  RUN/03_args.json
+Reads:  RUN/policy/  RUN/problems.jsonl  RUN/reward_*/  RUN/reward_metrics.json
+Writes: RUN/ppo_token/  RUN/ppo_sequence/  RUN/rlmec/  RUN/rlmec_imitation/, a CSV each, RUN/03_args.json
 
-    python 03_ppo.py                      about 1 minute on two CPU cores (no GPU was at hand to measure)
+    python 03_ppo.py                      about 2 minutes on two CPU cores (no GPU was at hand to measure)
+    python 03_ppo.py --method rlmec_reward     an ablation of RLMEC: imitation, reward, uniform or noclip
 """
 
 import csv
@@ -35,7 +44,9 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from bisect import bisect_right
+from collections import Counter
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Optional
@@ -45,6 +56,7 @@ import torch.nn.functional as F
 from tqdm import tqdm, trange
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers import get_cosine_schedule_with_warmup
 from transformers.utils import logging
 
 
@@ -55,10 +67,13 @@ class Args:
     overwrite: bool = field(default=False, metadata={"help": "train again even if the policies exist"})
     policy: Optional[str] = field(default=None, metadata={"help": "SFT policy, pi_ref; default RUN/policy"})
     problems: Optional[str] = field(default=None, metadata={"help": "prompts; default RUN/problems.jsonl"})
-    reward: str = field(default="both", metadata={
-        "help": "which reward to train on", "choices": ["both", "token", "sequence"]})
+    method: str = field(default="all", metadata={
+        "help": "what to train; all: the first four; the last three: RLMEC with --imitation_weight 0, "
+                "--uniform_gamma, --rlmec_clip inf",
+        "choices": ["all", "ppo_token", "ppo_sequence", "rlmec", "rlmec_imitation", "rlmec_reward",
+                    "rlmec_uniform", "rlmec_noclip"]})
     reward_model: Optional[str] = field(default=None, metadata={
-        "help": "with --reward token or sequence: its folder; default RUN/reward_token, RUN/reward_sequence"})
+        "help": "with one --method: its reward model; default RUN/reward_token, _sequence or _generative"})
     updates: int = field(default=40, metadata={"help": "PPO updates: rollout, then ppo_epochs over it"})
     rollout_batch: int = field(default=256, metadata={"help": "responses sampled an update (episodes)"})
     ppo_epochs: int = field(default=2, metadata={"help": "passes over a rollout"})
@@ -74,6 +89,16 @@ class Args:
         "help": "stop the passes over a rollout when the mean KL(pi_old, pi) exceeds this many nats a token"})
     temperature: float = field(default=1.0, metadata={"help": "temperature of sampling and of all log-probs"})
     max_new_tokens: int = field(default=48, metadata={"help": "longest response, in tokens"})
+    rlmec_samples: int = field(default=4096, metadata={"help": "B8: responses sampled a round (episodes)"})
+    rounds: int = field(default=1, metadata={
+        "help": "B8: times to sample, reward and train; 1 is off-line, more go on from the current policy"})
+    rlmec_epochs: int = field(default=3, metadata={"help": "B8: passes over the samples of a round"})
+    rlmec_batch: int = field(default=128, metadata={"help": "B8: samples an optimiser step"})
+    rlmec_lr: float = field(default=1e-3, metadata={"help": "B8: learning rate; cosine with 3 %% warm-up"})
+    rlmec_clip: float = field(default=0.3, metadata={"help": "B5: clip range of the ratio, epsilon"})
+    reward_weight: float = field(default=1.0, metadata={"help": "B7: weight of L_RL; 0 is imitation alone"})
+    imitation_weight: float = field(default=1.0, metadata={"help": "B7: weight of L_IR, lambda"})
+    uniform_gamma: bool = field(default=False, metadata={"help": "B6: gamma_t = 1 for every token"})
     eval_every: int = field(default=2, metadata={"help": "updates between looks at the validation prompts"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={
         "help": "torch device"})
@@ -143,6 +168,84 @@ def value_loss(values, old_values, returns, response_mask, clip):
     """A9: half the mean over tokens of the larger squared error, of V and of V clipped around old V."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return 0.5 * masked_mean(torch.max((values - returns) ** 2, (clipped - returns) ** 2), response_mask)
+
+
+def generative_rewards(probabilities, is_right, response_mask):
+    """B3: r_t (B, T) from p_t = P_GRM(a_t | rewrite prompt, a_<t) (B, T) and is_right (B,), boolean:
+    clip(p_t - 0.5, 0, 0.5) in a right response, clip(p_t - 0.5, -0.1, 0) in a wrong one."""
+    r = probabilities - 0.5
+    return torch.where(is_right[:, None], r.clamp(0, 0.5), r.clamp(-0.1, 0)) * response_mask
+
+
+def rlmec_loss(logprobs, old_logprobs, rewards, clip):
+    """B5: -(1/N) sum_t w_t log pi(a_t | s_t), w_t = stopgrad[min(rho_t r_t, clip(rho_t, 1-eps, 1+eps) r_t)],
+    N tokens with r_t != 0; all (B, T), rewards 0 outside the response. Not PPO's clip: a clipped ratio stops
+    PPO's gradient; here the weight is clipped and log pi keeps its gradient."""
+    ratio = torch.exp(logprobs - old_logprobs)
+    weights = torch.min(ratio * rewards, ratio.clamp(1 - clip, 1 + clip) * rewards).detach()
+    N = (rewards != 0).sum().clamp(min=1)                     # no such token: the term is 0, not 0/0
+    return -(weights * logprobs).sum() / N
+
+
+def imitation_weights(response_ids, rewrite_ids, uniform=False):
+    """B6: gamma_t of every token of the rewrite: 1 where the alignment (E1) replaces or inserts, 0.5 where it
+    keeps; so 0.5 throughout for a right response, which is its own rewrite. uniform: 1 everywhere."""
+    return [1.0 if uniform or op != "keep" else 0.5
+            for op, i, j in align(response_ids, rewrite_ids) if op != "delete"]
+
+
+def imitation_loss(logprobs, gamma, rewrite_mask):
+    """B6: -(1/M) sum_t gamma_t log pi(y~_t | x, y~_<t), all (B, T), M tokens of the rewrites."""
+    return -(gamma * logprobs).sum() / rewrite_mask.sum()
+
+
+# --- The generative reward model: its prompts, the same in training, scoring and generation ----------------
+
+def instructions(tokenizer):
+    """B2: token ids of the fixed parts of both prompts. A vocabulary of a built-in task has no words for
+    instructions: there the end token separates the parts, and a step is numbered by a bare digit."""
+    texts = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
+             "rewrite": "\nThe attempt, corrected with as few changes as possible:\n",
+             "locate": "\nThe first wrong step of the attempt:\n"}
+    label = "[{}] "
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    parts = {name: encode(text) for name, text in texts.items()}
+    if any(tokenizer.unk_token_id in ids for ids in [*parts.values(), encode(label.format(1))]):
+        end = [tokenizer.eos_token_id]
+        parts = {"solution": [], "attempt": end, "rewrite": end, "locate": end}
+        label = "{}"
+    return {**parts, "label": lambda k: encode(label.format(k))}
+
+
+def rewrite_prompt(parts, prompt_ids, solution_ids, response_ids, end):
+    """B2: the prompt of `rewrite`, from (x, y*, y^), as token ids; the ids of y^ stand in it as they are."""
+    solution = [token for token in solution_ids if token != end]
+    attempt = [token for token in response_ids if token != end]
+    return prompt_ids + parts["solution"] + solution + parts["attempt"] + attempt + parts["rewrite"]
+
+
+def locate_prompt(parts, prompt_ids, solution_ids, response_ids, end, tokenizer):
+    """B2: the prompt of `locate`: the same with numbered steps in y* and y^, as token ids."""
+
+    def numbered(ids):
+        ids = [token for token in ids if token != end]
+        starts = step_starts(ids, tokenizer)
+        steps = [ids[a:b] for a, b in zip(starts, starts[1:] + [len(ids)])]
+        return [token for k, step in enumerate(steps, 1) for token in parts["label"](k) + step]
+
+    solution, attempt = numbered(solution_ids), numbered(response_ids)
+    return prompt_ids + parts["solution"] + solution + parts["attempt"] + attempt + parts["locate"]
+
+
+def locate_answer(parts, step, end):
+    """B2: the output of `locate`: the labels of the steps in turn, up to that of the first wrong one."""
+    return [token for k in range(1, step + 1) for token in parts["label"](k)] + [end]
+
+
+def located_step(parts, answer_ids, steps, end):
+    """The step, from 1, that an answer to `locate` names; None if it is no such answer, or the response has
+    no such step."""
+    return next((k for k in range(1, steps + 1) if locate_answer(parts, k, end) == answer_ids), None)
 
 
 # --- Helpers that stand in several scripts, letter for letter ----------------------------------------------
@@ -315,12 +418,13 @@ def token_logprobs(logits, inputs, response_mask):
 @torch.no_grad()
 def sample(model, prompts, tokenizer, max_new_tokens, temperature=1.0):
     """Sample one response to each prompt (lists of ids) from the policy as it is, without the top-k, top-p or
-    penalty of a checkpoint's own settings. The end token, where there is one, is the last response token."""
+    penalty of a checkpoint's own settings; temperature 0 takes the likeliest tokens. The end token, where
+    there is one, is the last response token."""
     inputs, _ = pack(prompts, [[]] * len(prompts), tokenizer.pad_token_id, model.device)
     end = tokenizer.eos_token_id
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
-        eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+        **how, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
     ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     rows = ids[:, inputs["input_ids"].shape[1]:].tolist()
     return [row[:row.index(end) + 1] if end in row else row for row in rows]
@@ -375,6 +479,33 @@ def edit_distance(a, b):
     return len(b) + up.bit_count() - down.bit_count()
 
 
+def align(a, b):
+    """E1: one optimal path from a to b as a list of [op, i, j], op in keep, replace, delete, insert; i
+    indexes a, j indexes b. The common beginning is kept first, so the first operation stands where the two
+    part. A deletion marks nothing in b and an insertion nothing in a: there j and i only say where."""
+    start = 0
+    while start < min(len(a), len(b)) and a[start] == b[start]:
+        start += 1
+    columns = edit_columns(a[start:], b[start:])
+    path = []
+    i, j = len(a), len(b)
+    while i > start or j > start:
+        row = 1 << (i - start - 1) if i > start else 0
+        if row and j > start and a[i - 1] == b[j - 1]:
+            i, j = i - 1, j - 1
+            path.append(["keep", i, j])
+        elif row and (j == start or columns[j - start][0] & row):      # D[i][j] = D[i-1][j] + 1
+            i = i - 1
+            path.append(["delete", i, j])
+        elif not row or columns[j - start - 1][1] & row:               # D[i][j] = D[i][j-1] + 1
+            j = j - 1
+            path.append(["insert", i, j])
+        else:
+            i, j = i - 1, j - 1
+            path.append(["replace", i, j])
+    return [["keep", k, k] for k in range(start)] + path[::-1]
+
+
 @lru_cache(maxsize=200_000)
 def split_steps(text):
     """The steps of a response: its lines, its sentences, or what stands between semicolons."""
@@ -390,7 +521,38 @@ def judge(response, solutions):
     return wrong_steps, answer_right
 
 
-# --- One update --------------------------------------------------------------------------------------------
+def final_answer(text):
+    """The number behind the last `answer is` or `####` of a solution, else its last number; None without."""
+    number = r"-?\$?\d[\d,]*(?:\.\d+)?"
+    marked = re.findall(rf"(?i)(?:answer is:?|####)\s*({number})", text)
+    found = (marked or re.findall(number, text))[-1:]
+    return float(re.sub("[$,]", "", found[0])) if found else None
+
+
+def right(response, problem):
+    """Is a solution right? With an oracle (`solutions`): no step is wrong. Else its final answer counts: the
+    same number as `answer`, or, where that is no number, a last step that is the answer, word for word."""
+    if problem.get("solutions"):
+        return judge(response, problem["solutions"])[0] == 0
+    answer = final_answer(problem["answer"])
+    if answer is None:
+        return split_steps(response)[-1:] == split_steps(problem["answer"])[-1:]
+    return final_answer(response) == answer
+
+
+def step_starts(ids, tokenizer):
+    """Index of the first token of every step of a response, from the ids as they are."""
+    text_of = lambda k: tokenizer.decode(ids[:k + 1], skip_special_tokens=True)
+    text = text_of(len(ids))
+    starts, position = [], 0
+    for step in split_steps(text):
+        position = text.index(step, position)
+        starts.append(bisect_right(range(len(ids) - 1), position, key=lambda k: len(text_of(k))))
+        position += len(step)
+    return starts
+
+
+# --- PPO: one update ---------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def rollout(kind, models, prompts, tokenizer, scale, args):
@@ -454,15 +616,18 @@ def average(statistics):
 
 @torch.no_grad()
 def validate(policy, problems, tokenizer, args):
-    """Share of sampled responses without a wrong step, and wrong steps a response, on validation problems."""
+    """Share of right responses on validation problems and, with an oracle, wrong steps a response."""
     prompts = [problem["prompt_ids"] for problem in problems]
     responses = []
     for start in range(0, len(prompts), args.rollout_batch):
         responses += sample(policy, prompts[start:start + args.rollout_batch], tokenizer, args.max_new_tokens,
                             args.temperature)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    wrong = [judge(text, problem["solutions"])[0] for text, problem in zip(texts, problems)]
-    return {"accuracy": sum(w == 0 for w in wrong) / len(wrong), "wrong_steps": sum(wrong) / len(wrong)}
+    result = {"accuracy": sum(map(right, texts, problems)) / len(texts)}
+    if all(problem.get("solutions") for problem in problems):
+        wrong = [judge(text, problem["solutions"])[0] for text, problem in zip(texts, problems)]
+        result["wrong_steps"] = sum(wrong) / len(wrong)
+    return result
 
 
 def statistics_of(batch, responses, tokenizer):
@@ -509,7 +674,7 @@ def ppo(kind, problems, tokenizer, scale, args, paths):
                                    {"params": models["value"].parameters(), "lr": args.value_lr}],
                                   betas=(0.9, 0.95), weight_decay=0.0)
     train = [problem for problem in problems if problem["split"] == "train"]
-    val = [problem for problem in problems if problem["split"] == "val" and problem.get("solutions")]
+    val = [problem for problem in problems if problem["split"] == "val" and problem.get("answer")]
     rng = random.Random(args.seed)
     queue = []
     seconds = 0.0
@@ -544,6 +709,184 @@ def ppo(kind, problems, tokenizer, scale, args, paths):
     return models["policy"], log
 
 
+# --- RLMEC -------------------------------------------------------------------------------------------------
+
+VARIANTS = {"rlmec": {}, "rlmec_imitation": {"reward_weight": 0.0}, "rlmec_reward": {"imitation_weight": 0.0},
+            "rlmec_uniform": {"uniform_gamma": True}, "rlmec_noclip": {"rlmec_clip": float("inf")}}
+
+
+@torch.no_grad()
+def rewrite(grm, problems, responses, tokenizer, args, drop):
+    """B4: for every wrong response the GRM locates the first wrong step, keeps the steps before it and writes
+    the rest anew. Returns lists of ids; None where that fails or the result is wrong, counted in drop."""
+    parts, end = instructions(tokenizer), tokenizer.eos_token_id
+    context = grm.config.max_position_embeddings
+    rewrites = [None] * len(responses)
+    pending = {}                                               # number of the response -> prompt of `locate`
+    rewrite_prompts = []
+    for k, (problem, response) in enumerate(zip(problems, responses)):
+        x_and_solution = (parts, problem["prompt_ids"], problem["solution_ids"])
+        rewrite_prompts.append(rewrite_prompt(*x_and_solution, response, end))
+        prompt = locate_prompt(*x_and_solution, response, end, tokenizer)
+        if max(len(prompt), len(rewrite_prompts[k]) + len(response)) + args.max_new_tokens > context:
+            drop["the rewrite may be longer than the GRM's context"] += 1
+        else:
+            pending[k] = prompt
+    if not pending:
+        return rewrites
+    answers = sample(grm, list(pending.values()), tokenizer, args.max_new_tokens, temperature=0.0)
+    prefixes = {}                                              # number of the response -> the steps that stay
+    for k, answer in zip(pending, answers):
+        starts = step_starts(responses[k], tokenizer)
+        step = located_step(parts, answer, len(starts), end)
+        if step is None:
+            drop["the locator names no step that is there"] += 1
+        else:
+            prefixes[k] = responses[k][:starts[step - 1]]
+    if not prefixes:
+        return rewrites
+    prompts = [rewrite_prompts[k] + kept for k, kept in prefixes.items()]
+    endings = sample(grm, prompts, tokenizer, args.max_new_tokens, temperature=0.0)
+    for (k, kept), ending in zip(prefixes.items(), endings):
+        text = tokenizer.decode(kept + ending, skip_special_tokens=True)
+        if ending[-1] != end:
+            drop["the rewrite does not end"] += 1
+        elif not right(text, problems[k]):
+            drop["the rewrite is wrong"] += 1
+        else:
+            rewrites[k] = kept + ending
+    return rewrites
+
+
+@torch.no_grad()
+def collect(policy, grm, problems, tokenizer, args):
+    """B8: one sample for each problem, scored (B3), corrected (B4) and aligned (B6) once. Wrong is what the
+    answer says, never what the locator says. Returns a list of dictionaries: ids carried as they were made,
+    old_logprobs and rewards (T,) of the response, gamma (T~,) of the rewrite."""
+    parts, end, pad_id = instructions(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id
+    drop = Counter()
+    samples = []
+    for start in trange(0, len(problems), args.rollout_batch, desc="sample and rewrite", unit="batch"):
+        batch = problems[start:start + args.rollout_batch]
+        prompts = [problem["prompt_ids"] for problem in batch]
+        responses = sample(policy, prompts, tokenizer, args.max_new_tokens, args.temperature)
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        is_right = [response[-1] == end and right(text, problem)
+                    for response, text, problem in zip(responses, texts, batch)]
+        wrong = [k for k in range(len(batch)) if not is_right[k]]
+        wrong_responses = [responses[k] for k in wrong]
+        rewrites = dict(zip(wrong, rewrite(grm, [batch[k] for k in wrong], wrong_responses, tokenizer, args,
+                                           drop)))
+        inputs, mask = pack(prompts, responses, pad_id, args.device)
+        old_logprobs = token_logprobs(response_logits(policy, inputs, mask) / args.temperature, inputs, mask)
+        grm_prompts = [rewrite_prompt(parts, problem["prompt_ids"], problem["solution_ids"], response, end)
+                       for problem, response in zip(batch, responses)]
+        inputs, mask = pack(grm_prompts, responses, pad_id, args.device)
+        probabilities = token_logprobs(response_logits(grm, inputs, mask), inputs, mask).exp()
+        rewards = generative_rewards(probabilities, torch.tensor(is_right, device=args.device), mask)
+        for k, response in enumerate(responses):
+            rewrite_ids = response if is_right[k] else rewrites[k]
+            if rewrite_ids is None:
+                continue
+            gamma = imitation_weights(response, rewrite_ids, args.uniform_gamma)
+            samples.append({"prompt_ids": prompts[k], "response_ids": response, "right": is_right[k],
+                            "old_logprobs": old_logprobs[k, :len(response)],
+                            "rewards": rewards[k, :len(response)],
+                            "rewrite_ids": rewrite_ids, "gamma": torch.tensor(gamma)})
+    n_right = sum(row["right"] for row in samples)
+    reasons = ", ".join(f"{count} because {reason}" for reason, count in drop.items())
+    print(f"  {len(problems)} sampled: {n_right} right, {len(samples) - n_right} wrong and rewritten; "
+          f"dropped: {reasons or 'none'}")
+    return samples
+
+
+def add_solutions(path, problems, tokenizer):
+    """Add solution_ids to the problems: RLMEC needs a reference solution and an answer for each."""
+    for problem in problems:
+        for name in ("solution", "answer"):
+            if not isinstance(problem.get(name), str) or not problem[name].strip():
+                fail(f"{path}, {problem['id']}: column `{name}` is missing or empty, and RLMEC needs it: "
+                     "choose another --method, or add it")
+        problem["solution_ids"] = tokenizer(problem["solution"], add_special_tokens=False).input_ids
+
+
+def rlmec_step(policy, optimizer, rows, tokenizer, args):
+    """One optimiser step of B7, L_RL + lambda L_IR, on a batch of samples; its statistics."""
+    padded = lambda name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], True).to(args.device)
+    logprobs, masks = {}, {}
+    for name in ("response_ids", "rewrite_ids"):
+        inputs, masks[name] = pack([row["prompt_ids"] for row in rows], [row[name] for row in rows],
+                                   tokenizer.pad_token_id, args.device)
+        logits = response_logits(policy, inputs, masks[name]) / args.temperature
+        logprobs[name] = token_logprobs(logits, inputs, masks[name])
+    old_logprobs, rewards, mask = padded("old_logprobs"), padded("rewards"), masks["response_ids"]
+    loss_reward = rlmec_loss(logprobs["response_ids"], old_logprobs, rewards, args.rlmec_clip)           # B5
+    loss_imitation = imitation_loss(logprobs["rewrite_ids"], padded("gamma"), masks["rewrite_ids"])       # B6
+    loss = args.reward_weight * loss_reward + args.imitation_weight * loss_imitation                      # B7
+    logratio = (logprobs["response_ids"] - old_logprobs).detach()
+    clipped = (logratio.exp() - 1).abs() > args.rlmec_clip
+    statistics = {"reward_loss": loss_reward.item(), "imitation_loss": loss_imitation.item(),
+                  "reward": rewards.sum(1).mean().item(), "length": mask.sum(1).float().mean().item(),
+                  "approx_kl": masked_mean(logratio.exp() - 1 - logratio, mask).item(),
+                  "clipfrac": masked_mean(clipped.float(), mask).item(),
+                  "max_logratio": logratio.abs().max().item()}
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    if not loss.isfinite():
+        fail(f"RLMEC: the loss is {loss.item()}; lower --rlmec_lr")
+    return statistics
+
+
+def rlmec(name, problems, tokenizer, args, paths):
+    """B8: sample from the policy, reward once, args.rlmec_epochs passes of B7; args.rounds times. Returns the
+    policy and its log, one row a step; None where every sample was wrong and could not be rewritten."""
+    args = replace(args, **VARIANTS[name])
+    torch.manual_seed(args.seed)                       # the same problems and samples for every variant
+    policy = open_model(AutoModelForCausalLM, paths["policy"]).to(args.device)
+    grm = open_model(AutoModelForCausalLM, paths["reward"]).to(args.device)
+    if open_tokenizer(paths["reward"]).get_vocab() != tokenizer.get_vocab():
+        fail(f"{paths['reward']} and {paths['policy']} differ in vocabulary; rewards need the same tokens")
+    train = [problem for problem in problems if problem["split"] == "train"]
+    val = [problem for problem in problems if problem["split"] == "val"]
+    rng = random.Random(args.seed)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.rlmec_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    steps_a_round = -(-args.rlmec_samples // args.rlmec_batch) * args.rlmec_epochs
+    steps = steps_a_round * args.rounds
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
+    log = []
+    seconds = 0.0
+    for round_number in range(1, args.rounds + 1):
+        start = time.time()
+        drawn = [problem for _ in range(-(-args.rlmec_samples // len(train)))
+                 for problem in rng.sample(train, len(train))][:args.rlmec_samples]
+        samples = collect(policy, grm, drawn, tokenizer, args)
+        if not samples:
+            return None, None
+        seconds += time.time() - start
+        batches = [rows for _ in range(args.rlmec_epochs)
+                   for rows in torch.randperm(len(samples)).split(args.rlmec_batch)]
+        bar = tqdm(batches, desc=f"{name}, round {round_number}", unit="update")
+        for rows in bar:
+            start = time.time()
+            row = {"update": len(log) + 1, "episodes": round_number * args.rlmec_samples,
+                   **rlmec_step(policy, optimizer, [samples[k] for k in rows], tokenizer, args)}
+            if rows is batches[0]:
+                assert row["max_logratio"] < 1e-3, "rho is not 1 before the first step"
+            schedule.step()
+            seconds += time.time() - start
+            row["seconds"] = round(seconds, 2)
+            if val and (len(log) % args.eval_every == 0 or rows is batches[-1]):
+                row.update(validate(policy, val, tokenizer, args))
+            log.append(row)
+            shown = {key: f"{row[key]:.3f}" for key in row if key.endswith("loss") or key == "accuracy"}
+            bar.set_postfix(shown, refresh=False)
+    if not all(parameter.isfinite().all() for parameter in policy.parameters()):
+        fail(f"{name}: the policy is not finite any more; lower --rlmec_lr")
+    return policy, log
+
+
 def write_csv(path, rows):
     """One line an update; a column that an update did not measure stays empty."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
@@ -562,7 +905,9 @@ def main(args):
     problems_path = Path(args.problems or run / "problems.jsonl")
     if not problems_path.exists():
         fail(f"{problems_path} is missing: run 01_edit_data.py first, or name the file with --problems")
-    kinds = ("token", "sequence") if args.reward == "both" else (args.reward,)
+    methods = [args.method]
+    if args.method == "all":
+        methods = ["ppo_token", "ppo_sequence", "rlmec", "rlmec_imitation"]
     metrics_path = (Path(args.reward_model).parent if args.reward_model else run) / "reward_metrics.json"
     if not metrics_path.exists():
         fail(f"{metrics_path} is missing: run 02_reward_model.py first")
@@ -574,23 +919,34 @@ def main(args):
         fail(f"{problems_path}: no problem has the split train")
     encode_problems(problems_path, problems, tokenizer, context, args.max_new_tokens)
     todo = []
-    for kind in kinds:
-        target = run / f"ppo_{kind}"
+    for method in methods:
+        target = run / method
+        kind = method.removeprefix("ppo_") if method.startswith("ppo_") else "generative"
         reward_path = args.reward_model or run / f"reward_{kind}"
         if target.exists() and not args.overwrite:
             print(f"{target} is there already; --overwrite trains it again")
-        elif args.reward == "both" and kind not in metrics:
-            print(f"ppo_{kind}: skipped, stage 2 made no reward_{kind}")
+        elif args.method == "all" and kind not in metrics:
+            print(f"{method}: skipped, stage 2 made no reward_{kind}")
         elif kind not in metrics or not args.reward_model and not reward_path.is_dir():
             fail(f"{reward_path} or its entry in {metrics_path} is missing: run 02_reward_model.py first")
         else:
-            todo.append((kind, reward_path, target))
+            todo.append((method, kind, reward_path, target))
+    if any(kind == "generative" for method, kind, reward_path, target in todo):
+        add_solutions(problems_path, problems, tokenizer)
     if todo:
         start_stage(args, "03")
-    for kind, reward_path, target in todo:
+    for method, kind, reward_path, target in todo:
         paths = {"policy": policy_path, "reward": reward_path}
-        policy, log = ppo(kind, problems, tokenizer, metrics[kind]["scale"], args, paths)
-        write_csv(run / f"ppo_{kind}.csv", log)
+        if kind == "generative":
+            policy, log = rlmec(method, problems, tokenizer, args, paths)
+        else:
+            policy, log = ppo(kind, problems, tokenizer, metrics[kind]["scale"], args, paths)
+        if policy is None and args.method == "all":
+            print(f"{method}: skipped, the reward model could not rewrite one sample")
+            continue
+        if policy is None:
+            fail(f"{method}: {reward_path} could not rewrite one sample; train it longer in stage 2")
+        write_csv(run / f"{method}.csv", log)
         save_model(policy, tokenizer, target)
 
 

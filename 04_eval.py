@@ -1,16 +1,19 @@
 """Stage 4: which policy is better, by how much, and how fast it got there.
 
-Paper: Xu et al., "Aligning Large Language Models via Fine-grained Supervision" (ACL 2024, arXiv 2406.02756).
-The paper's three checks: (1) reward-model accuracy with and without minimal edits, (2) win rate of
-fine-grained against ordinary PPO at the same data size, (3) convergence of both.
+Papers: A, Xu et al., "Aligning Large Language Models via Fine-grained Supervision" (ACL 2024, 2406.02756).
+        B, Chen et al., "Improving Large Language Models via Fine-grained Reinforcement Learning with Minimum
+        Editing Constraint" (RLMEC, ACL 2024, 2401.06081).
+Paper A's three checks: (1) reward-model accuracy with and without minimal edits, (2) win rate of fine-grained
+against ordinary PPO at the same data size, (3) convergence of both. Paper B's: (4) right and wrong steps of
+RLMEC, what imitation alone reaches, (5) steadiness.
 
-Simplified against the paper:
+Simplified against the papers:
   1. The judge is the oracle of the built-in tasks (E1 on steps): fewer wrong steps wins, then the right
-     answer, a tie counts one half. The paper asks a simulated human (AlpacaFarm). Without an oracle the judge
-     is a reward model of stage 2, and its own accuracy is printed beside it.
+     answer, a tie counts one half. Paper A asks a simulated human (AlpacaFarm). Without an oracle the final
+     answer decides; without answers a reward model of stage 2, and its own accuracy is printed beside it.
   2. The opponent is the SFT policy, answering the same prompts.
 
-Reads:  RUN/policy/  RUN/ppo_token/  RUN/ppo_sequence/  RUN/*.csv  RUN/problems.jsonl  RUN/reward_metrics.json
+Reads:  RUN/policy/  RUN/ppo_*/  RUN/rlmec*/  RUN/*.csv  RUN/problems.jsonl  RUN/reward_metrics.json
 Writes: RUN/eval.json  RUN/04_args.json
 
     python 04_eval.py                     about 5 seconds on two CPU cores (no GPU was at hand to measure)
@@ -42,7 +45,7 @@ class Args:
     overwrite: bool = field(default=False, metadata={"help": "evaluate again even if eval.json exists"})
     policy: Optional[str] = field(default=None, metadata={"help": "SFT policy, opponent; default RUN/policy"})
     policies: Optional[List[str]] = field(default=None, metadata={
-        "help": "policies to evaluate; default RUN/ppo_token RUN/ppo_sequence"})
+        "help": "policies to evaluate; default RUN/ppo_token RUN/ppo_sequence RUN/rlmec*"})
     problems: Optional[str] = field(default=None, metadata={"help": "prompts; default RUN/problems.jsonl"})
     split: str = field(default="test", metadata={"help": "prompts", "choices": ["train", "val", "test"]})
     batch: int = field(default=500, metadata={"help": "responses sampled at once"})
@@ -70,6 +73,13 @@ def win_rate(scores, baseline_scores):
 def first_update_at(log, accuracy):
     """The first row of a CSV log whose measured validation accuracy reaches a level, or None."""
     return next((row for row in log if row.get("accuracy") is not None and row["accuracy"] >= accuracy), None)
+
+
+def largest_drop(accuracy):
+    """Steadiness: the best of a list of validation accuracies minus the lowest one after it."""
+    if not accuracy:
+        return None
+    return max(accuracy) - min(accuracy[accuracy.index(max(accuracy)):])
 
 
 def read_log(path):
@@ -240,12 +250,13 @@ def token_logprobs(logits, inputs, response_mask):
 @torch.no_grad()
 def sample(model, prompts, tokenizer, max_new_tokens, temperature=1.0):
     """Sample one response to each prompt (lists of ids) from the policy as it is, without the top-k, top-p or
-    penalty of a checkpoint's own settings. The end token, where there is one, is the last response token."""
+    penalty of a checkpoint's own settings; temperature 0 takes the likeliest tokens. The end token, where
+    there is one, is the last response token."""
     inputs, _ = pack(prompts, [[]] * len(prompts), tokenizer.pad_token_id, model.device)
     end = tokenizer.eos_token_id
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
     model.generation_config = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
-        eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
+        **how, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=tokenizer.pad_token_id)
     ids = model.generate(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
     rows = ids[:, inputs["input_ids"].shape[1]:].tolist()
     return [row[:row.index(end) + 1] if end in row else row for row in rows]
@@ -309,6 +320,25 @@ def judge(response, solutions):
     return wrong_steps, answer_right
 
 
+def final_answer(text):
+    """The number behind the last `answer is` or `####` of a solution, else its last number; None without."""
+    number = r"-?\$?\d[\d,]*(?:\.\d+)?"
+    marked = re.findall(rf"(?i)(?:answer is:?|####)\s*({number})", text)
+    found = (marked or re.findall(number, text))[-1:]
+    return float(re.sub("[$,]", "", found[0])) if found else None
+
+
+def right(response, problem):
+    """Is a solution right? With an oracle (`solutions`): no step is wrong. Else its final answer counts: the
+    same number as `answer`, or, where that is no number, a last step that is the answer, word for word."""
+    if problem.get("solutions"):
+        return judge(response, problem["solutions"])[0] == 0
+    answer = final_answer(problem["answer"])
+    if answer is None:
+        return split_steps(response)[-1:] == split_steps(problem["answer"])[-1:]
+    return final_answer(response) == answer
+
+
 # --- Evaluation --------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -330,9 +360,8 @@ def answer(model, reference, prompts, tokenizer, args):
     return responses, kl / len(prompts)
 
 
-def oracle_scores(responses, problems, tokenizer):
+def oracle_scores(texts, problems):
     """(- wrong steps, answer right?) of every response: tuples compare as the win rate needs it."""
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     judged = [judge(text, problem["solutions"]) for text, problem in zip(texts, problems)]
     return [(-wrong_steps, answer_right) for wrong_steps, answer_right in judged]
 
@@ -368,10 +397,12 @@ def failure_signatures(reward_models, policies, logs):
         accuracy = [row["accuracy"] for row in log if row.get("accuracy") is not None]
         if accuracy and accuracy[-1] < max(accuracy) - 0.10:
             drop = percent(max(accuracy) - accuracy[-1])
-            warnings.append(f"unstable PPO: {name} ends {drop} below its best accuracy")
-        if log and max(row["approx_kl"] for row in log) > 0.1:
+            warnings.append(f"unstable training: {name} ends {drop} below its best accuracy")
+        if not log or "ended" not in log[-1]:                 # what follows stands in the logs of PPO only
+            continue
+        if max(row["approx_kl"] for row in log) > 0.1:
             warnings.append(f"unstable PPO: {name} moved over 0.1 nats a token in one update; lower --lr")
-        if log and log[-1]["ended"] < 0.9:
+        if log[-1]["ended"] < 0.9:
             ended = percent(log[-1]["ended"])
             warnings.append(f"unstable PPO: only {ended} of the responses of {name} end by themselves")
     return warnings
@@ -383,7 +414,29 @@ def percent(x):
 
 
 def checks(reward_models, policies, logs):
-    """The paper's three checks as sentences, from the numbers that eval.json holds."""
+    """The papers' checks as sentences, from the numbers that eval.json holds."""
+    return [*checks_a(reward_models, policies, logs), *checks_b(reward_models, policies)]
+
+
+def checks_b(reward_models, policies):
+    """Paper B: what RLMEC and its ablation reach, and how steady every method is."""
+    sentences = []
+    rlmec, imitation = policies.get("rlmec"), policies.get("rlmec_imitation")
+    if rlmec and imitation and rlmec["accuracy"] is not None:
+        sentences.append(
+            f"4. RLMEC: {percent(rlmec['accuracy'])} right, imitation alone "
+            f"{percent(imitation['accuracy'])}: the token reward adds "
+            f"{100 * (rlmec['accuracy'] - imitation['accuracy']):+.1f} points. Both saw reference solutions "
+            "of their problems, PPO did not.")
+    drops = {name: row["largest_drop"] for name, row in policies.items() if row["largest_drop"] is not None}
+    if drops:
+        sentences.append("5. Steadiness, largest drop of validation accuracy after its best: "
+                         + ", ".join(f"{name} {100 * drop:.1f}" for name, drop in drops.items()) + " points.")
+    return sentences
+
+
+def checks_a(reward_models, policies, logs):
+    """Paper A's three checks."""
     sentences = []
     token_model, sequence_model = reward_models.get("token"), reward_models.get("sequence")
     if token_model and sequence_model:
@@ -416,12 +469,12 @@ def checks(reward_models, policies, logs):
 
 def show_table(policies):
     """One line a policy, 79 columns."""
-    print(f"\n{'policy':14s} {'win rate':>16s} {'right':>8s} {'wrong steps':>12s} {'KL':>8s} {'updates':>8s} "
+    print(f"\n{'policy':15s} {'win rate':>14s} {'right':>8s} {'wrong steps':>12s} {'KL':>6s} {'updates':>8s} "
           f"{'seconds':>8s}")
     for name, row in policies.items():
         wins = f"{percent(row['win_rate'])} ± {100 * row['win_rate_se']:.1f}"
         wrong = "-" if row["wrong_steps_per_response"] is None else f"{row['wrong_steps_per_response']:.2f}"
-        print(f"{name:14s} {wins:>16s} {percent(row['accuracy']):>8s} {wrong:>12s} {row['kl_to_ref']:>8.2f} "
+        print(f"{name:15s} {wins:>14s} {percent(row['accuracy']):>8s} {wrong:>12s} {row['kl_to_ref']:>6.2f} "
               f"{row['updates']:>8d} {row['seconds']:>8.0f}")
     print("KL: nats a response, to the SFT policy\n")
 
@@ -430,6 +483,8 @@ def open_judge(run, problems, reward_models, args):
     """(kind, model, what it is and is worth): the oracle where solutions are known, else a reward model."""
     if all(problem.get("solutions") for problem in problems):
         return "oracle", None, "the oracle: fewer wrong steps wins, then the right answer"
+    if all(problem.get("answer") for problem in problems):
+        return "answer", None, "the final answer: right wins"
     kind = "sequence" if "sequence" in reward_models else "token"
     if kind not in reward_models:
         fail(f"{run}: no oracle for these problems and no reward model: run 02_reward_model.py first")
@@ -453,7 +508,9 @@ def main(args):
     problems = [problem for problem in problems if problem["split"] == args.split]
     if not problems:
         fail(f"{problems_path}: no problem has the split {args.split}")
-    paths = [Path(path) for path in args.policies or [run / "ppo_token", run / "ppo_sequence"]]
+    known = ["ppo_token", "ppo_sequence", "rlmec", "rlmec_imitation", "rlmec_reward", "rlmec_uniform",
+             "rlmec_noclip"]
+    paths = [Path(path) for path in args.policies or [run / name for name in known]]
     paths = [path for path in paths if args.policies or path.exists()]
     if not paths:
         fail(f"{run} has no policy to evaluate: run 03_ppo.py first, or name folders with --policies")
@@ -478,21 +535,24 @@ def main(args):
         name = "sft" if path == policy_path else path.name
         if name in policies:
             fail(f"{path}: two policies are called {name}; rename one folder")
+        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+        rights = list(map(right, texts, problems)) if kind in ("oracle", "answer") else None
         if kind == "oracle":
-            scores[name] = oracle_scores(responses, problems, tokenizer)
+            scores[name] = oracle_scores(texts, problems)
         else:
-            scores[name] = reward_scores(kind, judge_model, prompts, responses, tokenizer, args)
+            scores[name] = rights or reward_scores(kind, judge_model, prompts, responses, tokenizer, args)
         wrong = [-score[0] for score in scores[name]] if kind == "oracle" else None
         logs[name] = read_log(path.parent / f"{path.name}.csv")
         accuracy = [row["accuracy"] for row in logs[name] if row.get("accuracy") is not None]
         policies[name] = {
             **win_rate(scores[name], scores["sft"]),
-            "accuracy": sum(w == 0 for w in wrong) / len(wrong) if wrong else None,
+            "accuracy": sum(rights) / len(rights) if rights else None,
             "wrong_steps_per_response": sum(wrong) / len(wrong) if wrong else None,
             "kl_to_ref": kl,
             "updates": int(logs[name][-1]["update"]) if logs[name] else 0,
             "seconds": logs[name][-1]["seconds"] if logs[name] else 0.0,
-            "best_accuracy": max(accuracy, default=None)}
+            "best_accuracy": max(accuracy, default=None),
+            "largest_drop": largest_drop(accuracy)}
     best_baseline = policies.get("ppo_sequence", {}).get("best_accuracy")
     for name in policies:
         row = first_update_at(logs[name], best_baseline) if best_baseline is not None else None
@@ -500,8 +560,8 @@ def main(args):
 
     warnings = failure_signatures(reward_models, policies, logs)
     sentences = checks(reward_models, policies, logs)
-    models = {name: {"pair_accuracy": row["pair_accuracy"], "preference_accuracy": row["preference_accuracy"],
-                     "localisation": row["localisation"]} for name, row in reward_models.items()}
+    models = {kind: {name: value for name, value in row.items() if name not in ("pairs", "scale", "seconds")}
+              for kind, row in reward_models.items()}
     part = run / "eval.json.part"
     result = {"judge": judge_text, "baseline": str(policy_path), "policies": policies,
               "reward_models": models, "checks": sentences, "warnings": warnings}

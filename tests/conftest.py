@@ -46,8 +46,12 @@ def tiny_run(tmp_path_factory, edit_data, reward_model, ppo, evaluation):
     run = tmp_path_factory.mktemp("runs") / "tiny"
     edit_data.main(edit_data.Args(run=str(run), task="qa", train_prompts=60, val_prompts=10, test_prompts=20,
                                   sft_steps=60, max_edit_share=1.0, max_new_tokens=40, hidden_size=32, layers=2))
-    reward_model.main(reward_model.Args(run=str(run), epochs=1))
-    ppo.main(ppo.Args(run=str(run), updates=2, rollout_batch=32, minibatch=16, max_new_tokens=40))
+    reward_model.main(reward_model.Args(run=str(run), epochs=1, locate_epochs=1, max_new_tokens=40))
+    with pytest.MonkeyPatch.context() as patch:                    # a GRM this small cannot rewrite: the reference
+        patch.setattr(ppo, "rewrite", lambda grm, problems, responses, tokenizer, args, drop: [
+            problem["solution_ids"] + [tokenizer.eos_token_id] for problem in problems])
+        ppo.main(ppo.Args(run=str(run), updates=2, rollout_batch=32, minibatch=16, max_new_tokens=40,
+                          rlmec_samples=32, rlmec_batch=12, rlmec_epochs=1))
     evaluation.main(evaluation.Args(run=str(run), max_new_tokens=40))
     return run
 

@@ -183,11 +183,11 @@ def test_a_run_folder_that_is_none(stages, run, tmp_path, capsys):
     (2, "edits.jsonl", "01_edit_data.py"), (2, "policy", ""),
     (3, "problems.jsonl", "01_edit_data.py"), (3, "policy", ""),
     (3, "reward_metrics.json", "02_reward_model.py"), (3, "reward_token", "02_reward_model.py"),
-    (4, "problems.jsonl", "01_edit_data.py"), (4, "policy", ""), (4, "ppo_*", "03_ppo.py")])
+    (4, "problems.jsonl", "01_edit_data.py"), (4, "policy", ""), (4, "[pr][pl][om]*", "03_ppo.py")])
 def test_a_stage_before_its_predecessor(stages, run, capsys, stage, missing, message):
     for path in run.glob(missing):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    name = "no policy" if missing == "ppo_*" else run / missing
+    name = "no policy" if "*" in missing else run / missing
     stops(capsys, stages[stage], run, name, message, run=run, overwrite=True)
 
 
@@ -266,7 +266,7 @@ def test_problems_and_models_of_another_run(stages, run, capsys, stage):
                          num_attention_heads=1, num_labels=1)
     auto_class = LlamaForTokenClassification if stage == 3 else LlamaForCausalLM
     auto_class(config).save_pretrained(run / "other")
-    other = {3: {"reward": "token", "reward_model": run / "other"}, 4: {"policies": [str(run / "other")]}}
+    other = {3: {"method": "ppo_token", "reward_model": run / "other"}, 4: {"policies": [str(run / "other")]}}
     stops(capsys, stages[stage], run, run / "other", "vocabulary", run=run, overwrite=True, **other[stage])
     change_rows(run / "problems.jsonl", prompt="1+1+1+1+1=")           # no word that the policy knows
     stops(capsys, stages[stage], run, run / "problems.jsonl", run=run, overwrite=True)
@@ -274,7 +274,7 @@ def test_problems_and_models_of_another_run(stages, run, capsys, stage):
 
 def test_a_policy_is_no_reward_model(stages, run, capsys):
     """Without a trained head on board, transformers would make one up."""
-    stops(capsys, stages[3], run, run / "policy", run=run, overwrite=True, reward="token",
+    stops(capsys, stages[3], run, run / "policy", run=run, overwrite=True, method="ppo_token",
           reward_model=run / "policy")
 
 
@@ -303,7 +303,7 @@ def test_a_reward_that_is_not_finite(stages, run, capsys, monkeypatch, stage, ki
     function = "token_rewards" if kind == "token" else "sequence_reward"
     right = getattr(stages[stage], function)
     monkeypatch.setattr(stages[stage], function, lambda *args: right(*args) * float("nan"))
-    args = {"kind": kind} if stage == 2 else {"reward": kind}
+    args = {"kind": kind} if stage == 2 else {"method": f"ppo_{kind}"}
     stops(capsys, stages[stage], run, kind, message, run=run, overwrite=True, **args)
 
 

@@ -100,13 +100,13 @@ def test_gates_drop_and_count(edit_data):
             "prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [5, 6, 7, 2], "edited_ids": [5, 6, 8, 2],
             "solutions": ["1;2;4"]}
     drop = Counter()
-    row = edit_data.edit_row(pair, "oracle", 0.5, drop)
+    row = edit_data.edit_row(pair, "oracle", 0.5, None, drop)
     assert row["edit_ops"] == [["replace", 2, 2]] and row["first_error"] == 2 and not drop
-    assert edit_data.edit_row(pair, "oracle", 0.2, drop) is None                             # too large a share
-    assert edit_data.edit_row({**pair, "edited_ids": [5, 6, 7, 2]}, "oracle", 0.5, drop) is None     # no change
-    assert edit_data.edit_row({**pair, "edited": "9;2;3"}, "oracle", 0.5, drop) is None      # not better
+    assert edit_data.edit_row(pair, "oracle", 0.2, None, drop) is None                             # too large a share
+    assert edit_data.edit_row({**pair, "edited_ids": [5, 6, 7, 2]}, "oracle", 0.5, None, drop) is None     # no change
+    assert edit_data.edit_row({**pair, "edited": "9;2;3"}, "oracle", 0.5, None, drop) is None      # not better
     assert sum(drop.values()) == 3 and all(reason.startswith("gate") for reason in drop)
-    without = edit_data.edit_row({**pair, "edited": None, "edited_ids": None}, "human", 0.5, drop)
+    without = edit_data.edit_row({**pair, "edited": None, "edited_ids": None}, "human", 0.5, None, drop)
     assert without["edit_ops"] is None and without["chosen_ids"] == [2]
 
 

@@ -25,8 +25,9 @@ def test_the_four_scripts_in_order(tmp_path):
     commands = [
         ("01_edit_data.py", "--train_prompts", "80", "--val_prompts", "10", "--test_prompts", "20",
          "--sft_steps", "30", "--hidden_size", "32", "--layers", "2", "--max_edit_share", "1.0"),
-        ("02_reward_model.py", "--epochs", "1"),
-        ("03_ppo.py", "--updates", "2", "--rollout_batch", "16", "--minibatch", "8"),
+        ("02_reward_model.py", "--epochs", "1", "--locate_epochs", "1"),
+        ("03_ppo.py", "--updates", "2", "--rollout_batch", "16", "--minibatch", "8", "--rlmec_samples", "16",
+         "--rlmec_epochs", "1"),
         ("04_eval.py",)]
     for name, *flags in commands:
         result = run_script(name, "--run", run, *flags)
