@@ -770,8 +770,8 @@ def main(args):
     if args.data and not args.model:
         fail("--data needs --model: the small policy knows only the words of the built-in tasks")
     if args.editor == ("oracle" if args.data else "human"):
-        fail(f"--editor {args.editor} does not fit: oracle knows the built-in tasks only, human is the column "
-             "`edited` of --data")
+        fail(f"--editor {args.editor} does not fit: oracle knows the built-in tasks only, human is the "
+             "column `edited` of --data")
     if check_run_folder(args):
         print(f"{args.run}/edits.jsonl is there already; --overwrite makes it again")
         return
@@ -779,8 +779,8 @@ def main(args):
     solved = any("solution" in row or "answer" in row for row in data)
     editor = args.editor or ("nearest" if solved else "human" if args.data else "oracle")
     if args.data and solved != (editor == "nearest"):
-        fail(f"{args.data} does not fit --editor {editor}: nearest needs the columns `solution` and `answer`, "
-             "human needs `edited`, or `chosen` and `rejected`")
+        fail(f"{args.data} does not fit --editor {editor}: nearest needs the columns `solution` and `answer`,"
+             " human needs `edited`, or `chosen` and `rejected`")
 
     # problems: from the built-in task, or the prompts of the data
     rng = random.Random(args.seed)
