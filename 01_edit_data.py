@@ -511,18 +511,21 @@ def encode_response(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
+def fault_of_messages(row, names):
+    """What is wrong with the columns of a row that are lists of chat messages, or None."""
+    for name in names:
+        value = row[name]
+        if isinstance(value, list) and (name != "edited" or value):
+            if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
+                return f"column `{name}` is no list of chat messages with `content`"
+            if not value[-1]["content"].strip() and name != "edited":
+                return f"column `{name}` is empty"
+    return None
+
+
 def read_pairs(path):
     """Pairs of your own in two shapes: prompt, chosen, rejected[, edited], or prompt, response, edited (then
     the edit is the preferred one). Texts are strings or lists of chat messages, whose last one counts."""
-
-    def fault(row):
-        for name in columns:
-            value = row[name]
-            if isinstance(value, list) and (name != "edited" or value):
-                if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
-                    return f"column `{name}` is no list of chat messages with `content`"
-                if not value[-1]["content"].strip() and name != "edited":
-                    return f"column `{name}` is empty"
 
     def plain(value):
         text = value[-1]["content"] if value and isinstance(value, list) else value
@@ -539,7 +542,7 @@ def read_pairs(path):
         columns["edited"] = maybe
     return [{"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"], "chosen": plain(row[better]),
              "rejected": plain(row[worse]), "edited": plain(row.get("edited"))}
-            for k, row in enumerate(read_jsonl(path, columns, fault))]
+            for k, row in enumerate(read_jsonl(path, columns, lambda row: fault_of_messages(row, columns)))]
 
 
 def read_solutions(path):
@@ -550,6 +553,9 @@ def read_solutions(path):
     def fault(row):
         if seen.setdefault(json.dumps(row["prompt"]), row["answer"]) != row["answer"]:
             return f"column `answer` is {row['answer']}, and an earlier row has another one for this prompt"
+        if not isinstance(row.get("response"), (str, type(None))):
+            return f"column `response` has the wrong type, {type(row['response']).__name__}"
+        return fault_of_messages(row, ["prompt"])
 
     problems = {}
     columns = {"prompt": (str, list), "solution": str, "answer": (str, int, float)}

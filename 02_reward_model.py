@@ -689,6 +689,12 @@ def fault_of_edit(row, vocabulary):
         return "column `edit_ops` does not lead from `rejected_ids` to `edited_ids`"
     if row.get("first_error") is not None and row["first_error"] not in range(T_l):
         return "column `first_error` is no index into `rejected_ids`"
+    if row.get("solution") is None:                                   # no row for the GRM
+        return None
+    if not isinstance(row["solution"], str) or not isinstance(row.get("answer"), str):
+        return "columns `solution` and `answer` must both be texts"
+    if row.get("first_wrong_step") is not None and row["first_wrong_step"] not in range(1, T_l + 1):
+        return "column `first_wrong_step` is no step of `rejected`"
     return None
 
 

@@ -240,7 +240,8 @@ def test_a_model_folder_that_is_none(stages, run, tmp_path, capsys, stage, name,
     ({"edited_ids": None}, "`edited_ids`"), ({"edited_ids": ...}, "`edited_ids`"),
     ({"edit_ops": "none"}, "`edit_ops`"), ({"edit_ops": [[1, 2]]}, "`edit_ops`"),
     ({"edit_ops": [["replace", 999, 0]]}, "`edit_ops`"), ({"edit_ops": [["swap", 0, 0]]}, "`edit_ops`"),
-    ({"first_error": 999}, "`first_error`")])
+    ({"first_error": 999}, "`first_error`"), ({"solution": 5}, "`solution`"), ({"answer": ...}, "`answer`"),
+    ({"first_wrong_step": 0}, "`first_wrong_step`"), ({"first_wrong_step": "2"}, "`first_wrong_step`")])
 def test_a_bad_line_of_edits(stages, run, capsys, columns, message):
     change_rows(run / "edits.jsonl", 2, **columns)
     stops(capsys, stages[2], run, run / "edits.jsonl", "line 2", message, run=run, overwrite=True)
@@ -293,6 +294,62 @@ def test_bad_problems(stages, run, capsys, stage, line, columns, message):
 def test_corrupt_reward_metrics(stages, run, capsys, stage, content):
     (run / "reward_metrics.json").write_text(content)
     stops(capsys, stages[stage], run, run / "reward_metrics.json", run=run, overwrite=stage != 2)
+
+
+# --- RLMEC -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("columns, message", [
+    ({"solution": ...}, "`solution` is missing"), ({"answer": ...}, "`answer` is missing"),
+    ({"solution": ""}, "`solution` is empty"), ({"answer": None}, "`answer` has the wrong type"),
+    ({"answer": "8"}, "an earlier row has another one"), ({"response": 5}, "`response` has the wrong type"),
+    ({"prompt": [{"role": "user"}]}, "`prompt`")])
+def test_a_problem_without_solution_or_answer(stages, tiny_run, tmp_path, capsys, columns, message):
+    good = {"prompt": "3+2=", "solution": "3+2=5", "answer": "5", "response": "3+2=6"}
+    write_rows(tmp_path / "data.jsonl", [good, good])
+    change_rows(tmp_path / "data.jsonl", 2, **columns)
+    stops(capsys, stages[1], tmp_path, "line 2", message, run=tmp_path / "new", data=tmp_path / "data.jsonl",
+          model=tiny_run / "policy")
+
+
+@pytest.mark.parametrize("column", ["solution", "answer"])
+@pytest.mark.parametrize("value", [..., "", 5])
+def test_rlmec_problems_without_solution_or_answer(stages, run, capsys, column, value):
+    change_rows(run / "problems.jsonl", 3, **{column: value})
+    stops(capsys, stages[3], run, run / "problems.jsonl", "qa-2", column, run=run, overwrite=True, method="rlmec")
+
+
+def test_a_generative_model_of_another_vocabulary(stages, run, edit_data, capsys):
+    model, tokenizer = edit_data.small_policy(["0123456789+-=;"], edit_data.Args(hidden_size=8, layers=1))
+    edit_data.save_model(model, tokenizer, run / "other")
+    stops(capsys, stages[3], run, run / "other", "vocabulary", run=run, overwrite=True, method="rlmec",
+          reward_model=run / "other")
+
+
+def test_a_generative_model_that_cannot_rewrite(stages, run, capsys, monkeypatch):
+    monkeypatch.setattr(stages[3], "rewrite", lambda grm, problems, responses, *rest: [None] * len(responses))
+    stops(capsys, stages[3], run, "reward_generative", "could not rewrite", run=run, overwrite=True,
+          method="rlmec", rlmec_samples=4)
+    stages[3].main(stages[3].Args(run=str(run), method="all", rlmec_samples=4))
+    for name in ("rlmec", "rlmec_imitation"):
+        shutil.rmtree(run / name)
+    stages[3].main(stages[3].Args(run=str(run), rlmec_samples=4))
+    assert "rlmec: skipped" in capsys.readouterr().out
+
+
+def test_solutions_without_an_answer_are_counted(stages, tiny_run, tmp_path, capsys):
+    rows = [{"prompt": f"{k}+2=", "solution": f"{k}+2={k + 2}", "answer": k + 2, "response": response}
+            for k in range(8) for response in (f"{k}+2=1", f"{k}+2={k + 2}", "½ “of” the\n\ncake", "")]
+    rows.append({"prompt": "1-1=", "solution": "I do not know", "answer": "0", "response": "1-1=0"})
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    args = {"run": str(tmp_path / "new"), "data": str(data), "model": str(tiny_run / "policy"), "max_edit_share": 1.0}
+    stages[1].main(stages[1].Args(**args))
+    shown = capsys.readouterr().out
+    assert "dropped      1  problem's reference solution does not end in its answer" in shown
+    kept = [json.loads(line) for line in (tmp_path / "new" / "edits.jsonl").read_text().splitlines()]
+    assert len(kept) == 24 and all(row["editor"] == "nearest" for row in kept)
+    assert len({(row["prompt"], *row["edited_ids"]) for row in kept}) == 8          # the one right solution
+    problems = (tmp_path / "new" / "problems.jsonl").read_text().splitlines()
+    assert len(problems) == 8 and all("samples" not in line for line in problems)
 
 
 # --- Numbers that are none ---------------------------------------------------------------------------------
