@@ -60,6 +60,8 @@ class Args:
         "choices": ["oracle", "nearest", "human"]})
     max_edit_share: float = field(default=0.8, metadata={
         "help": "gate: largest edit distance as a share of the longer response, in tokens"})
+    worse_edits: float = field(default=0.0, metadata={
+        "help": "share of the training pairs whose edit is made worse: an error missed or a needless change"})
     train_prompts: int = field(default=16000, metadata={"help": "built-in tasks: training prompts"})
     pair_prompts: Optional[int] = field(default=None, metadata={
         "help": "of these, prompts to sample pairs for: the data size; default math 10000, qa 5200"})
@@ -576,8 +578,8 @@ def encode_samples(problems, tokenizer, context, drop):
         room = context - len(encode_prompt(tokenizer, problem["prompt"]))
         samples = [encode_response(tokenizer, text) for text in problem["samples"]]
         problem["samples"] = [ids for ids in samples if len(ids) <= room]
-        drop[f"response is longer than the model's context of {context} tokens"] += sum(
-            len(ids) > room for ids in samples)
+        for _ in range(len(samples) - len(problem["samples"])):
+            drop[f"response is longer than the model's context of {context} tokens"] += 1
         if len(encode_response(tokenizer, problem["solution"])) > room:
             drop[f"problem's solution is longer than the model's context of {context} tokens"] += 1
         elif not right(problem["solution"], problem):
@@ -668,6 +670,27 @@ def pairs_of(problem, editor, tokenizer, drop):
     return pairs
 
 
+def spoil(pair, tokens, tokenizer, rng):
+    """The edit of a careless editor: half of the time it misses an error (one operation is not done), else it
+    changes one kept token without need, into another token of the data. Where the only operation is missed,
+    nothing is edited, and a gate drops the pair."""
+    rejected, edited = pair["rejected_ids"], list(pair["edited_ids"])
+    path = align(rejected, edited)
+    kept = [step for step in path if step[0] == "keep" and edited[step[2]] != tokenizer.eos_token_id]
+    changed = [step for step in path if step[0] != "keep"]
+    op, i, j = rng.choice(kept if kept and (not changed or rng.random() < 0.5) else changed)
+    if op == "keep":
+        edited[j] = rng.choice(tokens)
+    elif op == "replace":
+        edited[j] = rejected[i]
+    elif op == "insert":
+        del edited[j]
+    else:
+        edited.insert(j, rejected[i])
+    text = tokenizer.decode(edited, skip_special_tokens=True)
+    return {**pair, "edited_ids": edited, "edited": text, "editor": "careless"}
+
+
 def edit_row(pair, editor, max_edit_share, tokenizer, drop):
     """One row of edits.jsonl: E1 on (rejected, edited), the quality gates. None if a gate drops the pair."""
     columns = ("id", "split", "prompt", "solution", "answer", "solutions", "chosen", "rejected", "edited",
@@ -677,7 +700,7 @@ def edit_row(pair, editor, max_edit_share, tokenizer, drop):
         return {**row, "editor": None, "edit_ops": None, "edit_distance": None, "first_error": None}
     ops = [step for step in align(pair["rejected_ids"], pair["edited_ids"]) if step[0] != "keep"]
     wrong_tokens = [i for op, i, j in ops if op != "insert"]
-    solutions = pair.get("solutions")
+    solutions = pair.get("solutions") if editor != "careless" else None           # it has no judge beside it
     if not ops:
         drop["gate: the edit changes nothing"] += 1
     elif len(ops) > max_edit_share * max(len(pair["rejected_ids"]), len(pair["edited_ids"])):
@@ -737,6 +760,9 @@ def report(rows, drop, tokenizer):
         print(f"dropped {count:6d}  {reason}")
     splits = Counter(row["split"] for row in rows)
     print(f"kept    {len(rows):6d}  pairs: " + ", ".join(f"{n} {split}" for split, n in splits.items()))
+    careless = sum(row["editor"] == "careless" for row in rows)
+    if careless:
+        print(f"        {careless:6d}  of them with a worse edit (--worse_edits)")
     if edits:
         ops = Counter(op for row in edits for op, i, j in row["edit_ops"])
         tokens = sum(len(row["rejected_ids"]) for row in edits)
@@ -851,8 +877,15 @@ def main(args):
                     for problem in used for ids in problem["samples"]]
         print(f"{sum(is_right) / len(is_right):.1%} of {len(is_right)} solutions are right")
         pairs = [pair for problem in used for pair in pairs_of(problem, editor, tokenizer, drop)]
-    bar = tqdm(pairs, desc="edits", unit="pair")
-    rows = [row for pair in bar if (row := edit_row(pair, editor, args.max_edit_share, tokenizer, drop))]
+    if args.worse_edits:
+        tokens = sorted({token for pair in pairs for token in pair["rejected_ids"][:-1]})
+        pairs = [spoil(pair, tokens, tokenizer, rng)
+                 if pair["split"] == "train" and pair["edited"] and rng.random() < args.worse_edits else pair
+                 for pair in pairs]
+    rows = []
+    for pair in tqdm(pairs, desc="edits", unit="pair"):
+        row = edit_row(pair, pair.get("editor", editor), args.max_edit_share, tokenizer, drop)
+        rows += [row] if row else []
     if not rows:
         fail(f"no pair is left: {dict(drop)}")
     write_jsonl(run / "edits.jsonl", rows)

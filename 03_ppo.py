@@ -830,12 +830,12 @@ def rlmec_step(policy, optimizer, rows, tokenizer, args):
                   "approx_kl": masked_mean(logratio.exp() - 1 - logratio, mask).item(),
                   "clipfrac": masked_mean(clipped.float(), mask).item(),
                   "max_logratio": logratio.abs().max().item()}
+    if not loss.isfinite():
+        fail(f"RLMEC: the loss is {loss.item()}; lower --rlmec_lr")
     loss.backward()
     torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    if not loss.isfinite():
-        fail(f"RLMEC: the loss is {loss.item()}; lower --rlmec_lr")
     return statistics
 
 
@@ -852,9 +852,6 @@ def rlmec(name, problems, tokenizer, args, paths):
     val = [problem for problem in problems if problem["split"] == "val"]
     rng = random.Random(args.seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.rlmec_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    steps_a_round = -(-args.rlmec_samples // args.rlmec_batch) * args.rlmec_epochs
-    steps = steps_a_round * args.rounds
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
     log = []
     seconds = 0.0
     for round_number in range(1, args.rounds + 1):
@@ -867,6 +864,7 @@ def rlmec(name, problems, tokenizer, args, paths):
         seconds += time.time() - start
         batches = [rows for _ in range(args.rlmec_epochs)
                    for rows in torch.randperm(len(samples)).split(args.rlmec_batch)]
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * len(batches)), len(batches))
         bar = tqdm(batches, desc=f"{name}, round {round_number}", unit="update")
         for rows in bar:
             start = time.time()

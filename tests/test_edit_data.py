@@ -110,6 +110,37 @@ def test_gates_drop_and_count(edit_data):
     assert without["edit_ops"] is None and without["chosen_ids"] == [2]
 
 
+def test_a_careless_editor_misses_an_error_or_changes_a_token(edit_data):
+    _, tokenizer = edit_data.small_policy(["0123456789+-=;"], edit_data.Args(hidden_size=8, layers=1))
+    encode = lambda text: edit_data.encode_response(tokenizer, text)
+    pair = {"rejected_ids": encode("1+1=3;+1=4"), "edited_ids": encode("1+1=2;+1=3"), "prompt": "1+1+1="}
+    rng = random.Random(0)
+    seen = Counter()
+    for _ in range(400):
+        worse = edit_data.spoil(pair, [3, 4, 5, 6], tokenizer, rng)
+        assert worse["editor"] == "careless" and worse["edited_ids"][-1] == tokenizer.eos_token_id
+        distance = edit_data.edit_distance(pair["edited_ids"], worse["edited_ids"])
+        missed = edit_data.edit_distance(pair["rejected_ids"], worse["edited_ids"]) == 1
+        assert distance <= 1                                          # one change at the most, maybe into itself
+        seen["missed" if missed else "needless"] += 1
+    assert 150 < seen["missed"] < 250 and pair["edited_ids"] == encode("1+1=2;+1=3")
+    for rejected, edited in (("1;2;3", "1;3"), ("1;3", "1;2;3")):     # a deletion and an insertion, both missed
+        pair = {"rejected_ids": encode(rejected), "edited_ids": encode(edited), "prompt": "p"}
+        results = [edit_data.spoil(pair, [3], tokenizer, rng)["edited_ids"] for _ in range(50)]
+        assert all(len(edit_data.align(pair["edited_ids"], ids)) >= len(ids) for ids in results)
+        assert max(edit_data.edit_distance(pair["edited_ids"], ids) for ids in results) == 1
+
+
+def test_worse_edits_reach_training_pairs_only(edit_data, tiny_run, tmp_path, capsys):
+    shutil.copytree(tiny_run / "policy", tmp_path / "run" / "policy")
+    args = json.loads((tiny_run / "01_args.json").read_text())
+    edit_data.main(edit_data.Args(**{**args, "run": str(tmp_path / "run"), "worse_edits": 0.5}))
+    rows = rows_of(tmp_path / "run" / "edits.jsonl")
+    careless = [row for row in rows if row["editor"] == "careless"]
+    assert {row["split"] for row in careless} == {"train"} and 5 < len(careless) < len(rows) - 5
+    assert f"{len(careless)}  of them with a worse edit" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("row, chosen, edited", [
     ({"prompt": "p", "chosen": "good", "rejected": "bad"}, "good", None),
     ({"prompt": "p", "chosen": "good", "rejected": "bad", "edited": "better"}, "good", "better"),
