@@ -1,7 +1,11 @@
-"""Stage 2: a reward for every token, learnt from minimal edits, and the sequence reward it is compared with.
+"""Stage 2: a reward for every token, learnt from minimal edits: a token reward model, the sequence reward it
+is compared with, and a generative reward model that rewrites.
 
-Paper: Xu et al., "Aligning Large Language Models via Fine-grained Supervision" (ACL 2024, arXiv 2406.02756).
-Equations: A2 (token reward), A3 (reward of a response), A4 (kept tokens), A5 (loss), A6 (sequence baseline).
+Papers: A, Xu et al., "Aligning Large Language Models via Fine-grained Supervision" (ACL 2024, 2406.02756).
+        B, Chen et al., "Improving Large Language Models via Fine-grained Reinforcement Learning with Minimum
+        Editing Constraint" (RLMEC, ACL 2024, 2401.06081).
+Equations: A2 (token reward), A3 (reward of a response), A4 (kept tokens), A5 (loss), A6 (sequence baseline),
+B2 (generative reward model, GRM).
 
     symbol      variable                 shape
     x           prompt_ids               lists of token ids
@@ -11,17 +15,23 @@ Equations: A2 (token reward), A3 (reward of a response), A4 (kept tokens), A5 (l
     R(tau)      response_reward(...)     (B,)
     U_0         kept                     (row, i in rejected, j in edited) of every pair of kept tokens
     alpha, beta args.alpha, args.beta
+    x, y*, y^   prompt_ids, solution_ids, response_ids     problem, reference, response that may be wrong
+    y~          edited_ids               the minimal edit of y^, which `rewrite` learns
+    p_t - 0.5   score("generative")      (B, T), what B3 clips
 
-Simplified against the paper:
+Simplified against the papers:
   1. A3 and A5 are our reading of the paper's words (A3 as a mean or a sum: --response_reward).
   2. Our addition to A5, off with --zero 0: the reward of kept tokens is pulled towards zero, because A5 only
      asks that it is the same in both responses. It makes the heat map readable.
   3. Both models start from the SFT policy with a head of zeros, and see the same prompts as often.
+  4. The GRM's answer to `locate` names the steps in turn and stops at the first wrong one; the last label is
+     B2's answer. A small model learns that three times as fast. Both tasks weigh the same in the loss.
 
 Reads:  RUN/policy/  RUN/edits.jsonl
-Writes: RUN/reward_token/  RUN/reward_sequence/  RUN/reward_metrics.json  RUN/02_args.json
+Writes: RUN/reward_token/  RUN/reward_sequence/  RUN/reward_generative/  RUN/reward_metrics.json
+        RUN/02_args.json
 
-    python 02_reward_model.py             about 2 minutes on two CPU cores (no GPU was at hand to measure)
+    python 02_reward_model.py             about 3 minutes on two CPU cores (no GPU was at hand to measure)
 """
 
 import json
@@ -636,10 +646,10 @@ def token_texts(ids, tokenizer):
     return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
 
 
-def show_rewards(model, rows, tokenizer, args):
+def show_rewards(kind, model, rows, tokenizer, args):
     """Print responses with every token coloured by its reward: red is punished, green is praised."""
     print("\nHeld-out responses, red: reward below -0.25, green: above +0.25, [first wrong token]:")
-    for row, rewards in zip(rows, score_all("token", model, rows, "rejected", tokenizer.pad_token_id, args)):
+    for row, rewards in zip(rows, score_all(kind, model, rows, "rejected", tokenizer.pad_token_id, args)):
         texts = token_texts(row["rejected_ids"], tokenizer)
         coloured = ""
         for t, (text, reward) in enumerate(zip(texts, rewards)):
@@ -663,6 +673,12 @@ def show_metrics(kind, metrics):
               f"average precision {shown(found['average_precision'])}")
         print(f"  edited above original token at the first edit: {shown(found['first_edit_accuracy'])}")
         print(f"  mean reward: {means}")
+    if "exact_rewrites" in metrics:
+        print(f"  rewrites: the editor's own {shown(metrics['exact_rewrites'])}, answer right "
+              f"{shown(metrics['right_rewrites'])}, edit distance {shown(metrics['edit_distance'])}, "
+              f"the editor's {shown(metrics['editor_edit_distance'])}")
+        print(f"  first wrong step located: {shown(metrics['located'])}, right responses left as they are: "
+              f"{shown(metrics['copied'])}")
 
 
 # --- The stage ---------------------------------------------------------------------------------------------
@@ -782,8 +798,8 @@ def main(args):
         part = Path(f"{metrics_path}.part")
         part.write_text(json.dumps(metrics, indent=1) + "\n")
         part.replace(metrics_path)
-        if kind == "token":
-            show_rewards(model, edited[:3], tokenizer, args)
+        if kind != "sequence":
+            show_rewards(kind, model, edited[:3], tokenizer, args)
         show_metrics(kind, metrics[kind])
 
 
