@@ -54,7 +54,7 @@ def test_nearest_editor_takes_the_nearest_right_solution_at_hand(edit_data):
     assert [p["chosen"] for p in edit_data.pairs_of(problem, "nearest", tokenizer, drop)] == ["8+1=9"]
     problem["samples"] = [encode("8+1=9")]
     assert edit_data.pairs_of(problem, "nearest", tokenizer, drop) == [] and sum(drop.values()) == 1
-    unfinished = {**problem, "samples": [encode("8+1=7"), encode("8+0+1=9")[:-1]]}       # without an end token
+    unfinished = {**problem, "samples": [encode("0+8+1=7"), encode("0+8+1=9")[:-1]]}     # nearer, but endless
     assert edit_data.pairs_of(unfinished, "nearest", tokenizer, drop)[0]["edited"] == "8+1=9"
 
 
@@ -307,7 +307,8 @@ def test_dropped_samples_are_counted(ppo, rlmec_parts, monkeypatch, capsys):
 
 
 def test_rewards_are_teacher_forced_on_the_sample_itself(ppo, rlmec_parts, monkeypatch):
-    """B3 by hand for one right sample: p_t after the rewrite prompt, unpadded."""
+    """B3's p_t by hand: after the rewrite prompt, one sample at a time, without padding."""
+    monkeypatch.setattr(ppo, "generative_rewards", lambda probabilities, is_right, mask: probabilities * mask)
     policy, tokenizer, problems = rlmec_parts
     end = tokenizer.eos_token_id
     responses = [problem["solution_ids"] + [end] for problem in problems]
@@ -319,7 +320,7 @@ def test_rewards_are_teacher_forced_on_the_sample_itself(ppo, rlmec_parts, monke
         with torch.no_grad():
             probabilities = policy(torch.tensor([prompt + row["response_ids"]])).logits[0].softmax(-1)
         p = [probabilities[len(prompt) - 1 + t, token].item() for t, token in enumerate(row["response_ids"])]
-        assert row["rewards"].tolist() == pytest.approx([min(max(x - 0.5, 0), 0.5) for x in p], abs=1e-5)
+        assert row["rewards"].tolist() == pytest.approx(p, rel=1e-4)
 
 
 def sample_row(ppo, policy, prompt_ids, response_ids, rewrite_ids, rewards):
@@ -367,6 +368,7 @@ def test_logs_of_the_tiny_run(ppo, tiny_run):
     for name in ("rlmec", "rlmec_imitation"):
         with open(tiny_run / f"{name}.csv", newline="") as file:
             log = list(csv.DictReader(file))
+        assert len(log) == 3                                          # 32 samples by 12: 12, 12 and the last 8
         assert float(log[0]["max_logratio"]) < 1e-4 and float(log[0]["clipfrac"]) == 0
         assert {"update", "episodes", "seconds", "accuracy", "reward_loss", "imitation_loss"} <= set(log[0])
         assert log[-1]["accuracy"] and (tiny_run / name / "model.safetensors").exists()
