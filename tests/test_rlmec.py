@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import random
+import shutil
 from collections import Counter
 
 import pytest
@@ -158,6 +159,31 @@ def test_rows_of_the_generative_model(reward_model, tiny_run):
             first = row["edit_ops"][0][1]
             assert step == 1 or starts[step - 1] <= first
             assert step == len(starts) or first < starts[step]
+
+
+def test_prompts_are_the_same_ids_in_training_scoring_and_generation(reward_model, ppo, tiny_run):
+    """Stage 2 trains on exactly the ids that stage 3 scores and generates from, not a newline more."""
+    tokenizer = ppo.open_tokenizer(tiny_run / "policy")
+    rows = [row for row in rows_of(tiny_run / "edits.jsonl") if row.get("edit_ops")]
+    reward_model.generative_rows(rows, tokenizer, 256, reward_model.Args(max_new_tokens=40))
+    problems = {problem["prompt"]: problem for problem in rows_of(tiny_run / "problems.jsonl")}
+    ppo.encode_problems("problems", list(problems.values()), tokenizer, 256, 40)
+    ppo.add_solutions("problems", list(problems.values()), tokenizer)
+    parts, end = ppo.instructions(tokenizer), tokenizer.eos_token_id
+    for row in rows:
+        problem = problems[row["prompt"]]
+        given = (parts, problem["prompt_ids"], problem["solution_ids"], row["rejected_ids"], end)
+        assert row["rewrite_prompt"] == ppo.rewrite_prompt(*given)
+        assert row["locate_prompt"] == ppo.locate_prompt(*given, tokenizer)
+
+
+def test_several_samples_a_problem(edit_data, tiny_run, tmp_path):
+    args = json.loads((tiny_run / "01_args.json").read_text())
+    shutil.copytree(tiny_run / "policy", tmp_path / "run" / "policy")
+    edit_data.main(edit_data.Args(**{**args, "run": str(tmp_path / "run"), "samples": 4}))
+    counts = Counter(row["id"] for row in rows_of(tmp_path / "run" / "edits.jsonl"))
+    assert max(counts.values()) == 3                                  # three worse ones beside the best
+    assert len(counts) > len({row["id"] for row in rows_of(tiny_run / "edits.jsonl")})
 
 
 def test_rows_that_are_too_long_are_counted(reward_model, tiny_run, capsys):
