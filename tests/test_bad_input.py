@@ -352,6 +352,16 @@ def test_solutions_without_an_answer_are_counted(stages, tiny_run, tmp_path, cap
     assert len(problems) == 8 and all("samples" not in line for line in problems)
 
 
+# --- Arguments that cannot be ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("stage, args, message", [
+    (2, {"epochs": 0}, "--epochs 0"), (2, {"batch": -1}, "--batch -1"), (3, {"updates": 0}, "--updates 0"),
+    (3, {"rlmec_samples": 0}, "--rlmec_samples 0"), (2, {"device": "cuda:99"}, "--device cuda:99"),
+    (3, {"device": "abacus"}, "--device abacus")])
+def test_arguments_that_cannot_be(stages, run, capsys, stage, args, message):
+    stops(capsys, stages[stage], run, message, run=run, overwrite=True, **args)
+
+
 # --- Numbers that are none ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("stage, kind, message", [(2, "token", "step 0"), (2, "sequence", "step 0"),
