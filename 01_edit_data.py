@@ -350,6 +350,20 @@ def read_jsonl(path, columns, fault=lambda row: None):
     return rows
 
 
+def check_args(args):
+    """Counts are 1 or more (a few may be 0), and the device is there."""
+    may_be_0 = ("seed", "sft_steps", "val_prompts", "test_prompts", "rewrite_epochs", "locate_epochs",
+                "human_eval", "examples")
+    for name, value in asdict(args).items():
+        least = 0 if name in may_be_0 else 1
+        if type(value) is int and value < least:
+            fail(f"--{name} {value}: it must be {least} or more")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device}: not to be used here ({str(error).splitlines()[0]})")
+
+
 def start_stage(args, stage):
     """Print the resolved arguments, save them as RUN/stage_args.json, seed torch; returns the run folder."""
     settings = [f"{name}={value}" for name, value in asdict(args).items() if value is not None]
@@ -799,6 +813,7 @@ def check_run_folder(args):
 
 
 def main(args):
+    check_args(args)
     if args.data and not args.model:
         fail("--data needs --model: the small policy knows only the words of the built-in tasks")
     if args.editor == ("oracle" if args.data else "human"):
@@ -850,8 +865,9 @@ def main(args):
         fail(f"{args.data}: no training row is left: {dict(drop)}")
     run = start_stage(args, "01")
     if args.overwrite:                              # models of the old pairs would pass for models of the new
-        for old in [path for name in ("reward_*", "ppo_*", "rlmec*", "eval.json") for path in run.glob(name)]:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        for name in ("reward_*", "ppo_*", "rlmec*", "eval.json", "report.html"):
+            for old in run.glob(name):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
     if not source:
         model, tokenizer = small_policy(task.texts, args)
     model.to(args.device)

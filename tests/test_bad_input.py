@@ -357,7 +357,8 @@ def test_solutions_without_an_answer_are_counted(stages, tiny_run, tmp_path, cap
 @pytest.mark.parametrize("stage, args, message", [
     (2, {"epochs": 0}, "--epochs 0"), (2, {"batch": -1}, "--batch -1"), (3, {"updates": 0}, "--updates 0"),
     (3, {"rlmec_samples": 0}, "--rlmec_samples 0"), (2, {"device": "cuda:99"}, "--device cuda:99"),
-    (3, {"device": "abacus"}, "--device abacus")])
+    (3, {"device": "abacus"}, "--device abacus"), (1, {"samples": 0}, "--samples 0"),
+    (1, {"train_prompts": 0}, "--train_prompts 0"), (4, {"batch": 0}, "--batch 0")])
 def test_arguments_that_cannot_be(stages, run, capsys, stage, args, message):
     stops(capsys, stages[stage], run, message, run=run, overwrite=True, **args)
 
