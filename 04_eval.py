@@ -20,7 +20,7 @@ Writes: RUN/eval.json  RUN/report.html  RUN/04_args.json; with --runs RUN/combin
     python 04_eval.py                                          about 15 seconds on two CPU cores
     python 04_eval.py --runs runs/math1 runs/math2 runs/math3 --run runs/math          several seeds together
     python 04_eval.py --verdicts verdicts.json                 the win rate of a saved list of verdicts
-    python 04_eval.py --human_eval 50 --policies runs/default/ppo_token                a blind sheet for people
+    python 04_eval.py --human_eval 50 --policies runs/default/ppo_token           a blind sheet for people
 """
 
 import csv
@@ -74,7 +74,7 @@ class Args:
         "help": "only print win rate and standard error (%%) of a JSON list of verdicts, as AlpacaEval has "
                 "them: instruction, output_1, output_2, preference"})
     human_eval: int = field(default=0, metadata={
-        "help": "only write RUN/human_eval.csv: so many prompts, the first policy against the opponent, blind"})
+        "help": "only write RUN/human_eval.csv: so many prompts, first policy against opponent, blind"})
     human_verdicts: Optional[str] = field(default=None, metadata={
         "help": "only read that sheet back, its column preference filled in; the key lies beside it"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={
@@ -107,7 +107,8 @@ def win_rate(preferences, seed=1, interval=True):
     n = len(results)
     error = float(results.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
     return {"win_rate": float(results.mean()), "win_rate_se": error, "n": n,
-            "left_out": len(preferences) - n, **({"win_rate_ci95": bootstrap(results, seed)} if interval else {})}
+            "left_out": len(preferences) - n,
+            **({"win_rate_ci95": bootstrap(results, seed)} if interval else {})}
 
 
 def preferences_of(scores, baseline_scores, texts, baseline_texts):
@@ -235,7 +236,7 @@ def write_sheet(path, rows, names, seed):
 
 
 def read_sheet(path):
-    """Preferences of a filled-in sheet, 1 the opponent and 2 the model; an empty cell is a verdict left out."""
+    """Preferences of a filled-in sheet, 1 the opponent and 2 the model; an empty cell is left out."""
     path = Path(path)
     key_path = path.with_name(f"{path.stem}_key.json")
     key = read_json(key_path, "the key that --human_eval writes beside its sheet")
@@ -648,7 +649,8 @@ def points(x):
 def verdict_on(row):
     """A paired difference in words, never more sure than its interval (or, over seeds, its test)."""
     how = (f"95 % interval {points(row['ci95'][0])} to {points(row['ci95'][1])}" if "ci95" in row else
-           f"± {100 * row['sd']:.1f} over seeds, paired t-test p = {row['p']:.3f}" if row["p"] is not None else
+           f"± {100 * row['sd']:.1f} over seeds, paired t-test p = {row['p']:.3f}"
+           if row["p"] is not None else
            "one run, no test")
     return f"{points(row['difference'])} points ({how}){'' if row['seen'] else ', no difference seen'}"
 
@@ -679,8 +681,8 @@ def checks(reward_models, policies, logs, differences):
             f"{row['seconds']:.0f} s.")
     rlmec, imitation = policies.get("rlmec"), policies.get("rlmec_imitation")
     if rlmec and imitation and rlmec["accuracy"] is not None:
-        sentences.append(f"4. RLMEC (it saw reference solutions): {percent(rlmec['accuracy'])} right, imitation "
-                         f"alone {percent(imitation['accuracy'])}. Win rate "
+        sentences.append(f"4. RLMEC (it saw reference solutions): {percent(rlmec['accuracy'])} right, "
+                         f"imitation alone {percent(imitation['accuracy'])}. Win rate "
                          f"{verdict_on(gap['rlmec', 'rlmec_imitation'])}.")
     drops = {name: row["largest_drop"] for name, row in policies.items()
              if row["largest_drop"] is not None and name in ("ppo_token", "ppo_sequence", "rlmec")}
@@ -844,31 +846,38 @@ def reward_errors(rows, rewards, tokenizer):
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#1b1b1b;--soft:#667;--line:#d5d8dd;--page:#fff;--panel:#f5f6f8}
-@media(prefers-color-scheme:dark){:root{--ink:#e8e8e8;--soft:#a3a8b3;--line:#3a3f47;--page:#15171a;--panel:#1e2126}}
-*{box-sizing:border-box}body{margin:0 auto;padding:1rem;max-width:56rem;background:var(--page);color:var(--ink);
+@media(prefers-color-scheme:dark){:root{--ink:#e8e8e8;--soft:#a3a8b3;--line:#3a3f47;--page:#15171a;
+--panel:#1e2126}}
+*{box-sizing:border-box}body{margin:0 auto;padding:1rem;max-width:56rem;background:var(--page);
+color:var(--ink);
 font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
-h1{font-size:1.5rem;line-height:1.25}h2{font-size:1.2rem;margin:2.2rem 0 .4rem;border-top:1px solid var(--line);
+h1{font-size:1.5rem;line-height:1.25}h2{font-size:1.2rem;margin:2.2rem 0 .4rem;
+border-top:1px solid var(--line);
 padding-top:1rem}h3{font-size:1rem;margin:1rem 0 .2rem}p{margin:.4rem 0}.soft,figcaption{color:var(--soft);
 font-size:.9rem}.answer{font-size:1.1rem;background:var(--panel);padding:.6rem 1rem;border-radius:.5rem}
 .warn{border-left:.3rem solid #d55e00;padding-left:.7rem}.scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem;overflow-wrap:normal;font-variant-numeric:tabular-nums}
-td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid var(--line)}td:first-child,th:first-child
+td{white-space:nowrap}td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid var(--line)}td:first-child,th:first-child
 {text-align:left}figure{margin:.5rem 0}svg{width:100%;max-width:46rem;height:auto;display:block;
 font:12px system-ui,sans-serif;fill:currentColor}.card{background:var(--panel);border-radius:.5rem;
 padding:.5rem .8rem;margin:.7rem 0;break-inside:avoid;overflow:hidden}.card p{display:grid;
 grid-template-columns:8rem 1fr;gap:.6rem}.card b{font-size:.85rem;font-weight:600}
 .r,del,ins,mark{white-space:pre-wrap;font-family:ui-monospace,monospace;font-size:.9rem}
 .t{border-radius:.15rem;padding:.1rem .03rem;print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.t:focus::after{content:" " attr(title);color:var(--soft);font-size:.75rem}.e{outline:1.5px solid currentColor;
+.t:focus::after{content:" " attr(title);color:var(--soft);font-size:.75rem}
+.e{outline:1.5px solid currentColor;
 outline-offset:-1px}.bar{display:inline-block;width:7rem;height:.7rem;border-radius:.2rem;
 background:linear-gradient(90deg,rgb(213 94 0/.75),transparent,rgb(0 114 178/.75));print-color-adjust:exact}
-del{color:#c04a00;background:rgb(213 94 0/.14)}ins{color:#00659c;background:rgb(0 114 178/.14);font-weight:600;
+del{color:#c04a00;background:rgb(213 94 0/.14)}ins{color:#00659c;background:rgb(0 114 178/.14);
+font-weight:600;
 text-decoration:none}@media(prefers-color-scheme:dark){del{color:#ff9a5c}ins{color:#6cc3f5}}
 mark{background:rgb(240 228 66/.6);color:inherit}pre{white-space:pre-wrap;font-size:.8rem}
-@media(max-width:34rem){.card p{grid-template-columns:1fr;gap:0}}@media print{body{max-width:none;font-size:11pt}}
+@media(max-width:34rem){.card p{grid-template-columns:1fr;gap:0}}@media print{body{max-width:none;
+font-size:11pt}}
 """
-COLOURS = {"ppo_token": "#0072B2", "ppo_sequence": "#D55E00", "rlmec": "#009E73", "rlmec_imitation": "#CC79A7",
-           "rlmec_reward": "#E69F00", "rlmec_uniform": "#56B4E9", "rlmec_noclip": "#888888"}    # Okabe and Ito
+COLOURS = {"ppo_token": "#0072B2", "ppo_sequence": "#D55E00", "rlmec": "#009E73",
+           "rlmec_imitation": "#CC79A7", "rlmec_reward": "#E69F00", "rlmec_uniform": "#56B4E9",
+           "rlmec_noclip": "#888888"}    # Okabe and Ito
 
 
 def plain(prompt):
@@ -879,8 +888,8 @@ def plain(prompt):
 def safe(text):
     """Text from data, harmless in HTML: escaped, what is invisible or turns the line made visible, and
     isolated from the direction of its neighbours."""
-    text = "".join(f"‹U+{ord(c):04X}›" if unicodedata.category(c)[0] == "C" and c != "\n" or c in "\u2028\u2029"
-                   else c for c in str(text))
+    text = "".join(f"‹U+{ord(c):04X}›" if unicodedata.category(c)[0] == "C" and c != "\n"
+                   or c in "\u2028\u2029" else c for c in str(text))
     return f"<bdi>{html.escape(text)}</bdi>"
 
 
@@ -912,11 +921,13 @@ def learning_curves(runs):
     column = "accuracy" if measured else "reward"
     curves = {}
     for name, logs in runs.items():
-        columns = [[(row["episodes"], row[column]) for row in log if row.get(column) is not None] for log in logs]
+        columns = [[(row["episodes"], row[column]) for row in log if row.get(column) is not None]
+                   for log in logs]
         steps = [step for step in zip(*columns)]              # seeds that stopped early end the curve
         if steps:
             curves[name] = [(statistics.mean(x for x, y in step), statistics.mean(y for x, y in step),
-                             statistics.stdev(y for x, y in step) if len(step) > 1 else 0.0) for step in steps]
+                             statistics.stdev(y for x, y in step) if len(step) > 1 else 0.0)
+                            for step in steps]
     if not curves:
         return "<p>No run has a log with a measured curve.</p>"
     y_all = [y + sign * sd for curve in curves.values() for x, y, sd in curve for sign in (-1, 1)]
@@ -945,9 +956,9 @@ def learning_curves(runs):
                     f'stroke="{colour}" stroke-dasharray="2 3"/><path d="M403 {height:.1f}h10" '
                     f'stroke="{colour}" stroke-width="3"/><text x="416" y="{height + 4:.1f}">{shown}</text>')
     band = " Bands: ± one standard deviation over the runs." if len(next(iter(runs.values()))) > 1 else ""
-    note = ("Dotted: the last value, held. RLMEC samples once a round, so all its updates stand at one number "
-            "of episodes." if measured else "No accuracy was measured: the rewards of two methods have no "
-            "common scale, only the shape of a curve counts.")
+    note = ("Dotted: the last value, held. RLMEC samples once a round, so all its updates stand at one "
+            "number of episodes." if measured else "No accuracy was measured: the rewards of two methods "
+            "have no common scale, only the shape of a curve counts.")
     return (f'<figure><svg viewBox="0 0 520 290" role="img" aria-label="learning curves">{drawn}</svg>'
             f"<figcaption>{note}{band}</figcaption></figure>")
 
@@ -961,17 +972,20 @@ def histogram(kind, split):
         counts = np.histogram(np.clip(split[name], low, high), 40, (low, high))[0] / max(len(split[name]), 1)
         heights = np.sqrt(counts)                             # a root scale keeps the small bars visible
         top = max(top, counts.max())
-        parts += "".join(f'<rect x="{30 + 11.5 * k:.1f}" y="{130 - 110 * h:.1f}" width="11" height="{110 * h:.1f}"'
-                         f' fill="{colour}" opacity=".6"><title>{name}: {100 * c:.1f} % near '
+        parts += "".join(f'<rect x="{30 + 11.5 * k:.1f}" y="{130 - 110 * h:.1f}" width="11" '
+                         f'height="{110 * h:.1f}" fill="{colour}" opacity=".6"><title>'
+                         f'{name}: {100 * c:.1f} % near '
                          f'{low + (k + 0.5) * (high - low) / 40:.2f}</title></rect>'
                          for k, (h, c) in enumerate(zip(heights, counts)) if c)
     ticks = "".join(f'<text x="{30 + 460 * k / 4:.0f}" y="146" text-anchor="middle">'
                     f'{low + (high - low) * k / 4:.2f}</text>' for k in range(5))
     title = "token model, reward of a token" if kind == "token" else "GRM, p − 0.5 of a token"
     return (f'<figure><svg viewBox="0 0 520 165" role="img" aria-label="rewards, {kind}">{parts}{ticks}'
-            f'<path d="M30 130h460" stroke="currentColor"/><text x="30" y="12">share of tokens, root scale</text>'
+            f'<path d="M30 130h460" stroke="currentColor"/><text x="30" y="12">'
+            f'share of tokens, root scale</text>'
             f'<text x="260" y="162" text-anchor="middle">{title}</text><text x="330" y="12">■ kept '
-            f'{len(split["kept"]):,}</text><path d="M330 3h9v9h-9z" fill="#0072B2"/><text x="420" y="12">■ changed '
+            f'{len(split["kept"]):,}</text><path d="M330 3h9v9h-9z" fill="#0072B2"/>'
+            f'<text x="420" y="12">■ changed '
             f'{len(split["changed"]):,}</text><path d="M420 3h9v9h-9z" fill="#D55E00"/></svg></figure>')
 
 
@@ -986,8 +1000,8 @@ def heat_map(rows, rewards, most):
         shown = [abs(r) for row in values if row for r in row if r]
         limits[kind] = 0.1 if kind == "generative" else float(np.percentile(shown, 95)) if shown else 1.0
         out.append(f'<span>{names[kind]} −{limits[kind]:.2f} <i class=bar></i> +{limits[kind]:.2f}</span>')
-    out = [f"<p class=soft>Colour scales: {' &emsp; '.join(out)}. Framed: wrong tokens, as the editor corrected "
-           "them. Hover or tap for the value.</p>"]
+    out = [f"<p class=soft>Colour scales: {' &emsp; '.join(out)}. Framed: wrong tokens, as the editor "
+           "corrected them. Hover or tap for the value.</p>"]
     usable_rows = [k for k in range(len(rows)) if all(values[k] is not None for values in rewards.values())]
     step = max(1, len(usable_rows) // max(most, 1))
     for k in usable_rows[::step][:most]:
@@ -1001,7 +1015,8 @@ def heat_map(rows, rewards, most):
                 strength = 0.75 * min(abs(r) / limits[kind], 1.0)
                 colour = f"rgb({'213 94 0' if r < 0 else '0 114 178'}/{strength:.2f})"
                 style = f' style="background:{colour}"' if strength > 0.02 else ""
-                tokens.append(f'<span class="t{" e" if t in wrong else ""}" tabindex=-1 title="{r:+.2f}"{style}>'
+                tokens.append(f'<span class="t{" e" if t in wrong else ""}" tabindex=-1 '
+                              f'title="{r:+.2f}"{style}>'
                               f"{safe(text)}</span>")
             lines.append(f"<b>{names[kind]}</b><span class=r>{''.join(tokens)}</span>")
         out.append(f"<div class=card>{''.join(f'<p>{line}</p>' for line in lines)}</div>")
@@ -1022,7 +1037,8 @@ def edit_marked(before, after, tokenizer):
                 same[1].extend(text)
             else:
                 groups.append((tag, list(text)))
-    return "".join(f"<{tag}>{safe(''.join(text))}</{tag}>" if tag else safe("".join(text)) for tag, text in groups)
+    return "".join(f"<{tag}>{safe(''.join(text))}</{tag}>" if tag else safe("".join(text))
+                   for tag, text in groups)
 
 
 def before_after(problems, responses, results, opponent, tokenizer, most):
@@ -1034,8 +1050,8 @@ def before_after(problems, responses, results, opponent, tokenizer, most):
     out = []
     for k in sorted(order[:most]):
         lines = [f"<b>prompt</b><span class=r>{safe(plain(problems[k]['prompt']))}</span>",
-                 f"<b>{opponent}</b><span class=r>{edit_marked(responses[opponent][k], responses[opponent][k], tokenizer)}"
-                 "</span>"]
+                 f"<b>{opponent}</b><span class=r>"
+                 f"{safe(''.join(token_texts(responses[opponent][k], tokenizer)))}</span>"]
         for name in names:
             won = {1.0: " wins", 0.0: " loses"}.get(results[name][k], " ties")
             marked = edit_marked(responses[opponent][k], responses[name][k], tokenizer)
@@ -1060,13 +1076,13 @@ def error_section(errors, rows):
     header = ["tokens", "wrong", *(f"missed by {names[kind]}" for kind in kinds), "right",
               *(f"punished by {names[kind]}" for kind in kinds)]
     below = ", ".join(f"{names[kind]} {value:g}" for kind, value in errors["wrong_below"].items())
-    out = [f"<p class=soft>A token counts as called wrong below a reward of: {below} (GRM: p − 0.5). Distance is "
-           f"measured in tokens from the first error; an insertion stands at the token before which something "
-           f"is missing.</p>", table(header, body), "<h3>The most telling errors</h3>"]
+    out = [f"<p class=soft>A token counts as called wrong below a reward of: {below} (GRM: p − 0.5). "
+           f"Distance is measured in tokens from the first error; an insertion stands at the token before which "
+           f"something is missing.</p>", table(header, body), "<h3>The most telling errors</h3>"]
     for example in errors["examples"]:
         texts, t = rows[example["row"]]["texts"], example["index"]
         values = ", ".join(f"{names[kind]} {example[kind]:+.2f}" for kind in kinds if kind in example)
-        out.append(f"<div class=card><p><b>{'missed' if example['error'] == 'missed' else 'punished'}: {values}"
+        out.append(f"<div class=card><p><b>{example['error']}: {values}"
                    f"</b><span class=r>{safe(example['prompt'])}\n{safe(''.join(texts[:t]))}"
                    f"<mark>{safe(texts[t])}</mark>{safe(''.join(texts[t + 1:]))}</span></p></div>")
     return "".join(out) if errors["examples"] else "".join(out[:2]) + "<p>Not one error.</p>"
@@ -1076,7 +1092,8 @@ def interval_plot(row):
     """The win rate and its 95 % interval on a line from 0 to 100 %."""
     low, high = row["win_rate_ci95"]
     return (f'<svg viewBox="0 0 120 14" style="width:120px"><path d="M0 7h120M60 1v12" stroke="currentColor" '
-            f'opacity=".25"/><path d="M{120 * low:.1f} 7H{120 * high:.1f}" stroke="#0072B2" stroke-width="4"/>'
+            f'opacity=".25"/><path d="M{120 * low:.1f} 7H{120 * high:.1f}" stroke="#0072B2" '
+            f'stroke-width="4"/>'
             f'<circle cx="{120 * row["win_rate"]:.1f}" cy="7" r="4" fill="#0072B2"/></svg>')
 
 
@@ -1085,7 +1102,8 @@ def page(title, answers, warnings, sections):
     body = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in answers)
     body = f"<div class=answer>{body}</div>" + "".join(
         f"<p class=warn>Warning: {html.escape(warning)}</p>" for warning in warnings)
-    body += "".join(f"<section><h2>{heading}</h2>{content}</section>" for heading, content in sections.items())
+    body += "".join(f"<section><h2>{heading}</h2>{content}</section>"
+                    for heading, content in sections.items())
     return (f'<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='
             f'"width=device-width,initial-scale=1"><title>{html.escape(title)}</title><style>{STYLE}</style>'
             f"</head><body><h1>{html.escape(title)}</h1>{body}</body></html>\n")
@@ -1133,8 +1151,8 @@ def policy_table(policies):
              number(row["wrong_steps_per_response"], ".2f"), number(row["kl_to_ref"], ".2f"),
              percent(row["accuracy_area"]), number(row["episodes_to_threshold"], ",")]
             for name, row in policies.items()]
-    return table(["policy", "win rate", "95 % interval", "right", "wrong steps", "KL, nats", "area under curve",
-                  "episodes to threshold"], rows)
+    return table(["policy", "win rate", "95 % interval", "right", "wrong steps", "KL, nats",
+                  "area under curve", "episodes to threshold"], rows)
 
 
 # --- Several seeds -----------------------------------------------------------------------------------------
@@ -1173,8 +1191,10 @@ def combine(args):
         rows = [policies[name] for policies in results]
         starts = [policies.get("sft", {}).get("accuracy") for policies in results]
         reached = [first_update_at(log, args.threshold) for log in logs[name]]
-        values = {"win_rate": [row["win_rate"] for row in rows], "accuracy": [row["accuracy"] for row in rows],
-                  "accuracy_area": [accuracy_area(log, start, horizon) for log, start in zip(logs[name], starts)],
+        values = {"win_rate": [row["win_rate"] for row in rows],
+                  "accuracy": [row["accuracy"] for row in rows],
+                  "accuracy_area": [accuracy_area(log, start, horizon)
+                                    for log, start in zip(logs[name], starts)],
                   "episodes_to_threshold": [row and row["episodes"] for row in reached]}
         summary[name] = {key: None if None in several else spread(several) for key, several in values.items()}
     for a, b in combinations([name for name in names if name not in ("sft", "baseline")], 2):
@@ -1199,8 +1219,8 @@ def combine(args):
         "policies": summary, "differences": differences}, indent=1) + "\n")
     write_text(out / "combined.html", page(f"Token-level reward, {len(runs)} runs", answers, [], {
         "All methods": table(header, [[html.escape(cell) for cell in row] for row in cells])
-        + f"<p class=soft>Mean ± standard deviation over {len(runs)} runs. Area: mean accuracy on the way over "
-        f"{horizon:,.0f} episodes. Episodes: until {percent(args.threshold)} right.</p>",
+        + f"<p class=soft>Mean ± standard deviation over {len(runs)} runs. Area: mean accuracy on the way "
+        f"over {horizon:,.0f} episodes. Episodes: until {percent(args.threshold)} right.</p>",
         "Learning curves": learning_curves({name: several for name, several in logs.items() if any(several)}),
         "Paired differences of win rates": table(["pair", "difference"], [[html.escape(x) for x in pair]
                                                                          for pair in pairs]),
@@ -1252,8 +1272,9 @@ def main(args):
     if not paths:
         fail(f"{run} has no policy to evaluate: run 03_ppo.py first, or name folders with --policies")
     policy_path = Path(args.policy or run / "policy")
-    references = read_baseline(args.baseline, problems) if args.baseline and not Path(args.baseline).is_dir() \
-        else None
+    references = None
+    if args.baseline and not Path(args.baseline).is_dir():
+        references = read_baseline(args.baseline, problems)
     reference = open_model(AutoModelForCausalLM, args.policy or policy_path).to(args.device)
     tokenizer = open_tokenizer(args.policy or policy_path)
     reward_models = read_metrics(run / "reward_metrics.json")
@@ -1280,7 +1301,8 @@ def main(args):
         else:
             model = reference if name == "sft" else open_model(AutoModelForCausalLM, path).to(args.device)
             if model.config.vocab_size != reference.config.vocab_size:
-                fail(f"{path} and {policy_path} differ in vocabulary: policies of one run share the tokenizer")
+                fail(f"{path} and {policy_path} differ in vocabulary: policies of one run share the "
+                     "tokenizer")
             responses[name], kl = answer(model, reference, prompts, tokenizer, args)
             texts = tokenizer.batch_decode(responses[name], skip_special_tokens=True)
         rights = list(map(right, texts, problems)) if kind in ("oracle", "answer") else None
@@ -1312,7 +1334,8 @@ def main(args):
             "episodes_to_threshold": int(reached[1]["episodes"]) if reached[1] else None}
     if args.human_eval:
         name = paths[0].name
-        rows = sorted(random.Random(args.seed).sample(range(len(problems)), min(args.human_eval, len(problems))))
+        rows = sorted(random.Random(args.seed).sample(range(len(problems)),
+                                                       min(args.human_eval, len(problems))))
         write_sheet(target, [(plain(problems[k]["prompt"]), all_texts[name][k], all_texts[opponent][k])
                              for k in rows], (name, opponent), args.seed)
         print(f"{target}: fill in `preference` (1 = output_a, 2 = output_b, 1.5 = tie), then "
@@ -1323,7 +1346,8 @@ def main(args):
 
     # the reward models on held-out edits
     rows, rewards = held_out_edits(run, tokenizer), {}
-    for model_kind, auto_class in (("token", AutoModelForTokenClassification), ("generative", AutoModelForCausalLM),
+    for model_kind, auto_class in (("token", AutoModelForTokenClassification),
+                                   ("generative", AutoModelForCausalLM),
                                    ("sequence", AutoModelForSequenceClassification)):
         if rows and (run / f"reward_{model_kind}").is_dir():
             model = open_model(auto_class, run / f"reward_{model_kind}").to(args.device)
@@ -1341,7 +1365,8 @@ def main(args):
     histograms = "".join(histogram(kind, several) for kind, several in split.items() if several["kept"])
     write_text(run / "report.html", page("Token-level reward: who wins", answers, warnings, {
         "All policies": policy_table(policies) + "".join(
-            f"<p class=soft>{html.escape(sentence)}</p>" for sentence in [f"Judge: {judge_text}.", *sentences]),
+            f"<p class=soft>{html.escape(sentence)}</p>"
+            for sentence in [f"Judge: {judge_text}.", *sentences]),
         "Learning curves": learning_curves({name: [log] for name, log in logs.items() if log}),
         "Reward heat map": heat_map(rows, rewards, args.examples),
         "Before and after": "<p class=soft>The minimal edit from the opponent's response to the policy's: "
