@@ -857,7 +857,8 @@ padding-top:1rem}h3{font-size:1rem;margin:1rem 0 .2rem}p{margin:.4rem 0}.soft,fi
 font-size:.9rem}.answer{font-size:1.1rem;background:var(--panel);padding:.6rem 1rem;border-radius:.5rem}
 .warn{border-left:.3rem solid #d55e00;padding-left:.7rem}.scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem;overflow-wrap:normal;font-variant-numeric:tabular-nums}
-td{white-space:nowrap}td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid var(--line)}td:first-child,th:first-child
+td{white-space:nowrap}td,th{padding:.2rem .6rem;text-align:right;
+border-bottom:1px solid var(--line)}td:first-child,th:first-child
 {text-align:left}figure{margin:.5rem 0}svg{width:100%;max-width:46rem;height:auto;display:block;
 font:12px system-ui,sans-serif;fill:currentColor}.card{background:var(--panel);border-radius:.5rem;
 padding:.5rem .8rem;margin:.7rem 0;break-inside:avoid;overflow:hidden}.card p{display:grid;
@@ -1077,7 +1078,8 @@ def error_section(errors, rows):
               *(f"punished by {names[kind]}" for kind in kinds)]
     below = ", ".join(f"{names[kind]} {value:g}" for kind, value in errors["wrong_below"].items())
     out = [f"<p class=soft>A token counts as called wrong below a reward of: {below} (GRM: p − 0.5). "
-           f"Distance is measured in tokens from the first error; an insertion stands at the token before which "
+           f"Distance is measured in tokens from the first error;"
+           f" an insertion stands at the token before which "
            f"something is missing.</p>", table(header, body), "<h3>The most telling errors</h3>"]
     for example in errors["examples"]:
         texts, t = rows[example["row"]]["texts"], example["index"]
