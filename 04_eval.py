@@ -1,37 +1,49 @@
-"""Stage 4: which policy is better, by how much, and how fast it got there.
+"""Stage 4: which policy is better, by how much, how sure that is, and where the reward models err.
 
 Papers: A, Xu et al., "Aligning Large Language Models via Fine-grained Supervision" (ACL 2024, 2406.02756).
         B, Chen et al., "Improving Large Language Models via Fine-grained Reinforcement Learning with Minimum
         Editing Constraint" (RLMEC, ACL 2024, 2401.06081).
 Paper A's three checks: (1) reward-model accuracy with and without minimal edits, (2) win rate of fine-grained
 against ordinary PPO at the same data size, (3) convergence of both. Paper B's: (4) right and wrong steps of
-RLMEC, what imitation alone reaches, (5) steadiness.
+RLMEC, what imitation alone reaches, (5) steadiness. Win rates are counted as AlpacaEval counts them.
 
 Simplified against the papers:
   1. The judge is the oracle of the built-in tasks (E1 on steps): fewer wrong steps wins, then the right
      answer, a tie counts one half. Paper A asks a simulated human (AlpacaFarm). Without an oracle the final
      answer decides; without answers a reward model of stage 2, and its own accuracy is printed beside it.
-  2. The opponent is the SFT policy, answering the same prompts.
+     --human_eval asks people.
+  2. The opponent is the SFT policy, answering the same prompts, unless --baseline names another.
 
-Reads:  RUN/policy/  RUN/ppo_*/  RUN/rlmec*/  RUN/*.csv  RUN/problems.jsonl  RUN/reward_metrics.json
-Writes: RUN/eval.json  RUN/04_args.json
+Reads:  RUN/policy/  RUN/ppo_*/  RUN/rlmec*/  RUN/*.csv  RUN/problems.jsonl  RUN/reward_*/  RUN/edits.jsonl
+Writes: RUN/eval.json  RUN/report.html  RUN/04_args.json; with --runs RUN/combined.json  RUN/combined.html
 
-    python 04_eval.py                     about 5 seconds on two CPU cores (no GPU was at hand to measure)
+    python 04_eval.py                                          about 15 seconds on two CPU cores
+    python 04_eval.py --runs runs/math1 runs/math2 runs/math3 --run runs/math          several seeds together
+    python 04_eval.py --verdicts verdicts.json                 the win rate of a saved list of verdicts
+    python 04_eval.py --human_eval 50 --policies runs/default/ppo_token           a blind sheet for people
 """
 
 import csv
+import html
 import json
 import math
+import platform
+import random
 import re
+import statistics
 import sys
 import textwrap
+import unicodedata
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import List, Optional
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+import transformers
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser
@@ -40,39 +52,106 @@ from transformers.utils import logging
 
 @dataclass
 class Args:
-    run: str = field(default="runs/default", metadata={"help": "run folder"})
+    run: str = field(default="runs/default", metadata={"help": "run folder; with --runs where to write"})
+    runs: Optional[List[str]] = field(default=None, metadata={
+        "help": "evaluated runs of several seeds: only combine them, into RUN/combined.html"})
     seed: int = field(default=1, metadata={"help": "seed of the samples, the same for every policy"})
-    overwrite: bool = field(default=False, metadata={"help": "evaluate again even if eval.json exists"})
+    overwrite: bool = field(default=False, metadata={"help": "make again what is already there"})
     policy: Optional[str] = field(default=None, metadata={"help": "SFT policy, opponent; default RUN/policy"})
     policies: Optional[List[str]] = field(default=None, metadata={
         "help": "policies to evaluate; default RUN/ppo_token RUN/ppo_sequence RUN/rlmec*"})
+    baseline: Optional[str] = field(default=None, metadata={
+        "help": "another opponent: a policy folder, or a JSONL of reference responses (prompt, response)"})
     problems: Optional[str] = field(default=None, metadata={"help": "prompts; default RUN/problems.jsonl"})
     split: str = field(default="test", metadata={"help": "prompts", "choices": ["train", "val", "test"]})
     batch: int = field(default=500, metadata={"help": "responses sampled at once"})
     temperature: float = field(default=1.0, metadata={"help": "sampling temperature"})
     max_new_tokens: int = field(default=48, metadata={"help": "longest response, in tokens"})
+    threshold: float = field(default=0.5, metadata={
+        "help": "share of right responses at which episodes_to_threshold is read"})
+    examples: int = field(default=8, metadata={"help": "responses shown in each part of report.html"})
+    verdicts: Optional[str] = field(default=None, metadata={
+        "help": "only print win rate and standard error (%%) of a JSON list of verdicts, as AlpacaEval has "
+                "them: instruction, output_1, output_2, preference"})
+    human_eval: int = field(default=0, metadata={
+        "help": "only write RUN/human_eval.csv: so many prompts, first policy against opponent, blind"})
+    human_verdicts: Optional[str] = field(default=None, metadata={
+        "help": "only read that sheet back, its column preference filled in; the key lies beside it"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={
         "help": "torch device"})
 
 
 # --- Statistics --------------------------------------------------------------------------------------------
 
-def win_rate(scores, baseline_scores):
-    """Win rate of a policy over the baseline, prompt by prompt: 1 for the higher score, 1/2 for a tie.
+def bootstrap(values, seed, draws=10_000):
+    """95 % interval of the mean of values: percentiles of the means of `draws` resamples of the prompts.
+    Resampling n prompts is one multinomial draw over the distinct values, so any n costs the same."""
+    distinct, counts = np.unique(values, return_counts=True)
+    n = counts.sum()
+    means = np.random.default_rng(seed).multinomial(n, counts / n, draws) @ distinct / n
+    return np.percentile(means, [2.5, 97.5]).tolist()
 
-    scores: anything comparable, the higher the better. Standard error: sample deviation (n - 1) over sqrt(n).
-    """
-    results = [1.0 if a > b else 0.5 if a == b else 0.0 for a, b in zip(scores, baseline_scores, strict=True)]
+
+def usable(preference):
+    """A verdict as AlpacaEval reads it: 1 baseline, 2 model, between them how sure the judge is, 0 an old
+    sign for a tie. None for null, NaN and everything else."""
+    if isinstance(preference, bool) or not isinstance(preference, (int, float)):
+        return None
+    return 1.5 if preference == 0 else preference if 1 <= preference <= 2 else None
+
+
+def win_rate(preferences, seed=1, interval=True):
+    """Win rate as AlpacaEval counts it: the mean of preference - 1 over the n usable verdicts; standard
+    error: sample deviation (n - 1) over sqrt(n); 95 % interval: bootstrap over prompts."""
+    results = np.array([x - 1 for x in map(usable, preferences) if x is not None])
     n = len(results)
-    mean = sum(results) / n
-    error = math.sqrt(sum((x - mean) ** 2 for x in results) / (n - 1) / n) if n > 1 else 0.0
-    return {"win_rate": mean, "win_rate_se": error, "n": n,
-            "win_rate_ci95": [mean - 1.96 * error, mean + 1.96 * error]}
+    error = float(results.std(ddof=1)) / math.sqrt(n) if n > 1 else 0.0
+    return {"win_rate": float(results.mean()), "win_rate_se": error, "n": n,
+            "left_out": len(preferences) - n,
+            **({"win_rate_ci95": bootstrap(results, seed)} if interval else {})}
+
+
+def preferences_of(scores, baseline_scores, texts, baseline_texts):
+    """Verdicts prompt by prompt: 2 for the higher score, 1 for the lower, 1.5 for a tie. Scores are anything
+    comparable; equal responses tie, whatever the judge says."""
+    return [1.5 if a == b or text == baseline else 2 if a > b else 1
+            for a, b, text, baseline in zip(scores, baseline_scores, texts, baseline_texts, strict=True)]
+
+
+def difference(a, b, seed):
+    """Win rate of one policy minus that of another, paired: both answered the same prompts."""
+    gaps = np.array(a, float) - np.array(b, float)
+    interval = bootstrap(gaps, seed)
+    return {"difference": float(gaps.mean()), "ci95": interval, "seen": not interval[0] <= 0 <= interval[1]}
+
+
+def paired_t_test(gaps):
+    """Two-sided p of the paired t-test over seeds; gaps: one difference a seed; None for a single seed.
+    With t = sqrt(nu) tan(angle), nu = n - 1, the tail is an integral of cos(angle)^(nu - 1)."""
+    n = len(gaps)
+    if n < 2:
+        return None
+    mean, error = statistics.mean(gaps), statistics.stdev(gaps) / math.sqrt(n)
+    if error < 1e-12:                                         # the same difference on every seed
+        return 0.0 if abs(mean) > 1e-12 else 1.0
+    power = lambda low: np.cos(np.linspace(low, math.pi / 2, 20_001)) ** (n - 2) * (math.pi / 2 - low)
+    tail = lambda low: (power(low)[1:].mean() + power(low)[:-1].mean()) / 2
+    return float(tail(math.atan(abs(mean) / error / math.sqrt(n - 1))) / tail(0.0))
 
 
 def first_update_at(log, accuracy):
     """The first row of a CSV log whose measured validation accuracy reaches a level, or None."""
     return next((row for row in log if row.get("accuracy") is not None and row["accuracy"] >= accuracy), None)
+
+
+def accuracy_area(log, start, horizon):
+    """Area under the accuracy-against-episodes curve from 0 to horizon, over horizon: the mean accuracy on
+    the way. Straight lines between measurements, from the accuracy of the SFT policy; the last one holds."""
+    points = [(row["episodes"], row["accuracy"]) for row in log if row.get("accuracy") is not None]
+    if not points:
+        return None
+    points = [(0, points[0][1] if start is None else start), *points, (horizon, points[-1][1])]
+    return sum((x1 - x0) * (y0 + y1) / 2 for (x0, y0), (x1, y1) in zip(points, points[1:])) / horizon
 
 
 def largest_drop(accuracy):
@@ -82,13 +161,106 @@ def largest_drop(accuracy):
     return max(accuracy) - min(accuracy[accuracy.index(max(accuracy)):])
 
 
+# --- Files -------------------------------------------------------------------------------------------------
+
 def read_log(path):
     """Rows of a stage-3 CSV as numbers; empty cells are None, a policy without a log has no rows."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        return [{name: float(value) if value else None for name, value in row.items()}
-                for row in csv.DictReader(file)]
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = [{name: float(value) if value else None for name, value in row.items()}
+                    for row in csv.DictReader(file)]
+        numbers = [row[name] for row in rows for name in ("update", "episodes", "seconds")]
+        numbers += [value for row in rows for value in row.values() if value is not None]
+        if not rows or not all(map(math.isfinite, numbers)):
+            raise ValueError("no rows, or a cell that is no number")
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        fail(f"{path}: not a log that 03_ppo.py writes ({type(error).__name__}: {error})")
+    return rows
+
+
+def read_json(path, what):
+    """A JSON file, or a readable error that says what it should be."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        fail(f"{path}: not {what} ({error})")
+
+
+def write_text(path, text):
+    """A file is whole or absent."""
+    part = Path(f"{path}.part")
+    part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    part.replace(path)
+
+
+def read_verdicts(path):
+    """Preferences of a JSON list of verdicts; two equal outputs tie without a judge."""
+    rows = read_json(path, "a JSON list of verdicts")
+    if not isinstance(rows, list) or not rows:
+        fail(f"{path}: not a JSON list of verdicts")
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or "preference" not in row:
+            fail(f"{path}, verdict {number}: column `preference` is missing")
+    return [1.5 if "output_1" in row and row["output_1"] == row.get("output_2") else row["preference"]
+            for row in rows]
+
+
+def show_verdicts(path, preferences):
+    """Win rate and standard error in per cent, on lines that a program can read."""
+    if not any(usable(preference) is not None for preference in preferences):
+        fail(f"{path}: no usable verdict; column `preference` holds 1, 2 or 1.5 (a tie)")
+    result = win_rate(preferences, interval=False)
+    print(f"win_rate {100 * result['win_rate']:.3f}\nstandard_error {100 * result['win_rate_se']:.3f}")
+    print(f"n {result['n']}\nleft_out {result['left_out']}")
+
+
+def guarded(text):
+    """A cell that no spreadsheet takes for a formula."""
+    return "'" + text if text.lstrip()[:1] in tuple("=+-@\t") else text
+
+
+def write_sheet(path, rows, names, seed):
+    """A blind A/B sheet and its key. rows: (prompt, output of the model, output of the opponent)."""
+    swapped = [random.Random(f"{seed} {k}").random() < 0.5 for k in range(len(rows))]
+    cells = [[guarded(text) for text in ((x, b, a) if swap else (x, a, b))]
+             for (x, a, b), swap in zip(rows, swapped)]
+    key = {"model": names[0], "baseline": names[1], "model_is": ["b" if swap else "a" for swap in swapped],
+           "cells": cells}
+    with open(path, "w", newline="", encoding="utf-8-sig") as file:      # the mark that spreadsheets look for
+        writer = csv.writer(file)
+        writer.writerow(["instruction", "output_a", "output_b", "preference"])
+        writer.writerows([*row, "1.5" if row[1] == row[2] else ""] for row in cells)
+    write_text(path.with_name(f"{path.stem}_key.json"), json.dumps(key, indent=1) + "\n")
+
+
+def read_sheet(path):
+    """Preferences of a filled-in sheet, 1 the opponent and 2 the model; an empty cell is left out."""
+    path = Path(path)
+    key_path = path.with_name(f"{path.stem}_key.json")
+    key = read_json(key_path, "the key that --human_eval writes beside its sheet")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        delimiter = max(",;\t", key=text.split("\n")[0].count)          # some spreadsheets save with ;
+        rows = list(csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter))
+        rows = [row for row in rows if any(row.values())]
+        cells, sides = key["cells"], key["model_is"]
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        fail(f"{path}: not the sheet that --human_eval wrote ({type(error).__name__}: {error})")
+    if len(rows) != len(cells):
+        fail(f"{path}: has {len(rows)} rows, its key {key_path.name} has {len(cells)}")
+    preferences = []
+    for number, (row, cell, side) in enumerate(zip(rows, cells, sides), 2):
+        for name, text in zip(["instruction", "output_a", "output_b"], cell):
+            if "".join((row.get(name) or "").split()) != "".join(text.split()):
+                fail(f"{path}, row {number}: column `{name}` was changed, moved or is missing")
+        verdict = (row.get("preference") or "").strip().replace(",", ".")
+        if verdict not in ("", "0", "1", "1.5", "2", "1.0", "2.0"):
+            fail(f"{path}, row {number}: preference {verdict!r} is none of 1 (output_a), 2 (output_b), 1.5")
+        preference = usable(float(verdict)) if verdict else None
+        preferences.append(3 - preference if preference and side == "a" else preference)
+    return preferences
 
 
 # --- Helpers that stand in several scripts, letter for letter ----------------------------------------------
@@ -305,6 +477,33 @@ def edit_distance(a, b):
     return len(b) + up.bit_count() - down.bit_count()
 
 
+def align(a, b):
+    """E1: one optimal path from a to b as a list of [op, i, j], op in keep, replace, delete, insert; i
+    indexes a, j indexes b. The common beginning is kept first, so the first operation stands where the two
+    part. A deletion marks nothing in b and an insertion nothing in a: there j and i only say where."""
+    start = 0
+    while start < min(len(a), len(b)) and a[start] == b[start]:
+        start += 1
+    columns = edit_columns(a[start:], b[start:])
+    path = []
+    i, j = len(a), len(b)
+    while i > start or j > start:
+        row = 1 << (i - start - 1) if i > start else 0
+        if row and j > start and a[i - 1] == b[j - 1]:
+            i, j = i - 1, j - 1
+            path.append(["keep", i, j])
+        elif row and (j == start or columns[j - start][0] & row):      # D[i][j] = D[i-1][j] + 1
+            i = i - 1
+            path.append(["delete", i, j])
+        elif not row or columns[j - start - 1][1] & row:               # D[i][j] = D[i][j-1] + 1
+            j = j - 1
+            path.append(["insert", i, j])
+        else:
+            i, j = i - 1, j - 1
+            path.append(["replace", i, j])
+    return [["keep", k, k] for k in range(start)] + path[::-1]
+
+
 @lru_cache(maxsize=200_000)
 def split_steps(text):
     """The steps of a response: its lines, its sentences, or what stands between semicolons."""
@@ -337,6 +536,35 @@ def right(response, problem):
     if answer is None:
         return split_steps(response)[-1:] == split_steps(problem["answer"])[-1:]
     return final_answer(response) == answer
+
+
+def instructions(tokenizer):
+    """B2: token ids of the fixed parts of both prompts. A vocabulary of a built-in task has no words for
+    instructions: there the end token separates the parts, and a step is numbered by a bare digit."""
+    texts = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
+             "rewrite": "\nThe attempt, corrected with as few changes as possible:\n",
+             "locate": "\nThe first wrong step of the attempt:\n"}
+    label = "[{}] "
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    parts = {name: encode(text) for name, text in texts.items()}
+    if any(tokenizer.unk_token_id in ids for ids in [*parts.values(), encode(label.format(1))]):
+        end = [tokenizer.eos_token_id]
+        parts = {"solution": [], "attempt": end, "rewrite": end, "locate": end}
+        label = "{}"
+    return {**parts, "label": lambda k: encode(label.format(k))}
+
+
+def rewrite_prompt(parts, prompt_ids, solution_ids, response_ids, end):
+    """B2: the prompt of `rewrite`, from (x, y*, y^), as token ids; the ids of y^ stand in it as they are."""
+    solution = [token for token in solution_ids if token != end]
+    attempt = [token for token in response_ids if token != end]
+    return prompt_ids + parts["solution"] + solution + parts["attempt"] + attempt + parts["rewrite"]
+
+
+def token_texts(ids, tokenizer):
+    """The text that each token adds to the ones before it, spaces included."""
+    texts = [tokenizer.decode(ids[:k]) for k in range(len(ids) + 1)]
+    return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
 
 
 # --- Evaluation --------------------------------------------------------------------------------------------
@@ -413,70 +641,67 @@ def percent(x):
     return "-" if x is None else f"{100 * x:.1f} %"
 
 
-def checks(reward_models, policies, logs):
-    """The papers' checks as sentences, from the numbers that eval.json holds."""
-    return [*checks_a(reward_models, policies, logs), *checks_b(reward_models, policies)]
+def points(x):
+    """+3.1, in percentage points."""
+    return f"{100 * x:+.1f}"
 
 
-def checks_b(reward_models, policies):
-    """Paper B: what RLMEC and its ablation reach, and how steady every method is."""
-    sentences = []
-    rlmec, imitation = policies.get("rlmec"), policies.get("rlmec_imitation")
-    if rlmec and imitation and rlmec["accuracy"] is not None:
-        sentences.append(
-            f"4. RLMEC: {percent(rlmec['accuracy'])} right, imitation alone "
-            f"{percent(imitation['accuracy'])}: the token reward adds "
-            f"{100 * (rlmec['accuracy'] - imitation['accuracy']):+.1f} points. Both saw reference solutions "
-            "of their problems, PPO did not.")
-    drops = {name: row["largest_drop"] for name, row in policies.items() if row["largest_drop"] is not None}
-    if drops:
-        sentences.append("5. Steadiness, largest drop of validation accuracy after its best: "
-                         + ", ".join(f"{name} {100 * drop:.1f}" for name, drop in drops.items()) + " points.")
-    return sentences
+def verdict_on(row):
+    """A paired difference in words, never more sure than its interval (or, over seeds, its test)."""
+    how = (f"95 % interval {points(row['ci95'][0])} to {points(row['ci95'][1])}" if "ci95" in row else
+           f"± {100 * row['sd']:.1f} over seeds, paired t-test p = {row['p']:.3f}"
+           if row["p"] is not None else
+           "one run, no test")
+    return f"{points(row['difference'])} points ({how}){'' if row['seen'] else ', no difference seen'}"
 
 
-def checks_a(reward_models, policies, logs):
-    """Paper A's three checks."""
+def checks(reward_models, policies, logs, differences):
+    """The papers' checks as short sentences, from the numbers that eval.json holds."""
     sentences = []
     token_model, sequence_model = reward_models.get("token"), reward_models.get("sequence")
     if token_model and sequence_model:
-        sentences.append(
-            f"1. Reward accuracy: trained on minimal edits, the token model orders "
-            f"{percent(token_model['pair_accuracy'])} of held-out (edited, original) pairs; trained on "
-            f"ordinary pairs, the sequence model orders {percent(sequence_model['pair_accuracy'])} of them "
-            f"and {percent(sequence_model['preference_accuracy'])} of (chosen, rejected).")
+        sentences.append(f"1. Reward accuracy on held-out (edited, original) pairs: token model "
+                         f"{percent(token_model['pair_accuracy'])}, sequence model "
+                         f"{percent(sequence_model['pair_accuracy'])}.")
+    gap = {(row["a"], row["b"]): row for row in differences}
     token, sequence = policies.get("ppo_token"), policies.get("ppo_sequence")
-    if not (token and sequence):
-        return sentences
-    sentences.append(
-        f"2. Win rate: after {token['updates']} updates each, ppo_token wins {percent(token['win_rate'])} "
-        f"against the SFT policy and ppo_sequence {percent(sequence['win_rate'])}: "
-        f"{100 * (token['win_rate'] - sequence['win_rate']):+.1f} points.")
-    if sequence["best_accuracy"] is None:
-        sentences.append("3. Convergence: not measured, because without an oracle there is no common scale.")
-    elif token["episodes_to_best_baseline"] is None:
-        sentences.append(f"3. Convergence: ppo_token never reaches the best of ppo_sequence, "
-                         f"{percent(sequence['best_accuracy'])} right.")
-    else:
-        row = first_update_at(logs["ppo_token"], sequence["best_accuracy"])
+    if token and sequence:
+        sentences.append(f"2. Win rate: ppo_token {percent(token['win_rate'])}, ppo_sequence "
+                         f"{percent(sequence['win_rate'])}: {verdict_on(gap['ppo_token', 'ppo_sequence'])}.")
+        best, row = sequence["best_accuracy"], None
+        if best is not None:
+            row = first_update_at(logs["ppo_token"], best)
         sentences.append(
-            f"3. Convergence: ppo_token reaches the best of ppo_sequence, "
-            f"{percent(sequence['best_accuracy'])} right, at update {row['update']:.0f} of "
-            f"{sequence['updates']} ({percent(row['update'] / sequence['updates'])}), after "
-            f"{row['episodes']:.0f} episodes and {row['seconds']:.0f} s.")
+            "3. Convergence: not measured, because without an oracle there is no common scale."
+            if best is None else
+            f"3. Convergence: ppo_token never reaches the best of ppo_sequence, {percent(best)} right."
+            if row is None else
+            f"3. Convergence: ppo_token reaches the best of ppo_sequence, {percent(best)} right, at update "
+            f"{row['update']:.0f} of {sequence['updates']}, {row['episodes']:.0f} episodes, "
+            f"{row['seconds']:.0f} s.")
+    rlmec, imitation = policies.get("rlmec"), policies.get("rlmec_imitation")
+    if rlmec and imitation and rlmec["accuracy"] is not None:
+        sentences.append(f"4. RLMEC (it saw reference solutions): {percent(rlmec['accuracy'])} right, "
+                         f"imitation alone {percent(imitation['accuracy'])}. Win rate "
+                         f"{verdict_on(gap['rlmec', 'rlmec_imitation'])}.")
+    drops = {name: row["largest_drop"] for name, row in policies.items()
+             if row["largest_drop"] is not None and name in ("ppo_token", "ppo_sequence", "rlmec")}
+    if drops:
+        sentences.append("5. Steadiness, largest drop after the best: " + ", ".join(
+            f"{name} {100 * drop:.1f}" for name, drop in drops.items()) + " points.")
     return sentences
 
 
 def show_table(policies):
     """One line a policy, 79 columns."""
-    print(f"\n{'policy':15s} {'win rate':>14s} {'right':>8s} {'wrong steps':>12s} {'KL':>6s} {'updates':>8s} "
-          f"{'seconds':>8s}")
+    print(f"{'policy':15.15s} {'win rate':>14s} {'right':>8s} {'wrong steps':>11s} {'KL, nats':>8s} "
+          f"{'updates':>8s} {'seconds':>8s}")
     for name, row in policies.items():
         wins = f"{percent(row['win_rate'])} ± {100 * row['win_rate_se']:.1f}"
         wrong = "-" if row["wrong_steps_per_response"] is None else f"{row['wrong_steps_per_response']:.2f}"
-        print(f"{name:15s} {wins:>14s} {percent(row['accuracy']):>8s} {wrong:>12s} {row['kl_to_ref']:>6.2f} "
+        kl = "-" if row["kl_to_ref"] is None else f"{row['kl_to_ref']:.2f}"
+        print(f"{name:15.15s} {wins:>14s} {percent(row['accuracy']):>8s} {wrong:>11s} {kl:>8s} "
               f"{row['updates']:>8d} {row['seconds']:>8.0f}")
-    print("KL: nats a response, to the SFT policy\n")
 
 
 def open_judge(run, problems, reward_models, args):
@@ -496,10 +721,543 @@ def open_judge(run, problems, reward_models, args):
     return kind, open_model(auto_class, run / f"reward_{kind}").to(args.device), worth
 
 
+# --- Errors of the reward models ---------------------------------------------------------------------------
+
+def held_out_edits(run, tokenizer, most=2000):
+    """Edited pairs that no model was trained on, the first `most`; none where stage 1 wrote none."""
+    if not (run / "edits.jsonl").exists():
+        return []
+    size = len(tokenizer)
+
+    def fault(row):
+        for name in ("prompt_ids", "rejected_ids"):
+            if not all(type(k) is int and 0 <= k < size for k in row[name]):
+                return f"column `{name}` holds no ids of this tokenizer"
+        try:
+            inside = all(op in ("replace", "delete", "insert") and 0 <= i <= len(row["rejected_ids"])
+                         for op, i, j in row.get("edit_ops") or [])
+        except (TypeError, ValueError):
+            inside = False
+        return None if inside else "column `edit_ops` does not fit `rejected_ids`"
+
+    columns = {"split": str, "prompt": (str, list), "prompt_ids": list, "rejected_ids": list}
+    rows = read_jsonl(run / "edits.jsonl", columns, fault)
+    return [row for row in rows if row["split"] != "train" and row.get("edit_ops")][:most]
+
+
+@torch.no_grad()
+def rewards_of(kind, model, rows, tokenizer, args):
+    """Token rewards of `rejected`, a list of floats a row, None where the prompt does not fit the model.
+
+    token: A2. sequence: 1[t = T] R (A7). generative: p_t - 0.5, which is B3 before its clip.
+    """
+    parts, end = instructions(tokenizer), tokenizer.eos_token_id
+    prompts, rewards = {}, [None] * len(rows)
+    for k, row in enumerate(rows):
+        prompt = row["prompt_ids"]
+        if kind == "generative" and row.get("solution"):
+            solution_ids = tokenizer(row["solution"], add_special_tokens=False).input_ids
+            prompt = rewrite_prompt(parts, prompt, solution_ids, row["rejected_ids"], end)
+        fits = len(prompt) + len(row["rejected_ids"]) <= model.config.max_position_embeddings
+        if fits and (kind != "generative" or row.get("solution")):
+            prompts[k] = prompt
+    for start in range(0, len(prompts), args.batch):
+        part = list(prompts)[start:start + args.batch]
+        inputs, mask = pack([prompts[k] for k in part], [rows[k]["rejected_ids"] for k in part],
+                            tokenizer.pad_token_id, args.device)
+        if kind == "token":
+            values = token_rewards(model, inputs, mask)
+        elif kind == "sequence":
+            values = torch.zeros(mask.shape, device=mask.device)
+            values.scatter_(1, mask.sum(dim=1, keepdim=True) - 1, sequence_reward(model, inputs)[:, None])
+        else:
+            values = token_logprobs(response_logits(model, inputs, mask), inputs, mask).exp() - 0.5
+        for k, value in zip(part, values.tolist()):
+            rewards[k] = value[:len(rows[k]["rejected_ids"])]
+    return rewards
+
+
+def token_kind(text, is_end):
+    """number, word, symbol, space, or the end token."""
+    text = text.strip()
+    return ("end" if is_end else "space" if not text else "number" if text[-1].isdigit() else
+            "word" if text[-1].isalpha() else "symbol")
+
+
+def true_errors(row):
+    """index -> operation of every wrong token of `rejected`; a missing piece stands where it should begin."""
+    wrong = {i: "insert" for op, i, j in row["edit_ops"] if op == "insert" and i < len(row["rejected_ids"])}
+    return {**wrong, **{i: op for op, i, j in row["edit_ops"] if op != "insert"}}
+
+
+WRONG_BELOW = {"token": -0.25, "generative": 0.0}      # a reward below: the model calls the token wrong
+
+
+def reward_errors(rows, rewards, tokenizer):
+    """Which wrong tokens are missed and which right ones punished, by group, token model and GRM side by
+    side. rewards: kind -> a list of token rewards a row. Returns groups, the ten most telling examples of the
+    token model (five of each sort, one a row), and the rewards of kept and changed tokens."""
+    kinds = [kind for kind in WRONG_BELOW if any(rewards.get(kind) or [])]
+    counts, candidates = {}, {"missed": [], "punished": []}
+    split = {kind: {"kept": [], "changed": []} for kind in kinds}
+    median = statistics.median(len(row["rejected_ids"]) for row in rows) if rows else 0
+    for k, row in enumerate(rows):
+        wrong, ids = true_errors(row), row["rejected_ids"]
+        row["texts"], first = token_texts(ids, tokenizer), min(wrong, default=len(ids))
+        for t, text in enumerate(row["texts"]):
+            behind = t - first
+            distance = ("before it" if behind < 0 else "the first error" if behind == 0 else
+                        "1 to 4 behind" if behind < 5 else "5 to 14 behind" if behind < 15 else
+                        "15 and more behind")
+            groups = [("all", "all tokens"), ("kind", token_kind(text, ids[t] == tokenizer.eos_token_id)),
+                      ("position", f"quarter {4 * t // len(ids) + 1} of the response"),
+                      ("length", f"{'up to' if len(ids) <= median else 'over'} {median:.0f} tokens"),
+                      ("edit", wrong.get(t, "kept")), ("distance", distance)]
+            for kind in kinds:
+                if rewards[kind][k] is None:
+                    continue
+                r = rewards[kind][k][t]
+                split[kind]["changed" if t in wrong else "kept"].append(r)
+                error = (r < WRONG_BELOW[kind]) != (t in wrong)
+                for group in groups:
+                    cell = counts.setdefault(group, {}).setdefault(kind, {"wrong": 0, "missed": 0, "right": 0,
+                                                                          "punished": 0})
+                    cell["wrong" if t in wrong else "right"] += 1
+                    cell["missed" if t in wrong else "punished"] += error
+                if error and kind == kinds[0]:
+                    candidates["missed" if t in wrong else "punished"].append((-r if t in wrong else r, k, t))
+    examples = []
+    for sort, found in candidates.items():
+        chosen = {}
+        for r, k, t in sorted(found):
+            chosen.setdefault(k, t)
+        for k, t in list(chosen.items())[:5]:
+            values = {kind: rewards[kind][k][t] for kind in kinds if rewards[kind][k] is not None}
+            examples.append({"error": sort, "row": k, "prompt": plain(rows[k]["prompt"]), "index": t,
+                             "response": "".join(rows[k]["texts"]), "token": rows[k]["texts"][t], **values})
+    order = ["all", "kind", "position", "length", "edit", "distance"]
+    groups = [{"by": by, "group": group, **kinds_of} for (by, group), kinds_of in
+              sorted(counts.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))]
+    return {"wrong_below": {kind: WRONG_BELOW[kind] for kind in kinds}, "groups": groups,
+            "examples": examples}, split
+
+
+# --- The report: one file of HTML and SVG ------------------------------------------------------------------
+
+STYLE = """
+:root{color-scheme:light dark;--ink:#1b1b1b;--soft:#667;--line:#d5d8dd;--page:#fff;--panel:#f5f6f8}
+@media(prefers-color-scheme:dark){:root{--ink:#e8e8e8;--soft:#a3a8b3;--line:#3a3f47;--page:#15171a;
+--panel:#1e2126}}
+*{box-sizing:border-box}body{margin:0 auto;padding:1rem;max-width:56rem;background:var(--page);
+color:var(--ink);
+font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
+h1{font-size:1.5rem;line-height:1.25}h2{font-size:1.2rem;margin:2.2rem 0 .4rem;
+border-top:1px solid var(--line);
+padding-top:1rem}h3{font-size:1rem;margin:1rem 0 .2rem}p{margin:.4rem 0}.soft,figcaption{color:var(--soft);
+font-size:.9rem}.answer{font-size:1.1rem;background:var(--panel);padding:.6rem 1rem;border-radius:.5rem}
+.warn{border-left:.3rem solid #d55e00;padding-left:.7rem}.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:.9rem;overflow-wrap:normal;font-variant-numeric:tabular-nums}
+td{white-space:nowrap}td,th{padding:.2rem .6rem;text-align:right;
+border-bottom:1px solid var(--line)}td:first-child,th:first-child
+{text-align:left}figure{margin:.5rem 0}svg{width:100%;max-width:46rem;height:auto;display:block;
+font:12px system-ui,sans-serif;fill:currentColor}.card{background:var(--panel);border-radius:.5rem;
+padding:.5rem .8rem;margin:.7rem 0;break-inside:avoid;overflow:hidden}.card p{display:grid;
+grid-template-columns:8rem 1fr;gap:.6rem}.card b{font-size:.85rem;font-weight:600}
+.r,del,ins,mark{white-space:pre-wrap;font-family:ui-monospace,monospace;font-size:.9rem}
+.t{border-radius:.15rem;padding:.1rem .03rem;print-color-adjust:exact;-webkit-print-color-adjust:exact}
+.t:focus::after{content:" " attr(title);color:var(--soft);font-size:.75rem}
+.e{outline:1.5px solid currentColor;
+outline-offset:-1px}.bar{display:inline-block;width:7rem;height:.7rem;border-radius:.2rem;
+background:linear-gradient(90deg,rgb(213 94 0/.75),transparent,rgb(0 114 178/.75));print-color-adjust:exact}
+del{color:#c04a00;background:rgb(213 94 0/.14)}ins{color:#00659c;background:rgb(0 114 178/.14);
+font-weight:600;
+text-decoration:none}@media(prefers-color-scheme:dark){del{color:#ff9a5c}ins{color:#6cc3f5}}
+mark{background:rgb(240 228 66/.6);color:inherit}pre{white-space:pre-wrap;font-size:.8rem}
+@media(max-width:34rem){.card p{grid-template-columns:1fr;gap:0}}@media print{body{max-width:none;
+font-size:11pt}}
+"""
+COLOURS = {"ppo_token": "#0072B2", "ppo_sequence": "#D55E00", "rlmec": "#009E73",
+           "rlmec_imitation": "#CC79A7", "rlmec_reward": "#E69F00", "rlmec_uniform": "#56B4E9",
+           "rlmec_noclip": "#888888"}    # Okabe and Ito
+
+
+def plain(prompt):
+    """A prompt as text: of a chat its last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def safe(text):
+    """Text from data, harmless in HTML: escaped, what is invisible or turns the line made visible, and
+    isolated from the direction of its neighbours."""
+    text = "".join(f"‹U+{ord(c):04X}›" if unicodedata.category(c)[0] == "C" and c != "\n"
+                   or c in "\u2028\u2029" else c for c in str(text))
+    return f"<bdi>{html.escape(text)}</bdi>"
+
+
+def table(header, rows):
+    """An HTML table; cells are HTML already."""
+    lines = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    return (f"<div class=scroll><table><tr>{''.join(f'<th>{cell}</th>' for cell in header)}</tr>"
+            + "".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>")
+
+
+def axes(x_top, y_low, y_high, x_label, y_label, form):
+    """Grid, ticks and labels of a chart of 520 x 290, and the functions from values to pixels."""
+    x_of = lambda x: 50 + 340 * x / (x_top or 1)
+    y_of = lambda y: 240 - 215 * (y - y_low) / ((y_high - y_low) or 1)
+    parts = []
+    for k in range(5):
+        x, y = x_top * k / 4, y_low + (y_high - y_low) * k / 4
+        parts.append(f'<path d="M50 {y_of(y):.1f}h340" stroke="currentColor" opacity=".15"/>'
+                     f'<text x="44" y="{y_of(y) + 4:.1f}" text-anchor="end">{form(y)}</text>'
+                     f'<text x="{x_of(x):.1f}" y="256" text-anchor="middle">{x:,.0f}</text>')
+    return x_of, y_of, "".join(parts) + (f'<text x="220" y="278" text-anchor="middle">{x_label}</text>'
+                                         f'<text x="4" y="13">{y_label}</text>')
+
+
+def learning_curves(runs):
+    """All methods on one axis, a band of one standard deviation where there are several runs.
+    runs: name -> logs of the method, one a seed."""
+    measured = any(row.get("accuracy") is not None for logs in runs.values() for log in logs for row in log)
+    column = "accuracy" if measured else "reward"
+    curves = {}
+    for name, logs in runs.items():
+        columns = [[(row["episodes"], row[column]) for row in log if row.get(column) is not None]
+                   for log in logs]
+        steps = [step for step in zip(*columns)]              # seeds that stopped early end the curve
+        if steps:
+            curves[name] = [(statistics.mean(x for x, y in step), statistics.mean(y for x, y in step),
+                             statistics.stdev(y for x, y in step) if len(step) > 1 else 0.0)
+                            for step in steps]
+    if not curves:
+        return "<p>No run has a log with a measured curve.</p>"
+    y_all = [y + sign * sd for curve in curves.values() for x, y, sd in curve for sign in (-1, 1)]
+    y_low, y_high = (0.0, 1.0) if measured else (min(y_all), max(y_all))
+    top = max(x for curve in curves.values() for x, y, sd in curve)
+    label = "right responses, % of the validation prompts" if measured else "reward of a response, own scale"
+    x_of, y_of, drawn = axes(top, y_low, y_high, "episodes (sampled responses)", label,
+                             (lambda y: f"{100 * y:.0f}") if measured else (lambda y: f"{y:.2f}"))
+    height = None
+    for name, curve in sorted(curves.items(), key=lambda item: -item[1][-1][1]):
+        colour = COLOURS.get(name, "#888888")
+        limit = lambda y: y_of(min(max(y, y_low), y_high))
+        place = lambda x, y: f"{x_of(x):.1f},{limit(y):.1f}"
+        if len(next(iter(runs.values()))) > 1:
+            edge = [place(x, y + sd) for x, y, sd in curve] + [place(x, y - sd) for x, y, sd in curve[::-1]]
+            drawn += f'<polygon points="{" ".join(edge)}" fill="{colour}" opacity=".2"/>'
+        x_end, y_end, sd = curve[-1]
+        height = max(limit(y_end), 18 if height is None else height + 15)       # labels never overlap
+        shown = html.escape(name if len(name) < 17 else name[:15] + "…")
+        drawn += (f'<polyline points="{" ".join(place(x, y) for x, y, sd in curve)}" fill="none" '
+                  f'stroke="{colour}" stroke-width="2"><title>{html.escape(name)}</title></polyline>'
+                  + "".join(f'<circle cx="{x_of(x):.1f}" cy="{limit(y):.1f}" r="2.5" fill="{colour}"><title>'
+                            f'{html.escape(name)}: {y:.3f} after {x:,.0f} episodes</title></circle>'
+                            for x, y, sd in curve)
+                  + f'<path d="M{x_of(x_end):.1f} {limit(y_end):.1f}H392L402 {height:.1f}" fill="none" '
+                    f'stroke="{colour}" stroke-dasharray="2 3"/><path d="M403 {height:.1f}h10" '
+                    f'stroke="{colour}" stroke-width="3"/><text x="416" y="{height + 4:.1f}">{shown}</text>')
+    band = " Bands: ± one standard deviation over the runs." if len(next(iter(runs.values()))) > 1 else ""
+    note = ("Dotted: the last value, held. RLMEC samples once a round, so all its updates stand at one "
+            "number of episodes." if measured else "No accuracy was measured: the rewards of two methods "
+            "have no common scale, only the shape of a curve counts.")
+    return (f'<figure><svg viewBox="0 0 520 290" role="img" aria-label="learning curves">{drawn}</svg>'
+            f"<figcaption>{note}{band}</figcaption></figure>")
+
+
+def histogram(kind, split):
+    """Rewards of kept and changed tokens of held-out responses, each as shares of its own number."""
+    values = np.array(split["kept"] + split["changed"])
+    low, high = np.percentile(values, [0.5, 99.5]) + np.array([-1e-3, 1e-3])
+    parts, top = "", 0.0
+    for name, colour in (("kept", "#0072B2"), ("changed", "#D55E00")):
+        counts = np.histogram(np.clip(split[name], low, high), 40, (low, high))[0] / max(len(split[name]), 1)
+        heights = np.sqrt(counts)                             # a root scale keeps the small bars visible
+        top = max(top, counts.max())
+        parts += "".join(f'<rect x="{30 + 11.5 * k:.1f}" y="{130 - 110 * h:.1f}" width="11" '
+                         f'height="{110 * h:.1f}" fill="{colour}" opacity=".6"><title>'
+                         f'{name}: {100 * c:.1f} % near '
+                         f'{low + (k + 0.5) * (high - low) / 40:.2f}</title></rect>'
+                         for k, (h, c) in enumerate(zip(heights, counts)) if c)
+    ticks = "".join(f'<text x="{30 + 460 * k / 4:.0f}" y="146" text-anchor="middle">'
+                    f'{low + (high - low) * k / 4:.2f}</text>' for k in range(5))
+    title = "token model, reward of a token" if kind == "token" else "GRM, p − 0.5 of a token"
+    return (f'<figure><svg viewBox="0 0 520 165" role="img" aria-label="rewards, {kind}">{parts}{ticks}'
+            f'<path d="M30 130h460" stroke="currentColor"/><text x="30" y="12">'
+            f'share of tokens, root scale</text>'
+            f'<text x="260" y="162" text-anchor="middle">{title}</text><text x="330" y="12">■ kept '
+            f'{len(split["kept"]):,}</text><path d="M330 3h9v9h-9z" fill="#0072B2"/>'
+            f'<text x="420" y="12">■ changed '
+            f'{len(split["changed"]):,}</text><path d="M420 3h9v9h-9z" fill="#D55E00"/></svg></figure>')
+
+
+def heat_map(rows, rewards, most):
+    """The same responses under every reward model, token by token; the true errors are framed."""
+    names = {"token": "token model", "sequence": "sequence model", "generative": "GRM"}
+    rewards = {kind: values for kind, values in rewards.items() if any(values)}
+    if not rows or not rewards:
+        return "<p>No held-out edits, so there is nothing to show.</p>"
+    limits, out = {}, []
+    for kind, values in rewards.items():
+        shown = [abs(r) for row in values if row for r in row if r]
+        limits[kind] = 0.1 if kind == "generative" else float(np.percentile(shown, 95)) if shown else 1.0
+        out.append(f'<span>{names[kind]} −{limits[kind]:.2f} <i class=bar></i> +{limits[kind]:.2f}</span>')
+    out = [f"<p class=soft>Colour scales: {' &emsp; '.join(out)}. Framed: wrong tokens, as the editor "
+           "corrected them. Hover or tap for the value.</p>"]
+    usable_rows = [k for k in range(len(rows)) if all(values[k] is not None for values in rewards.values())]
+    step = max(1, len(usable_rows) // max(most, 1))
+    for k in usable_rows[::step][:most]:
+        row, wrong = rows[k], true_errors(rows[k])
+        lines = [f"<b>prompt</b><span class=r>{safe(plain(row['prompt']))}</span>"]
+        for kind, values in rewards.items():
+            tokens = []
+            for t, (text, r) in enumerate(zip(row["texts"], values[k])):
+                if kind == "generative":                      # B3 of a wrong response
+                    r = min(max(r, -0.1), 0.0)
+                strength = 0.75 * min(abs(r) / limits[kind], 1.0)
+                colour = f"rgb({'213 94 0' if r < 0 else '0 114 178'}/{strength:.2f})"
+                style = f' style="background:{colour}"' if strength > 0.02 else ""
+                tokens.append(f'<span class="t{" e" if t in wrong else ""}" tabindex=-1 '
+                              f'title="{r:+.2f}"{style}>'
+                              f"{safe(text)}</span>")
+            lines.append(f"<b>{names[kind]}</b><span class=r>{''.join(tokens)}</span>")
+        out.append(f"<div class=card>{''.join(f'<p>{line}</p>' for line in lines)}</div>")
+    return "".join(out)
+
+
+def edit_marked(before, after, tokenizer):
+    """The minimal edit (E1) that leads from one response to another, ids, as HTML."""
+    old, new = token_texts(before, tokenizer), token_texts(after, tokenizer)
+    groups = []
+    for op, i, j in align(before, after):
+        for tag, text in {"keep": [("", new[j:j + 1])], "delete": [("del", old[i:i + 1])],
+                          "insert": [("ins", new[j:j + 1])],
+                          "replace": [("del", old[i:i + 1]), ("ins", new[j:j + 1])]}[op]:
+            # of a run of replacements first all that goes, then all that comes
+            same = next((g for g in groups[-2:] if g[0] == tag and (tag or g is groups[-1])), None)
+            if same and not (groups[-1][0] == "" and same is not groups[-1]):
+                same[1].extend(text)
+            else:
+                groups.append((tag, list(text)))
+    return "".join(f"<{tag}>{safe(''.join(text))}</{tag}>" if tag else safe("".join(text))
+                   for tag, text in groups)
+
+
+def before_after(problems, responses, results, opponent, tokenizer, most):
+    """Responses of the opponent and what every policy makes of them, on the prompts that differ most."""
+    names = [name for name in ("ppo_sequence", "ppo_token", "rlmec") if name in responses]
+    names = names or [name for name in responses if name not in ("sft", "baseline")][:3]
+    order = sorted(range(len(problems)), key=lambda k: (
+        responses[names[-1]][k] == responses[opponent][k], abs(results[names[-1]][k] - 0.5) < 0.1, k))
+    out = []
+    for k in sorted(order[:most]):
+        lines = [f"<b>prompt</b><span class=r>{safe(plain(problems[k]['prompt']))}</span>",
+                 f"<b>{opponent}</b><span class=r>"
+                 f"{safe(''.join(token_texts(responses[opponent][k], tokenizer)))}</span>"]
+        for name in names:
+            won = {1.0: " wins", 0.0: " loses"}.get(results[name][k], " ties")
+            marked = edit_marked(responses[opponent][k], responses[name][k], tokenizer)
+            lines.append(f"<b>{html.escape(name)}{won}</b><span class=r>{marked}</span>")
+        out.append(f"<div class=card>{''.join(f'<p>{line}</p>' for line in lines)}</div>")
+    return "".join(out)
+
+
+def error_section(errors, rows):
+    """Missed wrong tokens and punished right ones, and the most telling examples."""
+    kinds, names = list(errors["wrong_below"]), {"token": "token model", "generative": "GRM"}
+    if not kinds or not errors["groups"]:
+        return "<p>No held-out edits or no token rewards, so there is nothing to analyse.</p>"
+    share = lambda cell, part, whole: percent(cell[part] / cell[whole]) if cell and cell[whole] else "–"
+    body = []
+    for row in errors["groups"]:
+        cells = [row.get(kind) for kind in kinds]
+        most = max((cell for cell in cells if cell), key=lambda cell: cell["wrong"] + cell["right"])
+        body.append([html.escape(f"{row['by']}: {row['group']}" if row["by"] != "all" else row["group"]),
+                     f"{most['wrong']:,}", *(share(cell, "missed", "wrong") for cell in cells),
+                     f"{most['right']:,}", *(share(cell, "punished", "right") for cell in cells)])
+    header = ["tokens", "wrong", *(f"missed by {names[kind]}" for kind in kinds), "right",
+              *(f"punished by {names[kind]}" for kind in kinds)]
+    below = ", ".join(f"{names[kind]} {value:g}" for kind, value in errors["wrong_below"].items())
+    out = [f"<p class=soft>A token counts as called wrong below a reward of: {below} (GRM: p − 0.5). "
+           f"Distance is measured in tokens from the first error;"
+           f" an insertion stands at the token before which "
+           f"something is missing.</p>", table(header, body), "<h3>The most telling errors</h3>"]
+    for example in errors["examples"]:
+        texts, t = rows[example["row"]]["texts"], example["index"]
+        values = ", ".join(f"{names[kind]} {example[kind]:+.2f}" for kind in kinds if kind in example)
+        out.append(f"<div class=card><p><b>{example['error']}: {values}"
+                   f"</b><span class=r>{safe(example['prompt'])}\n{safe(''.join(texts[:t]))}"
+                   f"<mark>{safe(texts[t])}</mark>{safe(''.join(texts[t + 1:]))}</span></p></div>")
+    return "".join(out) if errors["examples"] else "".join(out[:2]) + "<p>Not one error.</p>"
+
+
+def interval_plot(row):
+    """The win rate and its 95 % interval on a line from 0 to 100 %."""
+    low, high = row["win_rate_ci95"]
+    return (f'<svg viewBox="0 0 120 14" style="width:120px"><path d="M0 7h120M60 1v12" stroke="currentColor" '
+            f'opacity=".25"/><path d="M{120 * low:.1f} 7H{120 * high:.1f}" stroke="#0072B2" '
+            f'stroke-width="4"/>'
+            f'<circle cx="{120 * row["win_rate"]:.1f}" cy="7" r="4" fill="#0072B2"/></svg>')
+
+
+def page(title, answers, warnings, sections):
+    """The whole file. answers: sentences; sections: heading -> HTML."""
+    body = "".join(f"<p>{html.escape(sentence)}</p>" for sentence in answers)
+    body = f"<div class=answer>{body}</div>" + "".join(
+        f"<p class=warn>Warning: {html.escape(warning)}</p>" for warning in warnings)
+    body += "".join(f"<section><h2>{heading}</h2>{content}</section>"
+                    for heading, content in sections.items())
+    return (f'<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='
+            f'"width=device-width,initial-scale=1"><title>{html.escape(title)}</title><style>{STYLE}</style>'
+            f"</head><body><h1>{html.escape(title)}</h1>{body}</body></html>\n")
+
+
+def headline(policies, differences, opponent):
+    """Which policy wins, by how much, how sure: the answer, in sentences."""
+    main_names = [name for name in ("ppo_token", "ppo_sequence", "rlmec") if name in policies]
+    names = main_names or [name for name in policies if name not in ("sft", "baseline")]
+    names = sorted(names, key=lambda name: -policies[name]["win_rate"])
+    gap = {pair: row for row in differences for pair in [(row["a"], row["b"])]}
+    sentences = []
+    for name in names:
+        row = policies[name]
+        how = "95 % interval {:.1f} to {:.1f}".format(*(100 * x for x in row["win_rate_ci95"])) \
+            if "win_rate_ci95" in row else f"± {100 * row['sd']:.1f} over seeds"
+        sentences.append(f"{name} wins {percent(row['win_rate'])} against {opponent} ({how}).")
+    for name in names[1:]:
+        row, sign = gap.get((names[0], name)), 1
+        if row is None:
+            row, sign = gap[name, names[0]], -1
+        turned = {**row, "difference": sign * row["difference"]}
+        if "ci95" in row:
+            turned["ci95"] = sorted(sign * x for x in row["ci95"])
+        sentences.append(f"{names[0]} against {name}: {verdict_on(turned)}.")
+    return sentences
+
+
+def settings_of(runs):
+    """All arguments of all stages and the versions, as HTML, so that the run can be repeated."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+                "transformers": transformers.__version__, "machine": platform.platform()}
+    out = [f"<pre>{safe(json.dumps(versions))}</pre>"]
+    for run in runs:
+        for path in sorted(run.glob("0?_args.json")):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            out.append(f"<h3>{safe(path)}</h3><pre>{safe(' '.join(text.split()))}</pre>")
+    return "".join(out)
+
+
+def policy_table(policies):
+    """The numbers of eval.json, one row a policy."""
+    number = lambda x, form: "–" if x is None else format(x, form)
+    rows = [[html.escape(name), percent(row["win_rate"]), interval_plot(row), percent(row["accuracy"]),
+             number(row["wrong_steps_per_response"], ".2f"), number(row["kl_to_ref"], ".2f"),
+             percent(row["accuracy_area"]), number(row["episodes_to_threshold"], ",")]
+            for name, row in policies.items()]
+    return table(["policy", "win rate", "95 % interval", "right", "wrong steps", "KL, nats",
+                  "area under curve", "episodes to threshold"], rows)
+
+
+# --- Several seeds -----------------------------------------------------------------------------------------
+
+def combine(args):
+    """Mean, standard deviation and the paired test over runs of one task, from their eval.json and CSVs."""
+    out, runs = Path(args.run), [Path(run) for run in args.runs]
+    if (out / "combined.json").exists() and not args.overwrite:
+        print(f"{out}/combined.json is there already; --overwrite makes it again")
+        return
+    if len({run.resolve() for run in runs}) < len(runs):
+        fail(f"{runs[0]}: --runs names a run twice, which is no second seed")
+    results, tasks = [], []
+    for run in runs:
+        if not (run / "eval.json").exists():
+            fail(f"{run}/eval.json is missing: run 04_eval.py --run {run} first")
+        result = read_json(run / "eval.json", "what 04_eval.py writes")
+        try:
+            rates = [row["win_rate"] + (row["accuracy"] or 0.0) for row in result["policies"].values()]
+            if not all(map(math.isfinite, rates)):
+                raise ValueError
+            first = read_json(run / "01_args.json", "arguments") if (run / "01_args.json").exists() else {}
+            tasks.append((first.get("task"), first.get("data"), result["judge"].split(".")[0]))
+        except (KeyError, TypeError, ValueError, AttributeError):
+            fail(f"{run}/eval.json: not what 04_eval.py writes; make it again with --overwrite")
+        results.append(result["policies"])
+        if tasks[-1] != tasks[0]:
+            fail(f"{run}: task and judge {tasks[-1]} are not those of {runs[0]}, {tasks[0]}")
+    names = [name for name in results[0] if all(name in policies for policies in results)]
+    logs = {name: [read_log(run / f"{name}.csv") for run in runs] for name in names}
+    horizon = max((log[-1]["episodes"] for several in logs.values() for log in several if log), default=1)
+    summary, differences = {}, []
+    spread = lambda values: {"mean": statistics.mean(values), "values": values,
+                             "sd": statistics.stdev(values) if len(values) > 1 else 0.0}
+    for name in names:
+        rows = [policies[name] for policies in results]
+        starts = [policies.get("sft", {}).get("accuracy") for policies in results]
+        reached = [first_update_at(log, args.threshold) for log in logs[name]]
+        values = {"win_rate": [row["win_rate"] for row in rows],
+                  "accuracy": [row["accuracy"] for row in rows],
+                  "accuracy_area": [accuracy_area(log, start, horizon)
+                                    for log, start in zip(logs[name], starts)],
+                  "episodes_to_threshold": [row and row["episodes"] for row in reached]}
+        summary[name] = {key: None if None in several else spread(several) for key, several in values.items()}
+    for a, b in combinations([name for name in names if name not in ("sft", "baseline")], 2):
+        gaps = [policies[a]["win_rate"] - policies[b]["win_rate"] for policies in results]
+        p = paired_t_test(gaps)
+        whole = spread(gaps)
+        differences.append({"a": a, "b": b, "difference": whole["mean"], "sd": whole["sd"], "p": p,
+                            "seen": p is not None and p < 0.05})
+    form = lambda row, scale, digits: "–" if row is None else (
+        f"{scale * row['mean']:,.{digits}f} ± {scale * row['sd']:,.{digits}f}")
+    cells = [[name, form(row["win_rate"], 100, 1), form(row["accuracy"], 100, 1),
+              form(row["accuracy_area"], 100, 1), form(row["episodes_to_threshold"], 1, 0)]
+             for name, row in summary.items()]
+    header = ["policy", "win rate, %", "right, %", "area, %", "episodes"]
+    flat = {name: {"win_rate": row["win_rate"]["mean"], "sd": row["win_rate"]["sd"]} for name, row in
+            summary.items()}
+    answers = headline(flat, differences, "its opponent")
+    pairs = [[f"{row['a']} − {row['b']}", verdict_on(row)] for row in differences]
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(out / "combined.json", json.dumps({
+        "runs": [str(run) for run in runs], "judge": tasks[0][2], "threshold": args.threshold,
+        "policies": summary, "differences": differences}, indent=1) + "\n")
+    write_text(out / "combined.html", page(f"Token-level reward, {len(runs)} runs", answers, [], {
+        "All methods": table(header, [[html.escape(cell) for cell in row] for row in cells])
+        + f"<p class=soft>Mean ± standard deviation over {len(runs)} runs. Area: mean accuracy on the way "
+        f"over {horizon:,.0f} episodes. Episodes: until {percent(args.threshold)} right.</p>",
+        "Learning curves": learning_curves({name: several for name, several in logs.items() if any(several)}),
+        "Paired differences of win rates": table(["pair", "difference"], [[html.escape(x) for x in pair]
+                                                                         for pair in pairs]),
+        "Settings": settings_of(runs)}))
+    print(f"{'policy':16.16s} {header[1]:>14s} {header[2]:>14s} {header[3]:>14s} {header[4]:>16s}")
+    for row in cells:
+        print(f"{row[0]:16.16s} {row[1]:>14s} {row[2]:>14s} {row[3]:>14s} {row[4]:>16s}")
+    print(f"area: mean accuracy over {horizon:.0f} episodes; episodes: until {percent(args.threshold)} right")
+    for sentence in answers:
+        print(textwrap.fill(sentence, 79, subsequent_indent="   "))
+    print(f"{out}/combined.html")
+
+
+def read_baseline(path, problems):
+    """Reference responses of a JSONL file, one to each problem, matched by prompt."""
+    rows = read_jsonl(path, {"prompt": (str, list), "response": str})
+    known = {json.dumps(row["prompt"]): row["response"] for row in rows}
+    for problem in problems:
+        if json.dumps(problem["prompt"]) not in known:
+            fail(f"{path}: has no response to the prompt of {problem['id']}")
+    return [known[json.dumps(problem["prompt"])] for problem in problems]
+
+
 def main(args):
+    if args.verdicts or args.human_verdicts:
+        path = args.verdicts or args.human_verdicts
+        show_verdicts(path, read_verdicts(path) if args.verdicts else read_sheet(path))
+        return
+    if args.runs:
+        combine(args)
+        return
     run = Path(args.run)
-    if (run / "eval.json").exists() and not args.overwrite:
-        print(f"{run}/eval.json is there already; --overwrite makes it again")
+    target = run / ("human_eval.csv" if args.human_eval else "eval.json")
+    if target.exists() and not args.overwrite:
+        print(f"{target} is there already; --overwrite makes it again")
         return
     problems_path = Path(args.problems or run / "problems.jsonl")
     if not problems_path.exists():
@@ -512,40 +1270,51 @@ def main(args):
              "rlmec_noclip"]
     paths = [Path(path) for path in args.policies or [run / name for name in known]]
     paths = [path for path in paths if args.policies or path.exists()]
+    paths = paths[:1] if args.human_eval else paths
     if not paths:
         fail(f"{run} has no policy to evaluate: run 03_ppo.py first, or name folders with --policies")
     policy_path = Path(args.policy or run / "policy")
+    references = None
+    if args.baseline and not Path(args.baseline).is_dir():
+        references = read_baseline(args.baseline, problems)
     reference = open_model(AutoModelForCausalLM, args.policy or policy_path).to(args.device)
     tokenizer = open_tokenizer(args.policy or policy_path)
-    metrics_path = run / "reward_metrics.json"
-    reward_models = read_metrics(metrics_path)
+    reward_models = read_metrics(run / "reward_metrics.json")
     kind, judge_model, judge_text = open_judge(run, problems, reward_models, args)
     encode_problems(problems_path, problems, tokenizer, reference.config.max_position_embeddings,
                     args.max_new_tokens)
-    start_stage(args, "04")
+    if not args.human_eval:
+        start_stage(args, "04")
 
-    # responses and scores of every policy, the SFT policy first
+    # responses and scores of every policy, the SFT policy and the opponent first
     prompts = [problem["prompt_ids"] for problem in problems]
-    scores, policies, logs = {}, {}, {}
-    for path in tqdm([policy_path, *paths], desc="policies", unit="policy"):
-        model = reference if path == policy_path else open_model(AutoModelForCausalLM, path).to(args.device)
-        if model.config.vocab_size != reference.config.vocab_size:
-            fail(f"{path} and {policy_path} differ in vocabulary: policies of one run share the tokenizer")
-        responses, kl = answer(model, reference, prompts, tokenizer, args)
-        name = "sft" if path == policy_path else path.name
+    opponent = "baseline" if args.baseline else "sft"
+    entries = [("sft", policy_path)] + ([("baseline", Path(args.baseline))] if args.baseline else [])
+    entries += [(path.name, path) for path in paths]
+    all_texts, responses, scores, results, policies, logs = {}, {}, {}, {}, {}, {}
+    for name, path in tqdm(entries, desc="policies", unit="policy"):
         if name in policies:
             fail(f"{path}: two policies are called {name}; rename one folder")
-        texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-        rights = list(map(right, texts, problems)) if kind in ("oracle", "answer") else None
-        if kind == "oracle":
-            scores[name] = oracle_scores(texts, problems)
+        if name == "baseline" and references:
+            end = [tokenizer.eos_token_id]
+            responses[name], kl = [tokenizer(text, add_special_tokens=False).input_ids + end
+                                   for text in references], None
+            texts = references
         else:
-            scores[name] = rights or reward_scores(kind, judge_model, prompts, responses, tokenizer, args)
+            model = reference if name == "sft" else open_model(AutoModelForCausalLM, path).to(args.device)
+            if model.config.vocab_size != reference.config.vocab_size:
+                fail(f"{path} and {policy_path} differ in vocabulary: policies of one run share the "
+                     "tokenizer")
+            responses[name], kl = answer(model, reference, prompts, tokenizer, args)
+            texts = tokenizer.batch_decode(responses[name], skip_special_tokens=True)
+        rights = list(map(right, texts, problems)) if kind in ("oracle", "answer") else None
+        scores[name] = oracle_scores(texts, problems) if kind == "oracle" else (
+            rights or reward_scores(kind, judge_model, prompts, responses[name], tokenizer, args))
         wrong = [-score[0] for score in scores[name]] if kind == "oracle" else None
-        logs[name] = read_log(path.parent / f"{path.name}.csv")
+        all_texts[name] = texts
+        logs[name] = read_log(path.parent / f"{path.name}.csv") if name not in ("sft", "baseline") else []
         accuracy = [row["accuracy"] for row in logs[name] if row.get("accuracy") is not None]
         policies[name] = {
-            **win_rate(scores[name], scores["sft"]),
             "accuracy": sum(rights) / len(rights) if rights else None,
             "wrong_steps_per_response": sum(wrong) / len(wrong) if wrong else None,
             "kl_to_ref": kl,
@@ -554,23 +1323,65 @@ def main(args):
             "best_accuracy": max(accuracy, default=None),
             "largest_drop": largest_drop(accuracy)}
     best_baseline = policies.get("ppo_sequence", {}).get("best_accuracy")
-    for name in policies:
-        row = first_update_at(logs[name], best_baseline) if best_baseline is not None else None
-        policies[name]["episodes_to_best_baseline"] = row and int(row["episodes"])
+    horizon = max((log[-1]["episodes"] for log in logs.values() if log), default=1)
+    for name, row in policies.items():
+        verdicts = preferences_of(scores[name], scores[opponent], all_texts[name], all_texts[opponent])
+        results[name] = [verdict - 1 for verdict in verdicts]
+        reached = [best_baseline is not None and first_update_at(logs[name], best_baseline),
+                   first_update_at(logs[name], args.threshold)]
+        policies[name] = {
+            **win_rate(verdicts, args.seed), **row,
+            "accuracy_area": accuracy_area(logs[name], policies["sft"]["accuracy"], horizon),
+            "episodes_to_best_baseline": int(reached[0]["episodes"]) if reached[0] else None,
+            "episodes_to_threshold": int(reached[1]["episodes"]) if reached[1] else None}
+    if args.human_eval:
+        name = paths[0].name
+        rows = sorted(random.Random(args.seed).sample(range(len(problems)),
+                                                       min(args.human_eval, len(problems))))
+        write_sheet(target, [(plain(problems[k]["prompt"]), all_texts[name][k], all_texts[opponent][k])
+                             for k in rows], (name, opponent), args.seed)
+        print(f"{target}: fill in `preference` (1 = output_a, 2 = output_b, 1.5 = tie), then "
+              f"--human_verdicts {target}")
+        return
+    differences = [{"a": a, "b": b, **difference(results[a], results[b], args.seed)}
+                   for a, b in combinations([path.name for path in paths], 2)]
+
+    # the reward models on held-out edits
+    rows, rewards = held_out_edits(run, tokenizer), {}
+    for model_kind, auto_class in (("token", AutoModelForTokenClassification),
+                                   ("generative", AutoModelForCausalLM),
+                                   ("sequence", AutoModelForSequenceClassification)):
+        if rows and (run / f"reward_{model_kind}").is_dir():
+            model = open_model(auto_class, run / f"reward_{model_kind}").to(args.device)
+            rewards[model_kind] = rewards_of(model_kind, model, rows, tokenizer, args)
+    errors, split = reward_errors(rows, rewards, tokenizer)
 
     warnings = failure_signatures(reward_models, policies, logs)
-    sentences = checks(reward_models, policies, logs)
+    sentences = checks(reward_models, policies, logs, differences)
     models = {kind: {name: value for name, value in row.items() if name not in ("pairs", "scale", "seconds")}
               for kind, row in reward_models.items()}
-    part = run / "eval.json.part"
-    result = {"judge": judge_text, "baseline": str(policy_path), "policies": policies,
-              "reward_models": models, "checks": sentences, "warnings": warnings}
-    part.write_text(json.dumps(result, indent=1) + "\n")
-    part.replace(run / "eval.json")
+    result = {"judge": judge_text, "baseline": args.baseline or str(policy_path), "policies": policies,
+              "differences": differences, "threshold": args.threshold, "reward_models": models,
+              "errors": errors, "checks": sentences, "warnings": warnings}
+    answers = headline(policies, differences, "the SFT policy" if opponent == "sft" else args.baseline)
+    histograms = "".join(histogram(kind, several) for kind, several in split.items() if several["kept"])
+    write_text(run / "report.html", page("Token-level reward: who wins", answers, warnings, {
+        "All policies": policy_table(policies) + "".join(
+            f"<p class=soft>{html.escape(sentence)}</p>"
+            for sentence in [f"Judge: {judge_text}.", *sentences]),
+        "Learning curves": learning_curves({name: [log] for name, log in logs.items() if log}),
+        "Reward heat map": heat_map(rows, rewards, args.examples),
+        "Before and after": "<p class=soft>The minimal edit from the opponent's response to the policy's: "
+        "<del>out</del> <ins>in</ins>.</p>"
+        + before_after(problems, responses, results, opponent, tokenizer, args.examples),
+        "Rewards of kept and changed tokens": histograms or "<p>No token rewards to show.</p>",
+        "Where the reward models err": error_section(errors, rows),
+        "Settings": settings_of([run])}))
+    write_text(run / "eval.json", json.dumps(result, indent=1) + "\n")
     show_table(policies)
     for sentence in [f"Judge: {judge_text}.", *sentences, *(f"WARNING: {warning}" for warning in warnings)]:
         print(textwrap.fill(sentence, 79, subsequent_indent="   "))
-    print(f"\n{run}/eval.json")
+    print(run / "report.html")
 
 
 if __name__ == "__main__":

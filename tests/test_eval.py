@@ -5,18 +5,42 @@ import pytest
 
 def test_win_rate_by_hand(evaluation):
     # one win, one tie, two losses: mean 0.375; deviations .625 .125 -.375 -.375, sample variance 0.6875 / 3
-    result = evaluation.win_rate([3, 1, 0, 0], [2, 1, 1, 1])
-    assert result["win_rate"] == 0.375 and result["n"] == 4
+    verdicts = evaluation.preferences_of([3, 1, 0, 0], [2, 1, 1, 1], "abcd", "wxyz")
+    assert verdicts == [2, 1.5, 1, 1]
+    result = evaluation.win_rate(verdicts + [None, float("nan"), 7, "2", True])
+    assert result["win_rate"] == 0.375 and result["n"] == 4 and result["left_out"] == 5
     assert result["win_rate_se"] == pytest.approx((0.6875 / 3 / 4) ** 0.5)
-    low, high = result["win_rate_ci95"]
-    assert (low + high) / 2 == pytest.approx(0.375) and high - low == pytest.approx(2 * 1.96 * result["win_rate_se"])
+    assert result["win_rate_ci95"][0] < 0.375 < result["win_rate_ci95"][1]
+    assert evaluation.win_rate([0, 1.5])["win_rate"] == 0.5
+    assert evaluation.preferences_of([5], [1], ["same"], ["same"]) == [1.5]
+
+
+def test_bootstrap_agrees_with_the_normal_interval_when_n_is_large(evaluation):
+    low, high = evaluation.bootstrap([0.0] * 600 + [1.0] * 400, seed=1)
+    error = (0.4 * 0.6 / 1000) ** 0.5
+    assert low == pytest.approx(0.4 - 1.96 * error, abs=0.004) and high == pytest.approx(0.4 + 1.96 * error, abs=0.004)
+
+
+def test_paired_difference_and_t_test(evaluation):
+    assert not evaluation.difference([1, 0] * 50, [0, 1] * 50, 1)["seen"]
+    assert evaluation.difference([1] * 9 + [0], [0] * 10, 1)["seen"]
+    # t = 4.303 is the 97.5 % point of Student's t with 2 degrees of freedom, 12.706 with 1
+    assert evaluation.paired_t_test([4.3027 / 3 ** 0.5 + x for x in (-1, 0, 1)]) == pytest.approx(0.05, abs=1e-4)
+    assert evaluation.paired_t_test([11.706, 13.706]) == pytest.approx(0.05, abs=1e-4)
+    assert evaluation.paired_t_test([0.2]) is None
+
+
+def test_area_under_the_curve_by_hand(evaluation):
+    log = [{"episodes": 10, "accuracy": 0.4}, {"episodes": 15, "accuracy": None}, {"episodes": 20, "accuracy": 0.8}]
+    # from 0.2: (0.2 + 0.4) / 2 * 10 + (0.4 + 0.8) / 2 * 10 + 0.8 * 20 = 25, over 40
+    assert evaluation.accuracy_area(log, 0.2, 40) == pytest.approx(25 / 40)
+    assert evaluation.accuracy_area([], 0.2, 40) is None
 
 
 def test_fewer_wrong_steps_wins_then_the_right_answer(evaluation):
-    # (- wrong steps, answer right): fewer wrong steps first, then the answer, else a tie
     scores = [(-1, False), (-2, True), (-1, True), (0, True)]
     against = [(-2, True), (-2, False), (-1, True), (0, True)]
-    assert evaluation.win_rate(scores, against)["win_rate"] == (1 + 1 + 0.5 + 0.5) / 4
+    assert evaluation.preferences_of(scores, against, "abcd", "wxyz") == [2, 2, 1.5, 1.5]
 
 
 def test_first_update_that_reaches_a_level(evaluation):
