@@ -305,6 +305,20 @@ def read_jsonl(path, columns, fault=lambda row: None):
     return rows
 
 
+def check_args(args):
+    """Counts are 1 or more (a few may be 0), and the device is there."""
+    may_be_0 = ("seed", "sft_steps", "val_prompts", "test_prompts", "rewrite_epochs", "locate_epochs",
+                "human_eval", "examples")
+    for name, value in asdict(args).items():
+        least = 0 if name in may_be_0 else 1
+        if type(value) is int and value < least:
+            fail(f"--{name} {value}: it must be {least} or more")
+    try:
+        torch.empty(0, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device}: not to be used here ({str(error).splitlines()[0]})")
+
+
 def start_stage(args, stage):
     """Print the resolved arguments, save them as RUN/stage_args.json, seed torch; returns the run folder."""
     settings = [f"{name}={value}" for name, value in asdict(args).items() if value is not None]
@@ -1247,6 +1261,7 @@ def read_baseline(path, problems):
 
 
 def main(args):
+    check_args(args)
     if args.verdicts or args.human_verdicts:
         path = args.verdicts or args.human_verdicts
         show_verdicts(path, read_verdicts(path) if args.verdicts else read_sheet(path))
