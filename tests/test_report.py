@@ -2,8 +2,11 @@
 
 import csv
 import json
+import random
 import shutil
+import statistics
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +32,7 @@ def parsed(text):
 
 
 def stops(capsys, evaluation, needle, **args):
+    capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         evaluation.main(evaluation.Args(**args))
     error = capsys.readouterr().err
@@ -50,6 +54,111 @@ def test_the_report_of_a_run(evaluation, tiny_run):
         assert word in page.text
     errors = json.loads((tiny_run / "eval.json").read_text())["errors"]
     assert errors["groups"] and len(errors["examples"]) <= 10
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+    """A copy of the finished tiny run, to be changed."""
+    return Path(shutil.copytree(tiny_run, tmp_path / "run"))
+
+
+def change(path, split, change_row, most=1):
+    """Apply change_row to the first rows of a split in a JSONL file."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for row in [row for row in rows if row["split"] == split][:most]:
+        change_row(row)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def evaluate(evaluation, run, **args):
+    evaluation.main(evaluation.Args(run=str(run), overwrite=True, max_new_tokens=40, **args))
+    return parsed((run / "report.html").read_text(encoding="utf-8"))
+
+
+def test_hostile_data_in_a_whole_run(evaluation, run):
+    hostile = lambda row: row.update(prompt=HOSTILE + row["prompt"])
+    change(run / "problems.jsonl", "test", hostile)
+    change(run / "edits.jsonl", "val", hostile, most=5)
+    (run / "01_args.json").write_text(json.dumps({"task": HOSTILE}))
+    shutil.copytree(run / "ppo_token", run / "<img src=x onerror=alert(2)>")
+    policies = [str(run / name) for name in ("ppo_token", "<img src=x onerror=alert(2)>")]
+    page = evaluate(evaluation, run, policies=policies)
+    assert not {"script", "img"} & set(page.tags) and page.text.count("alert(1)") >= 3 and "alert(2)" in page.text
+    assert "\u202e" not in page.text and "\u200b" not in page.text
+
+
+@pytest.mark.parametrize("examples", [1, 2000])
+def test_one_example_or_many(evaluation, run, examples):
+    page = evaluate(evaluation, run, examples=examples)
+    assert page.text.count("sequence model") >= 1 and "Before and after" in page.text
+
+
+def test_without_rlmec_and_without_an_oracle(evaluation, run, capsys):
+    for name in [*run.glob("rlmec*"), run / "reward_generative"]:
+        shutil.rmtree(name) if name.is_dir() else name.unlink()
+    metrics = json.loads((run / "reward_metrics.json").read_text())
+    (run / "reward_metrics.json").write_text(json.dumps({k: metrics[k] for k in ("token", "sequence")}))
+    for column in ("solutions", "answer"):
+        for split in ("train", "val", "test"):
+            change(run / "problems.jsonl", split, lambda row: row.pop(column, None), most=10**6)
+    page = evaluate(evaluation, run)
+    assert "reward_sequence, for want of an oracle" in page.text and "RLMEC:" not in page.text
+    assert json.loads((run / "eval.json").read_text())["policies"]["ppo_token"]["accuracy"] is None
+
+
+def test_another_baseline(evaluation, run, tmp_path, capsys):
+    evaluate(evaluation, run, baseline=str(run / "ppo_token"))
+    policies = json.loads((run / "eval.json").read_text())["policies"]
+    assert policies["ppo_token"]["win_rate"] == policies["baseline"]["win_rate"] == 0.5       # itself: all ties
+    problems = [json.loads(line) for line in (run / "problems.jsonl").read_text().splitlines()]
+    rows = [{"prompt": p["prompt"], "response": p["solution"]} for p in problems if p["split"] == "test"]
+    path = tmp_path / "references.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate(evaluation, run, baseline=str(path))
+    policies = json.loads((run / "eval.json").read_text())["policies"]
+    assert policies["baseline"]["accuracy"] == 1.0 and policies["sft"]["win_rate"] < 0.5
+    path.write_text(json.dumps(rows[0]) + "\n")
+    stops(capsys, evaluation, "references.jsonl", run=str(run), overwrite=True, baseline=str(path))
+
+
+def test_the_human_sheet_of_a_run(evaluation, run, capsys):
+    before = (run / "eval.json").read_bytes()
+    evaluation.main(evaluation.Args(run=str(run), human_eval=5, max_new_tokens=40))
+    table = list(csv.DictReader((run / "human_eval.csv").open(encoding="utf-8-sig", newline="")))
+    assert len(table) == 5 and (run / "eval.json").read_bytes() == before
+    with (run / "human_eval.csv").open("w", encoding="utf-8", newline="") as file:     # saved by a spreadsheet
+        writer = csv.DictWriter(file, table[0], delimiter=";")
+        writer.writeheader()
+        writer.writerows({**row, "preference": "1,5"} for row in table)
+    capsys.readouterr()
+    evaluation.main(evaluation.Args(human_verdicts=str(run / "human_eval.csv")))
+    assert capsys.readouterr().out == "win_rate 50.000\nstandard_error 0.000\nn 5\nleft_out 0\n"
+
+
+def test_the_last_screen_fits_80_by_24(evaluation, run, capsys):
+    evaluate(evaluation, run)
+    lines = capsys.readouterr().out.splitlines()
+    screen = lines[next(k for k, line in enumerate(lines) if line.startswith("policy ")):]
+    assert max(map(len, screen)) < 80 and "\033" not in "".join(screen) and str(screen[-1]).endswith("report.html")
+    assert len(screen) - 2 * sum(line.startswith("WARNING") for line in screen) <= 24
+
+
+def test_a_broken_log_of_stage_3(evaluation, run, capsys):
+    (run / "ppo_token.csv").write_text("update,episodes\n1,x\n")
+    with pytest.raises(SystemExit):
+        evaluate(evaluation, run)
+    assert "ppo_token.csv: not a log that 03_ppo.py writes" in capsys.readouterr().err
+
+
+def test_verdicts_against_an_independent_computation(evaluation, tmp_path, capsys):
+    rng = random.Random(0)
+    rows = [{"preference": rng.choice([1, 2, 1.5, 0, None, rng.uniform(1, 2)])} for _ in range(5000)]
+    (tmp_path / "verdicts.json").write_text(json.dumps(rows))
+    evaluation.main(evaluation.Args(verdicts=str(tmp_path / "verdicts.json")))
+    values = [0.5 if row["preference"] == 0 else row["preference"] - 1 for row in rows if row["preference"] is not None]
+    error = statistics.stdev(values) / len(values) ** 0.5
+    assert capsys.readouterr().out == (f"win_rate {100 * statistics.mean(values):.3f}\nstandard_error "
+                                       f"{100 * error:.3f}\nn {len(values)}\nleft_out {5000 - len(values)}\n")
 
 
 def test_verdicts(evaluation, tmp_path, capsys):
