@@ -150,6 +150,21 @@ def test_a_broken_log_of_stage_3(evaluation, run, capsys):
     assert "ppo_token.csv: not a log that 03_ppo.py writes" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("wins, losses, draws, win_rate, standard_error", [
+    (783, 16, 5, "97.699", "0.510"), (761, 32, 12, "95.280", "0.716"), (716, 83, 5, "89.366", "1.079"),
+    (642, 134, 25, "81.710", "1.331"), (578, 227, 0, "71.801", "1.587"), (436, 356, 13, "54.969", "1.740"),
+    (328, 469, 8, "41.242", "1.727"), (234, 543, 22, "30.663", "1.606"), (112, 672, 20, "15.174", "1.235")])
+def test_verdicts_agree_with_published_results(evaluation, tmp_path, capsys, wins, losses, draws, win_rate,
+                                               standard_error):
+    """Nine rows of AlpacaEval's own leaderboard (alpaca_eval_gpt4_leaderboard.csv in tatsu-lab/alpaca_eval: gpt4_turbo,
+    gpt4, chatgpt, gpt35_turbo_instruct, guanaco-65b, oasst-sft-llama-33b, alpaca-farm-ppo-human, phi-2,
+    text_davinci_001), their counts turned back into verdicts."""
+    verdicts = [{"preference": 2}] * wins + [{"preference": 1}] * losses + [{"preference": 1.5}] * draws
+    (tmp_path / "verdicts.json").write_text(json.dumps(verdicts))
+    evaluation.main(evaluation.Args(verdicts=str(tmp_path / "verdicts.json")))
+    assert capsys.readouterr().out.startswith(f"win_rate {win_rate}\nstandard_error {standard_error}\n")
+
+
 def test_verdicts_against_an_independent_computation(evaluation, tmp_path, capsys):
     rng = random.Random(0)
     rows = [{"preference": rng.choice([1, 2, 1.5, 0, None, rng.uniform(1, 2)])} for _ in range(5000)]
