@@ -186,6 +186,17 @@ def test_several_samples_a_problem(edit_data, tiny_run, tmp_path):
     assert len(counts) > len({row["id"] for row in rows_of(tiny_run / "edits.jsonl")})
 
 
+def test_problems_without_responses_are_sampled(edit_data, tiny_run, tmp_path):
+    rows = [row for row in rows_of(tiny_run / "problems.jsonl")][:20]
+    data = [{"prompt": row["prompt"], "solution": row["solution"], "answer": row["answer"]} for row in rows]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    edit_data.main(edit_data.Args(run=str(tmp_path / "run"), data=str(tmp_path / "data.jsonl"), samples=3,
+                                  model=str(tiny_run / "policy"), max_edit_share=1.0, max_new_tokens=40))
+    edits = rows_of(tmp_path / "run" / "edits.jsonl")
+    assert {row["editor"] for row in edits} == {"nearest"} and max(Counter(r["id"] for r in edits).values()) == 3
+    assert all(edit_data.right(row["edited"], row) and not edit_data.right(row["rejected"], row) for row in edits)
+
+
 def test_rows_that_are_too_long_are_counted(reward_model, tiny_run, capsys):
     tokenizer = reward_model.open_tokenizer(tiny_run / "policy")
     rows = [row for row in rows_of(tiny_run / "edits.jsonl") if row.get("edit_ops")]
