@@ -66,7 +66,8 @@ class Args:
     editor: Optional[str] = field(default=None, metadata={
         "help": "oracle (built-in tasks), nearest (B1: nearest right solution of samples and reference) "
                 "or human (column `edited` of --data); default: the one that fits. llm (a server), "
-                "model:PATH (a local causal LM), rules:FILE (pattern, tab, replacement a line; each hit is an error)"})
+                "model:PATH (a local causal LM), rules:FILE (pattern, tab, replacement a line; each "
+                "hit is an error)"})
     llm_url: Optional[str] = field(default=None, metadata={
         "help": "OpenAI-compatible server; the key comes from LLM_API_KEY (else HF_TOKEN for huggingface.co, "
                 "OPENAI_API_KEY for openai.com), and is never saved"})
@@ -750,7 +751,8 @@ def gate(pair, ops, editor, max_edit_share):
                 f"You changed {len(ops) / longest:.0%} of the text; change at most {max_edit_share:.0%}.")
     if judged and solutions and judge(pair["edited"], solutions)[0] >= judge(pair["rejected"], solutions)[0]:
         return "the judge does not find the edit better", "Your text has no fewer wrong steps than before."
-    if judged and not solutions and "answer" in pair and not right(pair["edited"], pair):
+    written = judged and "editor" in pair           # a solution at hand (nearest) is right already
+    if written and not solutions and "answer" in pair and not right(pair["edited"], pair):
         return "the answer of the edit is wrong", "The final answer of your text is wrong."
     if judged and hits[1] >= hits[0]:
         return "the edit has no fewer hits of the rules", "Your text breaks as many rules as the response."
@@ -1033,7 +1035,7 @@ class ModelEditor:
         limit, tokenizer = self.args.llm_max_tokens, self.tokenizer
         context = self.model.config.max_position_embeddings
         if tokenizer.chat_template is None:
-            conversations = ["\n\n".join([*(message["content"] for message in messages), "Edited response:\n"])
+            conversations = ["\n\n".join([message["content"] for message in messages]) + "\n\nEdited:\n"
                              for messages in conversations]
         prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
         answers = [("", f"prompt and answer exceed its context of {context} tokens")] * len(prompts)
