@@ -6,8 +6,8 @@ Papers: A, Xu et al., "Aligning Large Language Models via Fine-grained Supervisi
 Equations: E1 (edit distance and alignment), A1 (data), B1 (editing task).
 
 Simplified against the papers:
-  1. The editor is an oracle that knows every right solution of a built-in task, the nearest right solution at
-     hand, or a human whose edits stand in a file. Both papers ask an LLM.
+  1. By default the editor is an oracle that knows every right solution of a built-in task, the nearest right
+     solution at hand, or a human whose edits stand in a file. Both papers ask an LLM: --editor llm does.
   2. The policy is a Llama of 0.2 million parameters, fine-tuned for a minute on demonstrations with errors
      (SFT). The papers start from 7B models; --model takes any causal language model.
   3. Preferences of the built-in tasks are exact: fewer wrong steps. Paper A simulates human preferences.
@@ -15,13 +15,16 @@ Simplified against the papers:
      and so does --data with the columns prompt, solution, answer.
 
 Reads:  nothing, or --data FILE (JSONL) and --model NAME_OR_PATH
-Writes: RUN/policy/  RUN/problems.jsonl  RUN/edits.jsonl  RUN/01_args.json
+Writes: RUN/policy/  RUN/problems.jsonl  RUN/edits.jsonl  RUN/01_args.json  RUN/llm_edits.jsonl
 
     python 01_edit_data.py                about 1 minute on two CPU cores (no GPU was at hand to measure)
     python 01_edit_data.py --task qa      about 1.5 minutes
     python 01_edit_data.py --data FILE --model Qwen/Qwen2.5-0.5B
+    ... --editor llm --llm_url http://localhost:8000/v1 --llm_model NAME       the key in LLM_API_KEY
+    ... --editor model:FOLDER   or   --editor rules:FILE
 """
 
+import hashlib
 import json
 import os
 import random
@@ -30,13 +33,19 @@ import shutil
 import sys
 from bisect import bisect_right
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
+from threading import Event, Lock
 from typing import Optional
+from urllib.parse import urlparse
 
 import torch
+from huggingface_hub import InferenceClient
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm, trange
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
@@ -56,8 +65,21 @@ class Args:
     model: Optional[str] = field(default=None, metadata={"help": "causal LM (name or path) as the policy"})
     editor: Optional[str] = field(default=None, metadata={
         "help": "oracle (built-in tasks), nearest (B1: nearest right solution of samples and reference) "
-                "or human (column `edited` of --data); default: the one that fits",
-        "choices": ["oracle", "nearest", "human"]})
+                "or human (column `edited` of --data); default: the one that fits. llm (a server), "
+                "model:PATH (a local causal LM), rules:FILE (pattern, tab, replacement a line; each "
+                "hit is an error)"})
+    llm_url: Optional[str] = field(default=None, metadata={
+        "help": "OpenAI-compatible server; the key comes from LLM_API_KEY (else HF_TOKEN for huggingface.co, "
+                "OPENAI_API_KEY for openai.com), and is never saved"})
+    llm_model: Optional[str] = field(default=None, metadata={"help": "the server's name of the model"})
+    llm_workers: int = field(default=8, metadata={"help": "requests at once; model:PATH: prompts a batch"})
+    llm_retries: int = field(default=2, metadata={
+        "help": "K: times the editor is told why a gate drops its edit, and asked again"})
+    llm_prompt: Optional[str] = field(default=None, metadata={
+        "help": "file with a prompt of your own: {response}, and where wanted {prompt}, {reference}, {goal}"})
+    llm_temperature: float = field(default=0.0, metadata={"help": "temperature of the edits; 0 is greedy"})
+    llm_max_tokens: int = field(default=1024, metadata={"help": "longest answer of the editor, in tokens"})
+    llm_timeout: float = field(default=120.0, metadata={"help": "seconds to wait for one answer"})
     max_edit_share: float = field(default=0.8, metadata={
         "help": "gate: largest edit distance as a share of the longer response, in tokens"})
     worse_edits: float = field(default=0.0, metadata={
@@ -539,9 +561,10 @@ def fault_of_messages(row, names):
     return None
 
 
-def read_pairs(path):
+def read_pairs(path, unedited=False):
     """Pairs of your own in two shapes: prompt, chosen, rejected[, edited], or prompt, response, edited (then
-    the edit is the preferred one). Texts are strings or lists of chat messages, whose last one counts."""
+    the edit is the preferred one). Texts are strings or lists of chat messages, whose last one counts.
+    unedited: an editor will write the column `edited`, so it must not be there."""
 
     def plain(value):
         text = value[-1]["content"] if value and isinstance(value, list) else value
@@ -551,12 +574,16 @@ def read_pairs(path):
     columns = {"prompt": text}
     present = {name for row in read_jsonl(path, columns) for name in row}
     better, worse = "chosen", "rejected"
-    if "chosen" not in present and "edited" in present:
+    if unedited and "edited" in present:
+        fail(f"{path}: has edits in column `edited` already, which --editor human takes")
+    if "chosen" not in present and ("edited" in present or unedited):
         better, worse = "edited", "response"
     columns = {"prompt": text, better: text, worse: text}
     if "edited" in present:
         columns["edited"] = maybe
-    return [{"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"], "chosen": plain(row[better]),
+    elif better == "edited":
+        del columns["edited"]
+    return [{"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"], "chosen": plain(row.get(better)),
              "rejected": plain(row[worse]), "edited": plain(row.get("edited"))}
             for k, row in enumerate(read_jsonl(path, columns, lambda row: fault_of_messages(row, columns)))]
 
@@ -585,6 +612,22 @@ def read_solutions(path):
     return list(problems.values())
 
 
+def read_prompts(path):
+    """Prompts of your own for --editor rules: prompt[, response], in the form of read_solutions."""
+
+    def fault(row):
+        if not isinstance(row.get("response"), (str, type(None))):
+            return f"column `response` has the wrong type, {type(row['response']).__name__}"
+        return fault_of_messages(row, ["prompt"])
+
+    problems = {}
+    for k, row in enumerate(read_jsonl(path, {"prompt": (str, list)}, fault)):
+        new = {"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"], "samples": []}
+        problem = problems.setdefault(json.dumps(row["prompt"]), new)
+        problem["samples"] += [row["response"]] if row.get("response") else []
+    return list(problems.values())
+
+
 def encode_samples(problems, tokenizer, context, drop):
     """Token ids in place of the texts of `samples`; what does not fit the context is dropped and counted."""
     fitting = []
@@ -594,9 +637,13 @@ def encode_samples(problems, tokenizer, context, drop):
         problem["samples"] = [ids for ids in samples if len(ids) <= room]
         for _ in range(len(samples) - len(problem["samples"])):
             drop[f"response is longer than the model's context of {context} tokens"] += 1
-        if len(encode_response(tokenizer, problem["solution"])) > room:
+        if room < 1:
+            drop[f"prompt is longer than the model's context of {context} tokens"] += 1
+        elif "solution" not in problem and (problem["samples"] or not samples):
+            fitting.append(problem)
+        elif "solution" in problem and len(encode_response(tokenizer, problem["solution"])) > room:
             drop[f"problem's solution is longer than the model's context of {context} tokens"] += 1
-        elif not right(problem["solution"], problem):
+        elif "solution" in problem and not right(problem["solution"], problem):
             drop["problem's reference solution does not end in its answer"] += 1
         elif samples and not problem["samples"]:
             drop["problem has no response left"] += 1
@@ -620,11 +667,11 @@ def split_by_prompt(pairs, args):
     return list(problems.values())
 
 
-def encode_pairs(pairs, tokenizer, context, drop):
+def encode_pairs(pairs, tokenizer, context, drop, unedited=False):
     """Add token ids to pairs that came as text; rows that do not fit the context are dropped and counted."""
     fitting = []
     for pair in pairs:
-        if pair["chosen"] is None:
+        if pair["chosen"] is None and not unedited:
             drop["row has no edit and no preferred response"] += 1
             continue
         pair["prompt_ids"] = encode_prompt(tokenizer, pair["prompt"])
@@ -705,22 +752,39 @@ def spoil(pair, tokens, tokenizer, rng):
     return {**pair, "edited_ids": edited, "edited": text, "editor": "careless"}
 
 
+def gate(pair, ops, editor, max_edit_share):
+    """The quality gates. Why an edit is dropped and what to tell its editor, or (None, None)."""
+    longest = max(len(pair["rejected_ids"]), len(pair["edited_ids"]))
+    judged = editor != "careless"                                                 # it has no judge beside it
+    solutions = pair.get("solutions")
+    hits = pair.get("rule_hits", [1, 0])
+    if not ops:
+        return "the edit changes nothing", "You changed nothing."
+    if len(ops) > max_edit_share * longest:
+        return (f"the edit changes more than {max_edit_share:.0%} (--max_edit_share)",
+                f"You changed {len(ops) / longest:.0%} of the text; change at most {max_edit_share:.0%}.")
+    if judged and solutions and judge(pair["edited"], solutions)[0] >= judge(pair["rejected"], solutions)[0]:
+        return "the judge does not find the edit better", "Your text has no fewer wrong steps than before."
+    written = judged and "editor" in pair           # a solution at hand (nearest) is right already
+    if written and not solutions and "answer" in pair and not right(pair["edited"], pair):
+        return "the answer of the edit is wrong", "The final answer of your text is wrong."
+    if judged and hits[1] >= hits[0]:
+        return "the edit has no fewer hits of the rules", "Your text breaks as many rules as the response."
+    return None, None
+
+
 def edit_row(pair, editor, max_edit_share, tokenizer, drop):
     """One row of edits.jsonl: E1 on (rejected, edited), the quality gates. None if a gate drops the pair."""
     columns = ("id", "split", "prompt", "solution", "answer", "solutions", "chosen", "rejected", "edited",
-               "prompt_ids", "chosen_ids", "rejected_ids", "edited_ids")
+               "rule_hits", "prompt_ids", "chosen_ids", "rejected_ids", "edited_ids")
     row = {**{name: pair[name] for name in columns if name in pair}, "editor": editor}
     if pair["edited"] is None:                      # a preference pair without an edit: for the baseline only
         return {**row, "editor": None, "edit_ops": None, "edit_distance": None, "first_error": None}
     ops = [step for step in align(pair["rejected_ids"], pair["edited_ids"]) if step[0] != "keep"]
     wrong_tokens = [i for op, i, j in ops if op != "insert"]
-    solutions = pair.get("solutions") if editor != "careless" else None           # it has no judge beside it
-    if not ops:
-        drop["gate: the edit changes nothing"] += 1
-    elif len(ops) > max_edit_share * max(len(pair["rejected_ids"]), len(pair["edited_ids"])):
-        drop[f"gate: the edit changes more than {max_edit_share:.0%} (--max_edit_share)"] += 1
-    elif solutions and judge(pair["edited"], solutions)[0] >= judge(pair["rejected"], solutions)[0]:
-        drop["gate: the judge does not find the edit better"] += 1
+    reason, _ = gate(pair, ops, editor, max_edit_share)
+    if reason:
+        drop[f"gate: {reason}"] += 1
     else:
         first_error = wrong_tokens[0] if wrong_tokens else None
         row.update(edit_ops=ops, edit_distance=len(ops), first_error=first_error)
@@ -729,6 +793,333 @@ def edit_row(pair, editor, max_edit_share, tokenizer, drop):
             row["first_wrong_step"] = max(1, bisect_right(starts, ops[0][1])) if starts else None
         return row
     return None
+
+
+# --- Editors that write text: an LLM on a server, a local model, a list of rules ---------------------------
+
+LLM_PROMPT = """\
+Make the response below {goal} with the smallest change that does it: replace, delete or insert only the \
+words that must change and keep all others as they are. Return the text of the edited response alone.
+
+Prompt:
+{prompt}
+
+{reference}Response:
+{response}"""
+SURE = r"(sure|certainly|of course|okay)[,.!]*\s*"
+CHATTER = re.compile(rf"(?i){SURE}\n|({SURE})?(here(’s|'s| is)[^\n:]{{0,60}}|"
+                     r"(the )?(edited|corrected|revised|improved)( \w+){0,2}):\s*")
+REFUSAL = re.compile(r"(?i)(i['’]m|i am) (very )?sorry|sorry, |i (cannot|can['’]t|am unable)|as an ai")
+FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.S)
+QUOTES = re.compile(r"\"(.*)\"|“(.*)”|'(.*)'", re.S)
+UNKNOWN = "a word is not in the policy's vocabulary"
+WAITS = [1, 2, 4, 8, 16, 32]            # seconds before each new try of a request that failed
+
+
+def clean_answer(answer, original):
+    """The edited text of an answer, without chatter before it, code fences and quotes around it, unless the
+    original has them too; white space at both ends as in the original."""
+    text = answer.encode("utf-8", "ignore").decode("utf-8").strip()
+    chatter = CHATTER.match(text)
+    if chatter and not CHATTER.match(original.strip()):
+        text = text[chatter.end():].strip()
+    for around in (FENCE, QUOTES):
+        found = around.fullmatch(text)
+        if found and not around.fullmatch(original.strip()):
+            text = next(group for group in found.groups() if group is not None).strip()
+    bare = original.strip()
+    start = len(original) - len(original.lstrip())
+    return original[:start] + text + original[start + len(bare):] if text else ""
+
+
+def check_editor(args):
+    """(kind, file or folder, prompt) of --editor and its flags; what does not fit is said before any work."""
+    kind, _, path = (args.editor or "").partition(":")
+    if path == "" and kind in ("model", "rules") or path and kind not in ("model", "rules"):
+        fail(f"--editor {args.editor}: write model:FOLDER or rules:FILE, and the others without a colon")
+    if kind not in ("", "oracle", "nearest", "human", "llm", "model", "rules"):
+        fail(f"--editor {args.editor}: choose oracle, nearest, human, llm, model:FOLDER or rules:FILE")
+    if kind == "rules" and not args.data:
+        fail("--editor rules needs --data with a column `prompt`")
+    if kind == "llm" and not (args.llm_model and re.match("https?://.", args.llm_url or "")):
+        fail("--editor llm needs --llm_url, which begins with http:// or https://, and --llm_model")
+    if args.llm_workers < 1 or args.llm_retries < 0:
+        fail("--llm_workers must be at least 1 and --llm_retries at least 0")
+    template = LLM_PROMPT
+    if args.llm_prompt:
+        try:
+            template = Path(args.llm_prompt).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            fail(f"{args.llm_prompt}: cannot be read ({error})")
+        if "{response}" not in template:
+            fail(f"{args.llm_prompt}: has no {{response}}, so the editor would not see the response")
+    return kind, path, template
+
+
+def edit_request(pair, template):
+    """The prompt that asks for the edit of a pair's rejected response."""
+    prompt, solution = pair["prompt"], pair.get("solution")
+    if not isinstance(prompt, str):
+        prompt = "\n".join(f"{message.get('role', 'user')}: {message['content']}" for message in prompt)
+    parts = {"goal": "right" if solution else "better", "prompt": prompt, "response": pair["rejected"],
+             "reference": f"A right solution, for reference:\n{solution}\n\n" if solution else ""}
+    return re.sub(r"\{(goal|prompt|reference|response)\}", lambda found: parts[found[1]], template)
+
+
+def with_edit(pair, edited, name, tokenizer, whole):
+    """The pair with an edit that came as text. Both sides are encoded alike, or other ids for the same text
+    would pass for edits. A response that was cut off has no end token; its edit has one if it is `whole`.
+    None if the policy's vocabulary lacks a word of it."""
+    ended = pair["rejected_ids"][-1:] == [tokenizer.eos_token_id]
+    rejected_ids, edited_ids = (encode_response(tokenizer, text) for text in (pair["rejected"], edited))
+    unknown = tokenizer.unk_token_id
+    if unknown is not None and unknown in rejected_ids + edited_ids and unknown not in pair["rejected_ids"]:
+        return None
+    new = {**pair, "editor": name, "edited": edited,
+           "rejected_ids": rejected_ids if ended else rejected_ids[:-1],
+           "edited_ids": edited_ids if ended or whole else edited_ids[:-1]}
+    if new.get("chosen") is None:
+        new.update(chosen=edited, chosen_ids=new["edited_ids"])
+    return new
+
+
+def write_edits(pairs, editor, template, tokenizer, context, args, drop):
+    """A1: ask the editor for the edit of each pair, and up to K times again, with the reason, where a gate
+    says no. What has no usable answer is dropped and counted here, what no retry could save in edit_row."""
+    edited = {}
+    jobs = [(k, [{"role": "user", "content": edit_request(pair, template)}]) for k, pair in enumerate(pairs)]
+    for retries_left in range(args.llm_retries, -1, -1):
+        answers = editor.ask_all([messages for _, messages in jobs])
+        again = []
+        for (k, messages), (answer, fault) in zip(jobs, answers):
+            text = clean_answer(answer, pairs[k]["rejected"])
+            new = with_edit(pairs[k], text, editor.name, tokenizer, whole=True)
+            if not fault and REFUSAL.match(text.strip()) and not REFUSAL.match(pairs[k]["rejected"].strip()):
+                fault = "it refuses"
+            elif not fault and not text:
+                fault = "the answer is empty"
+            elif not fault and new is None:
+                fault = UNKNOWN
+            elif not fault and len(new["prompt_ids"]) + len(new["edited_ids"]) > context:
+                fault = f"the edit is longer than the model's context of {context} tokens"
+            if fault:
+                drop[f"editor: {fault}"] += 1
+                continue
+            edited[k] = new
+            ops = [step for step in align(new["rejected_ids"], new["edited_ids"]) if step[0] != "keep"]
+            _, feedback = gate(new, ops, editor.name, args.max_edit_share)
+            if feedback and retries_left:
+                feedback += " Try again, and return the text of the edited response alone."
+                again.append((k, messages + [{"role": "assistant", "content": answer},
+                                             {"role": "user", "content": feedback}]))
+        jobs = again
+    print(f"edits by {editor.name}: {editor.tokens['prompt']} prompt tokens and {editor.tokens['answer']} "
+          "answer tokens used")
+    return [edited[k] for k in sorted(edited)]
+
+
+class LlmError(Exception):
+    """What ends the stage: its text is the one line that is shown."""
+
+
+def api_key(url):
+    """The key of a server, from the environment alone; a key never goes to another company's server."""
+    host = f".{urlparse(url).hostname or ''}"
+    names = ["LLM_API_KEY"]
+    names += ["HF_TOKEN"] if host.endswith(".huggingface.co") else []
+    names += ["OPENAI_API_KEY"] if host.endswith(".openai.com") else []
+    key = next((os.environ[name].strip() for name in names if os.environ.get(name, "").strip()), "none")
+    if not re.fullmatch("[!-~]+", key):
+        fail("the key in the environment has characters that no key has")
+    return key
+
+
+def retry_after(response):
+    """Seconds that a server asks to wait, as a number or a date; 0 where it does not say."""
+    value = response.headers.get("Retry-After", "") if response is not None else ""
+    try:
+        return float(value) if re.fullmatch(r"[\d.]+", value) else (
+            parsedate_to_datetime(value) - datetime.now(timezone.utc)).total_seconds()
+    except (TypeError, ValueError):
+        return 0.0
+
+
+class LlmEditor:
+    """An LLM behind an OpenAI-compatible server. Every answer is appended to RUN/llm_edits.jsonl as it comes,
+    under a hash of its request, and looked up there first: no edit is paid twice."""
+
+    def __init__(self, args, run):
+        self.args, self.name, self.path = args, args.llm_model, Path(run) / "llm_edits.jsonl"
+        # without a key of its own, the client would send the machine's Hugging Face token to any server
+        self.client = InferenceClient(base_url=args.llm_url, api_key=api_key(args.llm_url),
+                                      timeout=args.llm_timeout)
+        self.saved, self.tokens = {}, Counter()
+        self.lock, self.stop = Lock(), Event()
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+        for line in filter(None, lines):
+            try:
+                row = json.loads(line)
+                self.saved[row["key"]] = row["answer"], row["fault"]
+            except (ValueError, KeyError, TypeError):
+                print(f"{self.path}: a line is not whole; its edit is asked for again")
+        if lines[-1]:                               # killed while it wrote a line
+            self.path.write_bytes(b"\n".join(lines) + b"\n")
+
+    def key(self, messages):
+        request = [self.name, self.args.llm_temperature, self.args.llm_max_tokens, messages]
+        return hashlib.sha256(json.dumps(request).encode()).hexdigest()
+
+    def ask_all(self, conversations):
+        """(answer, fault) of every conversation, those on disk from there."""
+        keys = [self.key(messages) for messages in conversations]
+        missing = {key: messages for key, messages in zip(keys, conversations) if key not in self.saved}
+        pool = ThreadPoolExecutor(self.args.llm_workers)
+        futures = [pool.submit(self.ask, key, messages) for key, messages in missing.items()]
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc="LLM edits", unit="answer"):
+                future.result()
+        except (LlmError, OSError, KeyboardInterrupt) as error:
+            self.stop.set()
+            pool.shutdown(cancel_futures=True)      # answers under way are paid for: wait for them
+            fail(f"{str(error) or 'interrupted'}; {len(self.saved)} answers are kept in {self.path}, and the "
+                 "same command goes on from there")
+        pool.shutdown()
+        return [self.saved[key] for key in keys]
+
+    def ask(self, key, messages):
+        """One answer to `saved` and to disk; tries again where that can help, else raises LlmError."""
+        args = self.args
+        for wait in [*WAITS, None]:
+            if self.stop.is_set():
+                return
+            try:
+                answer = self.client.chat_completion(
+                    messages, model=args.llm_model, max_tokens=args.llm_max_tokens,
+                    temperature=args.llm_temperature)
+                choice, usage = answer.choices[0], answer.usage
+                text = choice.message.content or ""
+                row = {"answer": text.strip(), "fault": None}
+                used = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+                break
+            except Exception as error:              # the client and its transport raise many kinds
+                response = getattr(error, "response", None)
+                status = getattr(response, "status_code", None)
+                malformed = status is None and isinstance(
+                    error, (ValueError, LookupError, TypeError, AttributeError))
+                problem = f"answers {status}" if status else f"does not answer ({type(error).__name__})"
+            if status in (401, 403):
+                raise LlmError(f"{args.llm_url} refuses the key ({status}): set LLM_API_KEY")
+            if status == 404:
+                raise LlmError(f"{args.llm_url} does not know the model {args.llm_model} (404): check "
+                               "--llm_model and --llm_url")
+            if status in (400, 413, 422):           # this request, not the server
+                self.saved[key] = "", f"the server refuses the request ({status})"
+                return
+            if status and status not in (408, 409, 425, 429) and status < 500:
+                raise LlmError(f"{args.llm_url} {problem}")
+            if wait is None and malformed:
+                self.saved[key] = "", "the answer is not in the format of OpenAI"
+                return
+            if wait is None:
+                raise LlmError(f"{args.llm_url} {problem}, {len(WAITS) + 1} times")
+            self.stop.wait(max(wait, retry_after(response)))
+        if choice.finish_reason == "content_filter" or getattr(choice.message, "refusal", None):
+            row["fault"] = "it refuses"
+        elif choice.finish_reason == "length":
+            row["fault"] = "the answer is cut off (--llm_max_tokens)"
+        row.update(prompt_tokens=used[0] or 0, answer_tokens=used[1] or 0)
+        with self.lock:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "model": self.name, **row}) + "\n")
+            self.saved[key] = row["answer"], row["fault"]
+            self.tokens += Counter(prompt=row["prompt_tokens"], answer=row["answer_tokens"])
+
+
+class ModelEditor:
+    """A local causal language model, through its chat template if it has one."""
+
+    def __init__(self, args, path):
+        self.args, self.name, self.tokens = args, path, Counter()
+        self.model, self.tokenizer = open_model(AutoModelForCausalLM, path), open_tokenizer(path)
+        self.model.resize_token_embeddings(max(len(self.tokenizer), self.model.config.vocab_size))
+        self.model.to(args.device)
+
+    def ask_all(self, conversations):
+        """(answer, fault) of every conversation, args.llm_workers at once."""
+        limit, tokenizer = self.args.llm_max_tokens, self.tokenizer
+        context = self.model.config.max_position_embeddings
+        if tokenizer.chat_template is None:
+            conversations = ["\n\n".join([message["content"] for message in messages]) + "\n\nEdited:\n"
+                             for messages in conversations]
+        prompts = [encode_prompt(tokenizer, messages) for messages in conversations]
+        answers = [("", f"prompt and answer exceed its context of {context} tokens")] * len(prompts)
+        fitting = [k for k, ids in enumerate(prompts) if len(ids) + limit <= context]
+        for start in trange(0, len(fitting), self.args.llm_workers, desc="model edits", unit="batch"):
+            batch = fitting[start:start + self.args.llm_workers]
+            rows = sample(self.model, [prompts[k] for k in batch], tokenizer, limit,
+                          self.args.llm_temperature)
+            for k, ids in zip(batch, rows):
+                cut = ids[-1] != tokenizer.eos_token_id
+                answers[k] = (tokenizer.decode(ids, skip_special_tokens=True),
+                              "the answer is cut off (--llm_max_tokens)" if cut else None)
+                self.tokens += Counter(prompt=len(prompts[k]), answer=len(ids))
+        return answers
+
+
+def read_rules(path):
+    """Rules of a file: a regular expression, a tab and its replacement a line; # begins a comment."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        fail(f"{path}: cannot be read ({error})")
+    rules = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        pattern, tab, replacement = line.rstrip("\r").partition("\t")
+        if not tab:
+            fail(f"{path}, line {number}: no tab between pattern and replacement")
+        try:
+            rule = re.compile(pattern)
+            rule.sub(replacement, "")               # a replacement may name a group that is not there
+        except (re.error, IndexError) as error:
+            fail(f"{path}, line {number}: no regular expression with its replacement ({error})")
+        if rule.search(""):
+            fail(f"{path}, line {number}: the pattern matches the empty text")
+        rules.append((rule, replacement))
+    return rules or fail(f"{path}: has no rules")
+
+
+def count_hits(text, rules):
+    """The oracle of the rules: every hit is an error."""
+    return sum(len(rule.findall(text)) for rule, _ in rules)
+
+
+def rule_pairs(problem, rules, name, tokenizer, drop):
+    """A1: every sample with a hit, beside the sample with the fewest (`chosen`; the edit where none has
+    fewer), and its minimal edit, in which each hit is replaced."""
+    samples = problem["samples"]
+    texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
+    hits = [count_hits(text, rules) for text in texts]
+    best = hits.index(min(hits))
+    pairs = []
+    for ids, text, n in zip(samples, texts, hits):
+        edited = text
+        for rule, replacement in rules:
+            edited = rule.sub(replacement, edited)
+        chosen = {"chosen": texts[best], "chosen_ids": samples[best]} if hits[best] < n else {}
+        if not n:
+            continue
+        pair = {**problem, **chosen, "prompt_ids": encode_prompt(tokenizer, problem["prompt"]),
+                "rejected": text, "rejected_ids": ids, "rule_hits": [n, count_hits(edited, rules)]}
+        new = with_edit(pair, edited, name, tokenizer, whole=False)
+        if new:
+            pairs.append(new)
+        else:
+            drop[f"editor: {UNKNOWN}"] += 1
+    if not any(hits):
+        drop["prompt: no rule hits its samples"] += 1
+    return pairs
 
 
 # --- What one sees -----------------------------------------------------------------------------------------
@@ -816,6 +1207,7 @@ def main(args):
     check_args(args)
     if args.data and not args.model:
         fail("--data needs --model: the small policy knows only the words of the built-in tasks")
+    kind, source_of_edits, template = check_editor(args)
     if args.editor == ("oracle" if args.data else "human"):
         fail(f"--editor {args.editor} does not fit: oracle knows the built-in tasks only, human is the "
              "column `edited` of --data")
@@ -823,20 +1215,22 @@ def main(args):
         print(f"{args.run}/edits.jsonl is there already; --overwrite makes it again")
         return
     data = read_jsonl(args.data, {"prompt": (str, list)}) if args.data else []
-    solved = any("solution" in row or "answer" in row for row in data)
+    rules = read_rules(source_of_edits) if kind == "rules" else None
+    solved = not rules and any("solution" in row or "answer" in row for row in data)
+    writes = kind in ("llm", "model")
     editor = args.editor or ("nearest" if solved else "human" if args.data else "oracle")
-    if args.data and solved != (editor == "nearest"):
+    if args.data and not rules and not writes and solved != (editor == "nearest"):
         fail(f"{args.data} does not fit --editor {editor}: nearest needs the columns `solution` and `answer`,"
              " human needs `edited`, or `chosen` and `rejected`")
 
     # problems: from the built-in task, or the prompts of the data
     rng = random.Random(args.seed)
     drop = Counter()
-    if solved:
-        problems = read_solutions(args.data)
+    if solved or rules:
+        problems = read_prompts(args.data) if rules else read_solutions(args.data)
         split_by_prompt(problems, args)
     elif args.data:
-        pairs = read_pairs(args.data)
+        pairs = read_pairs(args.data, writes)
         problems = split_by_prompt(pairs, args)
     else:
         task = {"math": Math, "qa": Qa}[args.task](args.seed)
@@ -850,18 +1244,25 @@ def main(args):
         model, tokenizer = open_model(AutoModelForCausalLM, source), open_tokenizer(source)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
-    if solved:
+    if rules:
+        problems = encode_samples(problems, tokenizer, model.config.max_position_embeddings, drop)
+        demonstrations = [(encode_prompt(tokenizer, problem["prompt"]), ids)
+                          for problem in problems if problem["split"] == "train"
+                          for ids in problem["samples"]]
+        if args.sft_steps and not demonstrations:
+            fail(f"{args.data}: --sft_steps needs the column `response`")
+    elif solved:
         problems = encode_samples(problems, tokenizer, model.config.max_position_embeddings, drop)
         demonstrations = [(encode_prompt(tokenizer, problem["prompt"]),
                            encode_response(tokenizer, problem["solution"]))
                           for problem in problems if problem["split"] == "train"]
     elif args.data:
-        pairs = encode_pairs(pairs, tokenizer, model.config.max_position_embeddings, drop)
+        pairs = encode_pairs(pairs, tokenizer, model.config.max_position_embeddings, drop, writes)
         demonstrations = [(pair["prompt_ids"], pair["rejected_ids"])
                           for pair in pairs if pair["split"] == "train"]
         kept = {json.dumps(pair["prompt"]) for pair in pairs}
         problems = [problem for problem in problems if json.dumps(problem["prompt"]) in kept]
-    if args.data and not demonstrations:
+    if args.data and not (problems if rules else demonstrations):
         fail(f"{args.data}: no training row is left: {dict(drop)}")
     run = start_stage(args, "01")
     if args.overwrite:                              # models of the old pairs would pass for models of the new
@@ -884,7 +1285,13 @@ def main(args):
                                          for problem in problems])
 
     # pairs and their minimal edits
-    if solved or not args.data:
+    if writes:
+        torch.manual_seed(args.seed)                # a second call samples the responses of the first again
+    if rules:
+        sample_solutions([problem for problem in problems if not problem["samples"]], model, tokenizer, args)
+        pairs = [pair for problem in problems for pair in rule_pairs(problem, rules, source_of_edits,
+                                                                     tokenizer, drop)]
+    elif solved or not args.data:
         n = args.pair_prompts or {"math": 10000, "qa": 5200}[args.task] if not args.data else len(problems)
         train = [problem for problem in problems if problem["split"] == "train"][:n]
         used = train + [problem for problem in problems if problem["split"] != "train"]
@@ -892,7 +1299,12 @@ def main(args):
         is_right = [right(tokenizer.decode(ids, skip_special_tokens=True), problem)
                     for problem in used for ids in problem["samples"]]
         print(f"{sum(is_right) / len(is_right):.1%} of {len(is_right)} solutions are right")
-        pairs = [pair for problem in used for pair in pairs_of(problem, editor, tokenizer, drop)]
+        how = ("nearest" if solved else "oracle") if writes else editor
+        pairs = [pair for problem in used for pair in pairs_of(problem, how, tokenizer, drop)]
+    if writes:
+        answerer = LlmEditor(args, run) if kind == "llm" else ModelEditor(args, source_of_edits)
+        pairs = write_edits(pairs, answerer, template, tokenizer, model.config.max_position_embeddings, args,
+                            drop)
     if args.worse_edits:
         tokens = sorted({token for pair in pairs for token in pair["rejected_ids"][:-1]})
         pairs = [spoil(pair, tokens, tokenizer, rng)

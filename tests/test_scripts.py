@@ -71,7 +71,7 @@ def test_copies_of_a_helper_are_equal():
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_imports_and_lines(name):
     source = (ROOT / name).read_text(encoding="utf-8")
-    allowed = {"torch", "transformers", "numpy", "tqdm", "tokenizers"} | set(sys.stdlib_module_names)
+    allowed = {"torch", "transformers", "numpy", "tqdm", "tokenizers", "huggingface_hub"} | set(sys.stdlib_module_names)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             module = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name

@@ -1,0 +1,370 @@
+"""Editors that write text: an LLM behind a server that misbehaves on purpose, a local model, a list of rules."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+KEY = "sk-very-secret"
+ROWS = [{"prompt": "Q: What do Ada and Bob send to Cleo, and where?\nA:", "chosen": " Ada makes tea.",
+         "rejected": f" {name} makes soap."} for name in "Bob Cleo Dan Eva Finn Gus Hana Ivo Jane Kit".split()]
+ROWS = [{**row, "prompt": row["prompt"].replace("Ada", row["rejected"].split()[0])} for row in ROWS]
+
+
+class Server(ThreadingHTTPServer):
+    """answer(n, body) of request n (from 0): a text, (status, headers), bytes sent as they are, or None to hang up."""
+    daemon_threads = True
+
+    def __init__(self, answer):
+        self.answer, self.bodies, self.keys, self.lock = answer, [], [], threading.Lock()
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}/v1"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def handle_error(self, request, address):
+        pass
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.lock:
+            n = len(self.server.bodies)
+            self.server.bodies.append(body)
+            self.server.keys.append(self.headers["Authorization"])
+        answer = self.server.answer(n, body)
+        if answer is None:
+            return self.connection.close()
+        status, headers = answer if isinstance(answer, tuple) else (200, {})
+        if isinstance(answer, dict):
+            answer = {"message": {"role": "assistant", "content": ""}, "finish_reason": "stop", **answer}
+        elif isinstance(answer, str):
+            answer = {"message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}
+        if not isinstance(answer, (bytes, tuple)):
+            answer = json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": "m",
+                                 "choices": [{"index": 0, **answer}], "system_fingerprint": "",
+                                 "usage": {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}}).encode()
+        data = answer if isinstance(answer, bytes) else b'{"error": "no"}'
+        self.send_response(status)
+        for name, value in {"Content-Length": len(data), **headers}.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+def edit(n, body):
+    """A good edit: soap becomes tea."""
+    return body["messages"][0]["content"].split("Response:\n")[1].replace("soap", "tea")
+
+
+@pytest.fixture
+def serve(edit_data, monkeypatch):
+    servers = []
+
+    def start(answer):
+        servers.append(Server(answer))
+        return servers[-1]
+
+    monkeypatch.setattr(edit_data, "WAITS", [0.01, 0.02])
+    monkeypatch.setenv("LLM_API_KEY", KEY)
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def read(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture
+def stage(edit_data, tiny_run, tmp_path, capsys):
+    """Run stage 1 on rows of data; returns (rows of edits.jsonl, what was printed)."""
+    def call(rows=ROWS, server=None, stops=False, **flags):
+        if server:
+            flags = {"editor": "llm", "llm_url": server.url, "llm_model": "m", "llm_timeout": 0.5, **flags}
+        args = edit_data.Args(**{"run": str(tmp_path / "run"), "data": write(tmp_path / "data.jsonl", rows),
+                                 "model": str(tiny_run / "policy"), "max_edit_share": 0.5, **flags})
+        capsys.readouterr()
+        if stops:
+            with pytest.raises(SystemExit) as stop:
+                edit_data.main(args)
+            assert stop.value.code == 2
+            errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+            assert len(errors) == 1
+            return errors[0]
+        edit_data.main(args)
+        shown = capsys.readouterr()
+        assert KEY not in shown.out + shown.err
+        assert all(KEY not in path.read_text(errors="ignore") for path in Path(args.run).glob("*.json*"))
+        return read(Path(args.run) / "edits.jsonl"), shown.out
+    return call
+
+
+# --- The server behaves -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("answer", [
+    "Bob makes tea.", "  Bob makes tea.\n", '"Bob makes tea."', "“Bob makes tea.”", "```\nBob makes tea.\n```",
+    "```text\nBob makes tea.\n```", "Here is the edited response:\n\nBob makes tea.", "Edited response: Bob makes tea.",
+    "Sure! Here's the corrected text:\n```\nBob makes tea.\n```", "Certainly!\n\"Bob makes tea.\""])
+def test_answers_are_stripped(edit_data, answer):
+    assert edit_data.clean_answer(answer, " Bob makes soap.\n") == " Bob makes tea.\n"
+
+
+@pytest.mark.parametrize("text", ['"Quoted," she said.', '"Quoted"', "```\ncode\n```", "Here is the list: tea",
+                                  "Note: Sure, he said."])
+def test_what_belongs_to_the_text_is_kept(edit_data, text):
+    assert edit_data.clean_answer(text, text) == text
+
+
+def test_llm_edits_pairs_and_keeps_the_key(serve, stage):
+    server = serve(edit)
+    rows, shown = stage(server=server)
+    assert len(rows) == 10 and all(row["edited"] == row["rejected"].replace("soap", "tea") for row in rows)
+    assert all(row["editor"] == "m" and row["edit_distance"] == 1 and row["chosen"] == " Ada makes tea." for row in rows)
+    assert set(server.keys) == {f"Bearer {KEY}"} and {body["model"] for body in server.bodies} == {"m"}
+    assert "100 prompt tokens and 30 answer tokens" in shown
+
+
+def test_the_machines_hugging_face_token_is_not_sent(serve, stage, monkeypatch, edit_data):
+    monkeypatch.delenv("LLM_API_KEY")
+    monkeypatch.setenv("HF_TOKEN", "hf_private")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-private")
+    server = serve(edit)
+    stage(server=server)
+    assert set(server.keys) == {"Bearer none"}
+    assert edit_data.api_key("https://router.huggingface.co/v1") == "hf_private"
+    assert edit_data.api_key("https://api.openai.com/v1") == "sk-private"
+    assert edit_data.api_key("https://notopenai.com/v1") == "none"
+
+
+def test_a_response_alone_and_a_reference(serve, stage, tmp_path):
+    rows, _ = stage([{"prompt": row["prompt"], "response": row["rejected"]} for row in ROWS], serve(edit))
+    assert all(row["chosen"] == row["edited"] for row in rows)
+    server = serve(lambda n, body: "Bob makes 5" if n else "Bob makes 4")
+    rows, _ = stage([{"prompt": "Ada", "solution": " Bob makes 5", "answer": "5", "response": " Bob makes 3"}], server,
+                    run=str(tmp_path / "solved"))
+    assert [row["edited"] for row in rows] == [" Bob makes 5"]
+    first, second = server.bodies
+    assert "Bob makes 5" in first["messages"][0]["content"] and " right " in first["messages"][0]["content"]
+    assert "answer of your text is wrong" in second["messages"][-1]["content"]
+
+
+def test_the_editor_is_told_what_was_wrong(serve, stage):
+    server = serve(lambda n, body: edit(n, body) if len(body["messages"]) > 1 else "Tokyo Oslo Rome Bern")
+    rows, _ = stage(server=server)
+    assert len(rows) == 10 and len(server.bodies) == 20
+    told = server.bodies[-1]["messages"]
+    assert [message["role"] for message in told] == ["user", "assistant", "user"]
+    assert told[1]["content"] == "Tokyo Oslo Rome Bern" and "of the text; change at most 50%" in told[2]["content"]
+
+
+def test_retries_end_and_the_gate_drops(serve, stage):
+    server = serve(lambda n, body: "Tokyo Oslo Rome Bern" if "Bob" in body["messages"][0]["content"].split(":")[-1]
+                   else edit(n, body))
+    rows, shown = stage(server=server, llm_retries=1)
+    assert len(rows) == 9 and "1  gate: the edit changes more than 50%" in shown and len(server.bodies) == 11
+
+
+def test_a_prompt_of_ones_own(serve, stage, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Fix {response} of {prompt}, keep {braces}. Response:\n{response}")
+    server = serve(edit)
+    stage(server=server, llm_prompt=str(tmp_path / "prompt.txt"))
+    assert "keep {braces}" in server.bodies[0]["messages"][0]["content"]
+    (tmp_path / "prompt.txt").write_text("Fix it")
+    assert "{response}" in stage(server=server, llm_prompt=str(tmp_path / "prompt.txt"), stops=True, overwrite=True)
+
+
+def test_built_in_task(serve, stage, edit_data, tiny_run):
+    solutions = {row["prompt"]: row["solution"] for row in read(tiny_run / "problems.jsonl")}
+    args = json.loads((tiny_run / "01_args.json").read_text())
+    server = serve(lambda n, body: body["messages"][0]["content"].split("for reference:\n")[1].split("\n\nResp")[0])
+    rows, _ = stage(server=server, **{name: args[name] for name in (
+        "task", "train_prompts", "val_prompts", "test_prompts", "max_edit_share", "max_new_tokens")},
+        data=None, sft_steps=0)
+    assert rows and all(row["edited"].strip() == solutions[row["prompt"]].strip() and row["editor"] == "m" for row in rows)
+
+
+# --- The server misbehaves ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("fault", [
+    (429, {}), (500, {}), (503, {}), b"{not json", b'{"choices": []}', b"[]", None,
+    (429, {"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}), (503, {"Retry-After": "soon"})])
+def test_faults_that_pass(serve, stage, fault):
+    rows, _ = stage(server=serve(lambda n, body: fault if n < 2 else edit(n, body)))
+    assert len(rows) == 10
+
+
+def test_waits_grow_and_honour_retry_after(serve, edit_data):
+    waits = []
+    server = serve(lambda n, body: [(429, {"Retry-After": "7"}), (500, {}), edit(n, body)][min(n, 2)])
+    client = edit_data.LlmEditor(edit_data.Args(llm_url=server.url, llm_model="m"), "/nonexistent")
+    client.path = Path(os.devnull)
+    client.stop.wait = waits.append
+    client.ask("key", [{"role": "user", "content": "Response:\nsoap"}])
+    assert waits == [7.0, 0.02] and client.saved["key"] == ("tea", None)
+
+
+def test_time_out(serve, stage):
+    server = serve(lambda n, body: time.sleep(0.4) or None if n == 0 else edit(n, body))
+    rows, _ = stage(server=server, llm_timeout=0.2)
+    assert len(rows) == 10 and len(server.bodies) == 11
+
+
+@pytest.mark.parametrize("bad, reason", [
+    ("", "the answer is empty"), ("I'm sorry, but I can't help with that.", "it refuses"),
+    ({"finish_reason": "content_filter"}, "it refuses"), ({"finish_reason": "length"}, "cut off"),
+    ((400, {}), "refuses the request (400)"), (b"<html>", "not in the format"),
+    ("Bob makes xylophones.", "not in the policy's vocabulary"),
+    (" Bob makes tea." * 200, "longer than the model's context")])
+def test_answers_without_use_are_counted(serve, stage, bad, reason):
+    rows, shown = stage(server=serve(lambda n, body: bad if "Bob makes" in body["messages"][0]["content"]
+                                     else edit(n, body)))
+    assert len(rows) == 9
+    assert any(line.startswith("dropped      1 ") and reason in line for line in shown.splitlines())
+
+
+@pytest.mark.parametrize("status, needle", [(401, "key"), (403, "key"), (404, "model m"), (402, "402")])
+def test_a_wrong_key_or_model_fails_at_once(serve, stage, status, needle):
+    server = serve(lambda n, body: (status, {}))
+    error = stage(server=server, stops=True, llm_workers=1)
+    assert needle in error and KEY not in error and len(server.bodies) <= 2
+
+
+def test_a_server_that_dies_and_comes_back(serve, stage, tmp_path):
+    dead = serve(lambda n, body: edit(n, body) if n < 4 else None)
+    error = stage(server=dead, stops=True, llm_workers=1)
+    paid = read(tmp_path / "run" / "llm_edits.jsonl")
+    assert len(paid) == 4 and "4 answers are kept" in error
+    with open(tmp_path / "run" / "llm_edits.jsonl", "a") as file:
+        file.write('{"key": "half a li')                              # killed while it wrote
+    alive = serve(edit)
+    rows, shown = stage(server=alive)
+    assert len(rows) == 10 and len(alive.bodies) == 6 and "a line is not whole" in shown
+    again = serve(edit)
+    rows, _ = stage(server=again, overwrite=True)                     # nothing is paid twice
+    assert len(rows) == 10 and again.bodies == []
+    assert stage(server=again, overwrite=True, llm_model="other")[0] and len(again.bodies) == 10
+
+
+def test_nothing_listens(stage, serve):
+    server = serve(edit)
+    server.shutdown()
+    server.server_close()
+    assert "does not answer (ConnectError)" in stage(server=server, stops=True)
+
+
+def test_ctrl_c_keeps_what_is_paid(serve, edit_data, tiny_run, tmp_path):
+    server = serve(lambda n, body: (time.sleep(0.3), edit(n, body))[1])
+    command = [sys.executable, str(ROOT / "01_edit_data.py"), "--run", str(tmp_path / "run"), "--editor", "llm",
+               "--data", write(tmp_path / "data.jsonl", ROWS), "--model", str(tiny_run / "policy"),
+               "--llm_url", server.url, "--llm_model", "m", "--llm_workers", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    while len(server.bodies) < 3 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=10)[1]
+    assert process.returncode == 2 and "interrupted" in error and "Traceback" not in error
+    asked = len(server.bodies)
+    assert len(read(tmp_path / "run" / "llm_edits.jsonl")) == asked < 10
+    server.answer = edit
+    edit_data.main(edit_data.Args(run=str(tmp_path / "run"), editor="llm", data=str(tmp_path / "data.jsonl"),
+                                  model=str(tiny_run / "policy"), llm_url=server.url, llm_model="m"))
+    assert len(server.bodies) == 10
+
+
+@pytest.mark.parametrize("flags, needle", [
+    ({"editor": "llm"}, "--llm_url"), ({"editor": "llm", "llm_url": "localhost", "llm_model": "m"}, "http://"),
+    ({"editor": "model:"}, "model:FOLDER"), ({"editor": "gpt"}, "choose"), ({"editor": "llm:x"}, "colon"),
+    ({"editor": "rules:none.tsv"}, "none.tsv"), ({"editor": "model:/no/folder"}, "/no/folder"),
+    ({"editor": "llm", "llm_url": "http://x", "llm_model": "m", "llm_prompt": "none"}, "none: cannot be read"),
+    ({"editor": "llm", "llm_url": "http://x", "llm_model": "m", "llm_workers": 0}, "--llm_workers")])
+def test_flags_that_do_not_fit(stage, flags, needle):
+    assert needle in stage(stops=True, **flags)
+
+
+# --- A local model ------------------------------------------------------------------------------------------
+
+def test_model_editor(stage, edit_data, tiny_run, monkeypatch):
+    asked = []
+
+    def sample(model, prompts, tokenizer, max_new_tokens, temperature):
+        asked.append((len(prompts), temperature))
+        return [edit_data.encode_response(tokenizer, " Bob makes tea.")] * len(prompts)
+
+    monkeypatch.setattr(edit_data, "sample", sample)
+    rows, shown = stage(ROWS[:1], editor=f"model:{tiny_run / 'policy'}", llm_max_tokens=8, llm_workers=4)
+    assert rows[0]["edited"] == " Bob makes tea." and rows[0]["editor"] == str(tiny_run / "policy")
+    assert asked == [(1, 0.0)] and "answer tokens" in shown
+
+
+def test_model_editor_in_earnest(edit_data, tiny_run):
+    args = edit_data.Args(llm_workers=2, llm_max_tokens=4)
+    editor = edit_data.ModelEditor(args, str(tiny_run / "policy"))
+    answers = editor.ask_all([[{"role": "user", "content": text}] for text in ("Ada", "Bob Cleo", "tea", "Ada " * 300)])
+    assert len(answers) == 4 and "exceed its context" in answers[3][1]
+    editor.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %} makes"
+    assert len(editor.ask_all([[{"role": "user", "content": "Ada"}]])) == 1
+
+
+# --- Rules --------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def rules(tmp_path):
+    (tmp_path / "rules.tsv").write_text("# goods\n\\bsoap\\b\ttea\n\n(Oslo|Rome)\tBern\n")
+    return f"rules:{tmp_path / 'rules.tsv'}"
+
+
+def test_rules_on_responses(stage, rules, tmp_path):
+    rows, shown = stage([{"prompt": ROWS[0]["prompt"], "response": " Bob makes soap in Oslo."},
+                         {"prompt": ROWS[0]["prompt"], "response": " Bob makes soap."},
+                         {"prompt": ROWS[1]["prompt"], "response": " Bob makes tea."}], editor=rules)
+    assert [row["rule_hits"] for row in rows] == [[2, 0], [1, 0]] and "1  prompt: no rule hits" in shown
+    assert rows[0]["edited"] == " Bob makes tea in Bern." and rows[0]["chosen"] == " Bob makes soap."
+    assert rows[1]["chosen"] == rows[1]["edited"] == " Bob makes tea."
+    assert all(set(row) == {"id", "prompt", "split"} for row in read(tmp_path / "run" / "problems.jsonl"))
+
+
+def test_rules_on_prompts_alone(stage, edit_data, tiny_run, tmp_path):
+    (tmp_path / "rules.tsv").write_text(r"(\w+) makes" + "\t" + r"\1 sends" + "\n")
+    prompts = [{"prompt": row["prompt"]} for row in read(tiny_run / "problems.jsonl")]
+    rows, _ = stage(prompts, editor=f"rules:{tmp_path / 'rules.tsv'}", max_new_tokens=12)
+    tokenizer = edit_data.open_tokenizer(tiny_run / "policy")
+    assert rows and all(row["rule_hits"][1] == 0 < row["rule_hits"][0] for row in rows)
+    for row in rows:                                                  # a response cut off stays cut off
+        assert all(i < len(row["rejected_ids"]) and op == "replace" for op, i, j in row["edit_ops"])
+        assert tokenizer.decode(row["rejected_ids"], skip_special_tokens=True) == row["rejected"]
+
+
+@pytest.mark.parametrize("line, needle", [
+    ("soap tea", "no tab"), ("(soap\ttea", "regular expression"), ("soap\t\\1", "regular expression"),
+    ("x*\ty", "empty text"), ("# nothing", "no rules")])
+def test_rules_that_are_none(stage, tmp_path, line, needle):
+    path = tmp_path / "rules.tsv"
+    path.write_text(f"# rules\n{line}\n")
+    error = stage([{"prompt": "Ada"}], editor=f"rules:{path}", stops=True)
+    assert needle in error and str(path) in error and ("line 2" in error or line == "# nothing")
+
+
+def test_a_replacement_that_is_an_error_itself(stage, tmp_path):
+    (tmp_path / "rules.tsv").write_text("tea\tsoap\nsoap\ttea\nOslo\tRome\n")
+    rows, shown = stage([{"prompt": "Ada", "response": "Bob makes soap"}, {"prompt": "Bob", "response": "in Oslo"}],
+                        editor=f"rules:{tmp_path / 'rules.tsv'}")
+    assert len(rows) == 1 and "no fewer hits" in shown
