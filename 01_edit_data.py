@@ -375,7 +375,7 @@ def read_jsonl(path, columns, fault=lambda row: None):
 def check_args(args):
     """Counts are 1 or more (a few may be 0), and the device is there."""
     may_be_0 = ("seed", "sft_steps", "val_prompts", "test_prompts", "rewrite_epochs", "locate_epochs",
-                "human_eval", "examples")
+                "human_eval", "examples", "llm_retries")
     for name, value in asdict(args).items():
         least = 0 if name in may_be_0 else 1
         if type(value) is int and value < least:
