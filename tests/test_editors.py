@@ -276,7 +276,9 @@ def test_ctrl_c_keeps_what_is_paid(serve, edit_data, tiny_run, tmp_path):
     command = [sys.executable, str(ROOT / "01_edit_data.py"), "--run", str(tmp_path / "run"), "--editor", "llm",
                "--data", write(tmp_path / "data.jsonl", ROWS), "--model", str(tiny_run / "policy"),
                "--llm_url", server.url, "--llm_model", "m", "--llm_workers", "2"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)           # a shell's background jobs ignore it
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+                               preexec_fn=heed)
     while len(server.bodies) < 3 and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
