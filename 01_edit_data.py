@@ -173,13 +173,22 @@ def split_steps(text):
     return tuple(step.strip() for step in re.split(r"\n|(?<=;)|(?<=\.)\s", text) if step.strip())
 
 
-def judge(response, solutions):
-    """(wrong steps, answer right?) of a response. Its steps against those of the nearest right solution (E1):
-    a step replaced, deleted or inserted on the way there is a wrong one; the last step is the answer."""
+def judge(response, problem):
+    """The oracle of a problem: (wrong steps, answer right?) of a response. Its steps against those of the
+    nearest right solution (E1): a step replaced, deleted or inserted on the way there is a wrong one; the
+    last step is the answer. With `rules`, regular expressions, every hit is wrong, and right is no hit."""
+    if problem.get("rules"):
+        hits = sum(1 for rule in problem["rules"] for _ in re.finditer(rule, response))
+        return hits, hits == 0
     steps = split_steps(response)
-    wrong_steps = min(edit_distance(steps, split_steps(solution)) for solution in solutions)
-    answer_right = any(steps[-1:] == split_steps(solution)[-1:] for solution in solutions)
-    return wrong_steps, answer_right
+    solutions = [split_steps(solution) for solution in problem["solutions"]]
+    wrong_steps = min(edit_distance(steps, solution) for solution in solutions)
+    return wrong_steps, any(steps[-1:] == solution[-1:] for solution in solutions)
+
+
+def has_oracle(problem):
+    """Does a problem carry what `judge` needs: all its right solutions, or rules?"""
+    return bool(problem.get("solutions") or problem.get("rules"))
 
 
 def final_answer(text):
@@ -191,10 +200,10 @@ def final_answer(text):
 
 
 def right(response, problem):
-    """Is a solution right? With an oracle (`solutions`): no step is wrong. Else its final answer counts: the
-    same number as `answer`, or, where that is no number, a last step that is the answer, word for word."""
-    if problem.get("solutions"):
-        return judge(response, problem["solutions"])[0] == 0
+    """Is a response right? With an oracle: nothing is wrong. Else its final answer counts: the same number as
+    `answer`, or, where that is no number, a last step that is the answer, word for word."""
+    if has_oracle(problem):
+        return judge(response, problem)[0] == 0
     answer = final_answer(problem["answer"])
     if answer is None:
         return split_steps(response)[-1:] == split_steps(problem["answer"])[-1:]
@@ -541,7 +550,7 @@ def encode_prompt(tokenizer, prompt):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-PROBLEM = ("id", "prompt", "split", "solution", "answer", "solutions")         # columns of problems.jsonl
+PROBLEM = ("id", "prompt", "split", "solution", "answer", "solutions", "rules")    # columns of problems.jsonl
 
 
 def encode_response(tokenizer, text):
@@ -612,8 +621,9 @@ def read_solutions(path):
     return list(problems.values())
 
 
-def read_prompts(path):
-    """Prompts of your own for --editor rules: prompt[, response], in the form of read_solutions."""
+def read_prompts(path, rules):
+    """Prompts of your own for --editor rules: prompt[, response], in the form of read_solutions. The patterns
+    go with every problem, as `rules`: they are its oracle."""
 
     def fault(row):
         if not isinstance(row.get("response"), (str, type(None))):
@@ -622,7 +632,8 @@ def read_prompts(path):
 
     problems = {}
     for k, row in enumerate(read_jsonl(path, {"prompt": (str, list)}, fault)):
-        new = {"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"], "samples": []}
+        new = {"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"], "samples": [],
+               "rules": [rule.pattern for rule, _ in rules]}
         problem = problems.setdefault(json.dumps(row["prompt"]), new)
         problem["samples"] += [row["response"]] if row.get("response") else []
     return list(problems.values())
@@ -706,8 +717,8 @@ def pairs_of(problem, editor, tokenizer, drop):
     """
     samples = problem["samples"]
     texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
-    if problem.get("solutions"):
-        wrong = [judge(text, problem["solutions"])[0] for text in texts]
+    if has_oracle(problem):
+        wrong = [judge(text, problem)[0] for text in texts]
     else:
         wrong = [int(not right(text, problem)) for text in texts]
     solutions = problem.get("solutions", []) if editor == "oracle" else [problem["solution"]]
@@ -756,27 +767,23 @@ def gate(pair, ops, editor, max_edit_share):
     """The quality gates. Why an edit is dropped and what to tell its editor, or (None, None)."""
     longest = max(len(pair["rejected_ids"]), len(pair["edited_ids"]))
     judged = editor != "careless"                                                 # it has no judge beside it
-    solutions = pair.get("solutions")
-    hits = pair.get("rule_hits", [1, 0])
     if not ops:
         return "the edit changes nothing", "You changed nothing."
     if len(ops) > max_edit_share * longest:
         return (f"the edit changes more than {max_edit_share:.0%} (--max_edit_share)",
                 f"You changed {len(ops) / longest:.0%} of the text; change at most {max_edit_share:.0%}.")
-    if judged and solutions and judge(pair["edited"], solutions)[0] >= judge(pair["rejected"], solutions)[0]:
-        return "the judge does not find the edit better", "Your text has no fewer wrong steps than before."
+    if judged and has_oracle(pair) and judge(pair["edited"], pair)[0] >= judge(pair["rejected"], pair)[0]:
+        return "the judge does not find the edit better", "Your text has no fewer errors than before."
     written = judged and "editor" in pair           # a solution at hand (nearest) is right already
-    if written and not solutions and "answer" in pair and not right(pair["edited"], pair):
+    if written and not has_oracle(pair) and "answer" in pair and not right(pair["edited"], pair):
         return "the answer of the edit is wrong", "The final answer of your text is wrong."
-    if judged and hits[1] >= hits[0]:
-        return "the edit has no fewer hits of the rules", "Your text breaks as many rules as the response."
     return None, None
 
 
 def edit_row(pair, editor, max_edit_share, tokenizer, drop):
     """One row of edits.jsonl: E1 on (rejected, edited), the quality gates. None if a gate drops the pair."""
     columns = ("id", "split", "prompt", "solution", "answer", "solutions", "chosen", "rejected", "edited",
-               "rule_hits", "prompt_ids", "chosen_ids", "rejected_ids", "edited_ids")
+               "prompt_ids", "chosen_ids", "rejected_ids", "edited_ids")
     row = {**{name: pair[name] for name in columns if name in pair}, "editor": editor}
     if pair["edited"] is None:                      # a preference pair without an edit: for the baseline only
         return {**row, "editor": None, "edit_ops": None, "edit_distance": None, "first_error": None}
@@ -1090,17 +1097,12 @@ def read_rules(path):
     return rules or fail(f"{path}: has no rules")
 
 
-def count_hits(text, rules):
-    """The oracle of the rules: every hit is an error."""
-    return sum(len(rule.findall(text)) for rule, _ in rules)
-
-
 def rule_pairs(problem, rules, name, tokenizer, drop):
     """A1: every sample with a hit, beside the sample with the fewest (`chosen`; the edit where none has
     fewer), and its minimal edit, in which each hit is replaced."""
     samples = problem["samples"]
     texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
-    hits = [count_hits(text, rules) for text in texts]
+    hits = [judge(text, problem)[0] for text in texts]
     best = hits.index(min(hits))
     pairs = []
     for ids, text, n in zip(samples, texts, hits):
@@ -1111,7 +1113,7 @@ def rule_pairs(problem, rules, name, tokenizer, drop):
         if not n:
             continue
         pair = {**problem, **chosen, "prompt_ids": encode_prompt(tokenizer, problem["prompt"]),
-                "rejected": text, "rejected_ids": ids, "rule_hits": [n, count_hits(edited, rules)]}
+                "rejected": text, "rejected_ids": ids}
         new = with_edit(pair, edited, name, tokenizer, whole=False)
         if new:
             pairs.append(new)
@@ -1227,7 +1229,7 @@ def main(args):
     rng = random.Random(args.seed)
     drop = Counter()
     if solved or rules:
-        problems = read_prompts(args.data) if rules else read_solutions(args.data)
+        problems = read_prompts(args.data, rules) if rules else read_solutions(args.data)
         split_by_prompt(problems, args)
     elif args.data:
         pairs = read_pairs(args.data, writes)

@@ -526,13 +526,22 @@ def split_steps(text):
     return tuple(step.strip() for step in re.split(r"\n|(?<=;)|(?<=\.)\s", text) if step.strip())
 
 
-def judge(response, solutions):
-    """(wrong steps, answer right?) of a response. Its steps against those of the nearest right solution (E1):
-    a step replaced, deleted or inserted on the way there is a wrong one; the last step is the answer."""
+def judge(response, problem):
+    """The oracle of a problem: (wrong steps, answer right?) of a response. Its steps against those of the
+    nearest right solution (E1): a step replaced, deleted or inserted on the way there is a wrong one; the
+    last step is the answer. With `rules`, regular expressions, every hit is wrong, and right is no hit."""
+    if problem.get("rules"):
+        hits = sum(1 for rule in problem["rules"] for _ in re.finditer(rule, response))
+        return hits, hits == 0
     steps = split_steps(response)
-    wrong_steps = min(edit_distance(steps, split_steps(solution)) for solution in solutions)
-    answer_right = any(steps[-1:] == split_steps(solution)[-1:] for solution in solutions)
-    return wrong_steps, answer_right
+    solutions = [split_steps(solution) for solution in problem["solutions"]]
+    wrong_steps = min(edit_distance(steps, solution) for solution in solutions)
+    return wrong_steps, any(steps[-1:] == solution[-1:] for solution in solutions)
+
+
+def has_oracle(problem):
+    """Does a problem carry what `judge` needs: all its right solutions, or rules?"""
+    return bool(problem.get("solutions") or problem.get("rules"))
 
 
 def final_answer(text):
@@ -544,10 +553,10 @@ def final_answer(text):
 
 
 def right(response, problem):
-    """Is a solution right? With an oracle (`solutions`): no step is wrong. Else its final answer counts: the
-    same number as `answer`, or, where that is no number, a last step that is the answer, word for word."""
-    if problem.get("solutions"):
-        return judge(response, problem["solutions"])[0] == 0
+    """Is a response right? With an oracle: nothing is wrong. Else its final answer counts: the same number as
+    `answer`, or, where that is no number, a last step that is the answer, word for word."""
+    if has_oracle(problem):
+        return judge(response, problem)[0] == 0
     answer = final_answer(problem["answer"])
     if answer is None:
         return split_steps(response)[-1:] == split_steps(problem["answer"])[-1:]
@@ -638,8 +647,8 @@ def validate(policy, problems, tokenizer, args):
                             args.temperature)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     result = {"accuracy": sum(map(right, texts, problems)) / len(texts)}
-    if all(problem.get("solutions") for problem in problems):
-        wrong = [judge(text, problem["solutions"])[0] for text, problem in zip(texts, problems)]
+    if all(map(has_oracle, problems)):
+        wrong = [judge(text, problem)[0] for text, problem in zip(texts, problems)]
         result["wrong_steps"] = sum(wrong) / len(wrong)
     return result
 
@@ -688,7 +697,8 @@ def ppo(kind, problems, tokenizer, scale, args, paths):
                                    {"params": models["value"].parameters(), "lr": args.value_lr}],
                                   betas=(0.9, 0.95), weight_decay=0.0)
     train = [problem for problem in problems if problem["split"] == "train"]
-    val = [problem for problem in problems if problem["split"] == "val" and problem.get("answer")]
+    val = [problem for problem in problems if problem["split"] == "val"
+           and (has_oracle(problem) or problem.get("answer"))]
     rng = random.Random(args.seed)
     queue = []
     seconds = 0.0

@@ -524,13 +524,22 @@ def split_steps(text):
     return tuple(step.strip() for step in re.split(r"\n|(?<=;)|(?<=\.)\s", text) if step.strip())
 
 
-def judge(response, solutions):
-    """(wrong steps, answer right?) of a response. Its steps against those of the nearest right solution (E1):
-    a step replaced, deleted or inserted on the way there is a wrong one; the last step is the answer."""
+def judge(response, problem):
+    """The oracle of a problem: (wrong steps, answer right?) of a response. Its steps against those of the
+    nearest right solution (E1): a step replaced, deleted or inserted on the way there is a wrong one; the
+    last step is the answer. With `rules`, regular expressions, every hit is wrong, and right is no hit."""
+    if problem.get("rules"):
+        hits = sum(1 for rule in problem["rules"] for _ in re.finditer(rule, response))
+        return hits, hits == 0
     steps = split_steps(response)
-    wrong_steps = min(edit_distance(steps, split_steps(solution)) for solution in solutions)
-    answer_right = any(steps[-1:] == split_steps(solution)[-1:] for solution in solutions)
-    return wrong_steps, answer_right
+    solutions = [split_steps(solution) for solution in problem["solutions"]]
+    wrong_steps = min(edit_distance(steps, solution) for solution in solutions)
+    return wrong_steps, any(steps[-1:] == solution[-1:] for solution in solutions)
+
+
+def has_oracle(problem):
+    """Does a problem carry what `judge` needs: all its right solutions, or rules?"""
+    return bool(problem.get("solutions") or problem.get("rules"))
 
 
 def final_answer(text):
@@ -542,10 +551,10 @@ def final_answer(text):
 
 
 def right(response, problem):
-    """Is a solution right? With an oracle (`solutions`): no step is wrong. Else its final answer counts: the
-    same number as `answer`, or, where that is no number, a last step that is the answer, word for word."""
-    if problem.get("solutions"):
-        return judge(response, problem["solutions"])[0] == 0
+    """Is a response right? With an oracle: nothing is wrong. Else its final answer counts: the same number as
+    `answer`, or, where that is no number, a last step that is the answer, word for word."""
+    if has_oracle(problem):
+        return judge(response, problem)[0] == 0
     answer = final_answer(problem["answer"])
     if answer is None:
         return split_steps(response)[-1:] == split_steps(problem["answer"])[-1:]
@@ -587,11 +596,11 @@ def token_texts(ids, tokenizer):
 def answer(model, reference, prompts, tokenizer, args):
     """Sample one response to each prompt, with the same seed for every policy.
 
-    Returns the responses as lists of ids and KL(policy, reference) in nats a response: the mean over prompts
-    of the sum over response tokens of log pi - log pi_ref.
+    Returns the responses as lists of ids, KL(policy, reference) in nats a response: the mean over prompts of
+    the sum over response tokens of log pi - log pi_ref, and the mean of log pi_ref over all response tokens.
     """
     torch.manual_seed(args.seed)
-    responses, kl = [], 0.0
+    responses, kl, ref_logprob, tokens = [], 0.0, 0.0, 0
     for start in range(0, len(prompts), args.batch):
         part = prompts[start:start + args.batch]
         responses += sample(model, part, tokenizer, args.max_new_tokens, args.temperature)
@@ -599,12 +608,14 @@ def answer(model, reference, prompts, tokenizer, args):
         logprobs = [token_logprobs(response_logits(m, inputs, mask) / args.temperature, inputs, mask)
                     for m in (model, reference)]
         kl += (logprobs[0] - logprobs[1]).sum().item()
-    return responses, kl / len(prompts)
+        ref_logprob += logprobs[1].sum().item()
+        tokens += mask.sum().item()
+    return responses, kl / len(prompts), ref_logprob / tokens
 
 
 def oracle_scores(texts, problems):
     """(- wrong steps, answer right?) of every response: tuples compare as the win rate needs it."""
-    judged = [judge(text, problem["solutions"]) for text, problem in zip(texts, problems)]
+    judged = [judge(text, problem) for text, problem in zip(texts, problems)]
     return [(-wrong_steps, answer_right) for wrong_steps, answer_right in judged]
 
 
@@ -706,6 +717,15 @@ def checks(reward_models, policies, logs, differences):
     return sentences
 
 
+def rules_kept(policies):
+    """Where rules are the oracle: hits, and what shows that the responses still are what they were."""
+    said = [f"{name} {row['errors_per_100_words']:.2f}"
+            + (f" ({row['ref_logprob']:.2f})" if row["ref_logprob"] is not None else "")
+            for name, row in policies.items()]
+    return ("6. Hits per 100 words, and mean log-prob of a token under the SFT policy, nats: "
+            + ", ".join(said) + ".")
+
+
 def show_table(policies):
     """One line a policy, 79 columns."""
     print(f"{'policy':15.15s} {'win rate':>14s} {'right':>8s} {'wrong steps':>11s} {'KL, nats':>8s} "
@@ -720,7 +740,9 @@ def show_table(policies):
 
 def open_judge(run, problems, reward_models, args):
     """(kind, model, what it is and is worth): the oracle where solutions are known, else a reward model."""
-    if all(problem.get("solutions") for problem in problems):
+    if all(problem.get("rules") for problem in problems):
+        return "oracle", None, "the rules: fewer hits wins"
+    if all(map(has_oracle, problems)):
         return "oracle", None, "the oracle: fewer wrong steps wins, then the right answer"
     if all(problem.get("answer") for problem in problems):
         return "answer", None, "the final answer: right wins"
@@ -1312,27 +1334,31 @@ def main(args):
             fail(f"{path}: two policies are called {name}; rename one folder")
         if name == "baseline" and references:
             end = [tokenizer.eos_token_id]
-            responses[name], kl = [tokenizer(text, add_special_tokens=False).input_ids + end
-                                   for text in references], None
+            responses[name] = [tokenizer(text, add_special_tokens=False).input_ids + end
+                               for text in references]
+            kl, ref_logprob = None, None
             texts = references
         else:
             model = reference if name == "sft" else open_model(AutoModelForCausalLM, path).to(args.device)
             if model.config.vocab_size != reference.config.vocab_size:
                 fail(f"{path} and {policy_path} differ in vocabulary: policies of one run share the "
                      "tokenizer")
-            responses[name], kl = answer(model, reference, prompts, tokenizer, args)
+            responses[name], kl, ref_logprob = answer(model, reference, prompts, tokenizer, args)
             texts = tokenizer.batch_decode(responses[name], skip_special_tokens=True)
         rights = list(map(right, texts, problems)) if kind in ("oracle", "answer") else None
         scores[name] = oracle_scores(texts, problems) if kind == "oracle" else (
             rights or reward_scores(kind, judge_model, prompts, responses[name], tokenizer, args))
         wrong = [-score[0] for score in scores[name]] if kind == "oracle" else None
+        words = sum(len(text.split()) for text in texts)
         all_texts[name] = texts
         logs[name] = read_log(path.parent / f"{path.name}.csv") if name not in ("sft", "baseline") else []
         accuracy = [row["accuracy"] for row in logs[name] if row.get("accuracy") is not None]
         policies[name] = {
             "accuracy": sum(rights) / len(rights) if rights else None,
             "wrong_steps_per_response": sum(wrong) / len(wrong) if wrong else None,
+            "errors_per_100_words": 100 * sum(wrong) / max(words, 1) if wrong else None,
             "kl_to_ref": kl,
+            "ref_logprob": ref_logprob,
             "updates": int(logs[name][-1]["update"]) if logs[name] else 0,
             "seconds": logs[name][-1]["seconds"] if logs[name] else 0.0,
             "best_accuracy": max(accuracy, default=None),
@@ -1373,6 +1399,8 @@ def main(args):
 
     warnings = failure_signatures(reward_models, policies, logs)
     sentences = checks(reward_models, policies, logs, differences)
+    if judge_text.startswith("the rules"):
+        sentences.append(rules_kept(policies))
     models = {kind: {name: value for name, value in row.items() if name not in ("pairs", "scale", "seconds")}
               for kind, row in reward_models.items()}
     result = {"judge": judge_text, "baseline": args.baseline or str(policy_path), "policies": policies,

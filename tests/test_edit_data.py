@@ -22,7 +22,14 @@ def rows_of(path):
     ("no calculation at all", 4, False),        # what does not parse is wrong, never an error
 ])
 def test_oracle_of_math(edit_data, response, wrong_steps, answer_right):
-    assert edit_data.judge(response, ["3+2=5;-1=4;+4=8;-6=2"]) == (wrong_steps, answer_right)
+    assert edit_data.judge(response, {"solutions": ["3+2=5;-1=4;+4=8;-6=2"]}) == (wrong_steps, answer_right)
+
+
+def test_judge_by_rules(edit_data):
+    problem = {"rules": [r"\bsad\b", "(a|b)c"], "solution": "x"}
+    assert edit_data.judge("sad, sadly sad: ac", problem) == (3, False)
+    assert edit_data.judge("glad", problem) == (0, True) and edit_data.right("glad", problem)
+    assert not edit_data.right("sad x", problem)                     # the rules decide, not the final answer
 
 
 @pytest.mark.parametrize("task_name", ["math", "qa"])
@@ -34,12 +41,12 @@ def test_task_knows_solutions_errors_and_corrections(edit_data, task_name):
     for _ in range(300):
         problem = task.problem(rng)
         assert problem["solution"] == problem["solutions"][0] and problem["answer"] in problem["solution"]
-        assert all(edit_data.judge(solution, problem["solutions"]) == (0, True) for solution in problem["solutions"])
+        assert all(edit_data.judge(solution, problem) == (0, True) for solution in problem["solutions"])
         demonstration = task.demonstration(problem, rng)
         correction = edit_data.nearest(demonstration, problem["solutions"])
         distance = edit_data.edit_distance(demonstration, correction)
         assert distance == min(edit_data.edit_distance(demonstration, s) for s in problem["solutions"])
-        assert (distance == 0) == (edit_data.judge(demonstration, problem["solutions"])[0] == 0)
+        assert (distance == 0) == (edit_data.judge(demonstration, problem)[0] == 0)
         right += distance == 0
         words = [text.replace(".", " .").split() for text in (demonstration, correction)]
         runs = [op for op, i, j in edit_data.align(*words) if op != "keep"]

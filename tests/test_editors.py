@@ -338,10 +338,11 @@ def test_rules_on_responses(stage, rules, tmp_path):
     rows, shown = stage([{"prompt": ROWS[0]["prompt"], "response": " Bob makes soap in Oslo."},
                          {"prompt": ROWS[0]["prompt"], "response": " Bob makes soap."},
                          {"prompt": ROWS[1]["prompt"], "response": " Bob makes tea."}], editor=rules)
-    assert [row["rule_hits"] for row in rows] == [[2, 0], [1, 0]] and "1  prompt: no rule hits" in shown
+    assert len(rows) == 2 and "1  prompt: no rule hits" in shown
     assert rows[0]["edited"] == " Bob makes tea in Bern." and rows[0]["chosen"] == " Bob makes soap."
     assert rows[1]["chosen"] == rows[1]["edited"] == " Bob makes tea."
-    assert all(set(row) == {"id", "prompt", "split"} for row in read(tmp_path / "run" / "problems.jsonl"))
+    problems = read(tmp_path / "run" / "problems.jsonl")               # the patterns are the oracle of stages 3, 4
+    assert [row["rules"] for row in problems] == 2 * [["\\bsoap\\b", "(Oslo|Rome)"]]
 
 
 def test_rules_on_prompts_alone(stage, edit_data, tiny_run, tmp_path):
@@ -349,7 +350,7 @@ def test_rules_on_prompts_alone(stage, edit_data, tiny_run, tmp_path):
     prompts = [{"prompt": row["prompt"]} for row in read(tiny_run / "problems.jsonl")]
     rows, _ = stage(prompts, editor=f"rules:{tmp_path / 'rules.tsv'}", max_new_tokens=12)
     tokenizer = edit_data.open_tokenizer(tiny_run / "policy")
-    assert rows and all(row["rule_hits"][1] == 0 < row["rule_hits"][0] for row in rows)
+    assert rows
     for row in rows:                                                  # a response cut off stays cut off
         assert all(i < len(row["rejected_ids"]) and op == "replace" for op, i, j in row["edit_ops"])
         assert tokenizer.decode(row["rejected_ids"], skip_special_tokens=True) == row["rejected"]
@@ -369,4 +370,4 @@ def test_a_replacement_that_is_an_error_itself(stage, tmp_path):
     (tmp_path / "rules.tsv").write_text("tea\tsoap\nsoap\ttea\nOslo\tRome\n")
     rows, shown = stage([{"prompt": "Ada", "response": "Bob makes soap"}, {"prompt": "Bob", "response": "in Oslo"}],
                         editor=f"rules:{tmp_path / 'rules.tsv'}")
-    assert len(rows) == 1 and "no fewer hits" in shown
+    assert len(rows) == 1 and "does not find the edit better" in shown
