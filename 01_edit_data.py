@@ -26,6 +26,7 @@ Writes: RUN/policy/  RUN/problems.jsonl  RUN/edits.jsonl  RUN/01_args.json  RUN/
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -37,7 +38,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from threading import Event, Lock
@@ -47,10 +48,12 @@ from urllib.parse import urlparse
 import torch
 from huggingface_hub import InferenceClient
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm, trange
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import get_cosine_schedule_with_warmup
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 
@@ -100,6 +103,13 @@ class Args:
     temperature: float = field(default=1.0, metadata={"help": "temperature of the samples"})
     max_new_tokens: int = field(default=48, metadata={"help": "longest sampled response, in tokens"})
     sample_batch: int = field(default=1000, metadata={"help": "responses sampled at once"})
+    dtype: str = field(default="float32", metadata={
+        "help": "of the weights; log-probs, losses and optimiser steps are float32 in any case",
+        "choices": ["float32", "bfloat16"]})
+    gradient_checkpointing: bool = field(default=False, metadata={
+        "help": "less memory, a third more time: activations are computed again in the backward pass"})
+    micro_batch: Optional[int] = field(default=None, metadata={
+        "help": "SFT: rows a forward pass; their gradients add up to those of the whole batch; default: all"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={
         "help": "torch device"})
 
@@ -412,14 +422,13 @@ def check_folder(path):
         fail(f"{path}: no model folder; run the stage that writes it first, or name another one")
 
 
-def open_model(auto_class, path, **options):
-    """from_pretrained in float32 (log-probs must not round), eval mode (dropout off), or a readable error."""
+def open_model(auto_class, path, dtype="float32", **options):
+    """from_pretrained in eval mode, so that dropout is off, or a readable error."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     check_folder(path)
     try:
-        model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True,
-                                                 **options)
+        model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     except Exception as error:                     # transformers and safetensors raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
@@ -447,6 +456,53 @@ def open_tokenizer(path):
         else:
             tokenizer.add_special_tokens({"pad_token": "<pad>"})
     return tokenizer
+
+
+def checkpoint_layers(model):
+    """Gradient checkpointing: every layer keeps its input alone and computes the rest again in the backward
+    pass. The model's own switch for it would need training mode, which turns dropout on."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        fail(f"--gradient_checkpointing: {type(model).__name__} has no layers for it")
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+class Optimizer(torch.optim.AdamW):
+    """AdamW with gradients clipped to norm 1 a model. groups: pairs (model, learning rate).
+
+    Small steps would be lost in the rounding of weights in bfloat16: float32 copies of them take the steps
+    and add up the gradients.
+    """
+
+    def __init__(self, *groups):
+        self.copies = []                                       # (weight in bfloat16, its copy in float32)
+        parameters = [{"params": [self.float32(weight) for weight in model.parameters()], "lr": lr}
+                      for model, lr in groups]
+        super().__init__(parameters, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def float32(self, weight):
+        if weight.dtype == torch.float32:
+            return weight
+        copy = weight.detach().float()
+        copy.grad = torch.zeros_like(copy)
+        self.copies.append((weight, copy))
+        weight.register_post_accumulate_grad_hook(partial(self.move_gradient, copy))
+        return copy
+
+    @staticmethod
+    def move_gradient(copy, weight):
+        copy.grad += weight.grad
+        weight.grad = None
+
+    @torch.no_grad()
+    def clip_and_step(self):
+        for group in self.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        self.step()
+        self.zero_grad(set_to_none=not self.copies)
+        for weight, copy in self.copies:
+            weight.copy_(copy)
 
 
 def save_model(model, tokenizer, path):
@@ -516,26 +572,29 @@ def small_policy(texts, args):
 
 def fine_tune(model, tokenizer, demonstrations, args, steps):
     """SFT: cross-entropy of the response tokens of demonstrations, a list of (prompt_ids, response_ids)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.sft_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = Optimizer((model, args.sft_lr))
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
     rng = random.Random(args.seed)
     bar = trange(steps, desc="SFT", unit="step", mininterval=1.0)
     for step in bar:
         rows = rng.sample(demonstrations, min(args.sft_batch, len(demonstrations)))
-        prompts, responses = map(list, zip(*rows))
-        inputs, mask = pack(prompts, responses, tokenizer.pad_token_id, model.device)
-        labels = inputs["input_ids"].clone()
-        labels[:, :-mask.shape[1]] = -100
-        labels[:, -mask.shape[1]:][~mask] = -100
-        loss = model(**inputs, labels=labels).loss
-        if not loss.isfinite():
-            fail(f"SFT, step {step}: the loss is {loss.item()}; lower --sft_lr")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        tokens = sum(len(response) for prompt, response in rows)
+        size = args.micro_batch or len(rows)
+        total = 0.0
+        for start in range(0, len(rows), size):
+            prompts, responses = map(list, zip(*rows[start:start + size]))
+            inputs, mask = pack(prompts, responses, tokenizer.pad_token_id, model.device)
+            labels = inputs["input_ids"].clone()
+            labels[:, :-mask.shape[1]] = -100
+            labels[:, -mask.shape[1]:][~mask] = -100
+            loss = model(**inputs, labels=labels, use_cache=False).loss * (mask.sum() / tokens)
+            loss.backward()
+            total += loss.item()
+        if not math.isfinite(total):
+            fail(f"SFT, step {step}: the loss is {total}; lower --sft_lr")
+        optimizer.clip_and_step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        bar.set_postfix(loss=f"{total:.3f}", refresh=False)
 
 
 # --- Pairs and edits (A1, B1) ------------------------------------------------------------------------------
@@ -1047,7 +1106,8 @@ class ModelEditor:
 
     def __init__(self, args, path):
         self.args, self.name, self.tokens = args, path, Counter()
-        self.model, self.tokenizer = open_model(AutoModelForCausalLM, path), open_tokenizer(path)
+        self.model = open_model(AutoModelForCausalLM, path, args.dtype)
+        self.tokenizer = open_tokenizer(path)
         self.model.resize_token_embeddings(max(len(self.tokenizer), self.model.config.vocab_size))
         self.model.to(args.device)
 
@@ -1243,7 +1303,7 @@ def main(args):
     continued = path.exists() and not args.overwrite
     source = path if continued else args.model
     if source:
-        model, tokenizer = open_model(AutoModelForCausalLM, source), open_tokenizer(source)
+        model, tokenizer = open_model(AutoModelForCausalLM, source, args.dtype), open_tokenizer(source)
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             model.resize_token_embeddings(len(tokenizer))
     if rules:
@@ -1273,7 +1333,9 @@ def main(args):
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
     if not source:
         model, tokenizer = small_policy(task.texts, args)
-    model.to(args.device)
+    model.to(args.device, getattr(torch, args.dtype))
+    if args.gradient_checkpointing:
+        checkpoint_layers(model)
     if not args.data:
         demonstrations = [(encode_prompt(tokenizer, problem["prompt"]),
                            encode_response(tokenizer, task.demonstration(problem, rng)))

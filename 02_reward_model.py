@@ -43,17 +43,19 @@ import sys
 import time
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Optional
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers import get_cosine_schedule_with_warmup
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 
@@ -80,6 +82,13 @@ class Args:
     grm_batch: int = field(default=64, metadata={"help": "B2: examples an optimiser step"})
     grm_lr: float = field(default=2e-3, metadata={"help": "B2: learning rate; cosine with 3 %% warm-up"})
     max_new_tokens: int = field(default=48, metadata={"help": "B2: longest rewrite that is tried, in tokens"})
+    dtype: str = field(default="float32", metadata={
+        "help": "of the weights; log-probs, losses and optimiser steps are float32 in any case",
+        "choices": ["float32", "bfloat16"]})
+    gradient_checkpointing: bool = field(default=False, metadata={
+        "help": "less memory, a third more time: activations are computed again in the backward pass"})
+    micro_batch: Optional[int] = field(default=None, metadata={
+        "help": "pairs a forward pass; their gradients add up to those of the whole batch; default: all"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={
         "help": "torch device"})
 
@@ -89,12 +98,12 @@ class Args:
 def token_rewards(model, inputs, response_mask):
     """A2: r_t = r_phi(s_t, a_t) (B, T), read at the position of token t itself; 0 outside the response."""
     T = response_mask.shape[1]
-    return model(**inputs).logits[:, -T:, 0].float() * response_mask
+    return model(**inputs, use_cache=False).logits[:, -T:, 0].float() * response_mask
 
 
 def sequence_reward(model, inputs):
     """A6: R_phi(x, y) (B,), read at the last token of the response."""
-    return model(**inputs).logits[:, 0].float()
+    return model(**inputs, use_cache=False).logits[:, 0].float()
 
 
 def response_reward(rewards, response_mask, how):
@@ -185,16 +194,19 @@ def located_step(parts, answer_ids, steps, end):
     return next((k for k in range(1, steps + 1) if locate_answer(parts, k, end) == answer_ids), None)
 
 
-def generative_loss(model, prompts, outputs, tasks, pad_id):
-    """B2: maximum likelihood of the outputs (lists of ids) given the prompts: the mean over the output tokens
-    of each task, summed over tasks, so that the few tokens of `locate` count as much as those of `rewrite`.
+def generative_loss(model, examples, batch, pad_id):
+    """B2: maximum likelihood of the outputs given the prompts: the mean over the output tokens of each task,
+    summed over tasks, so that the few tokens of `locate` count as much as those of `rewrite`.
+
+    examples: (prompt ids, output ids, task); batch: all examples of the step, whose tokens are counted.
     """
+    prompts, outputs, tasks = zip(*examples)
     inputs, mask = pack(prompts, outputs, pad_id, model.device)
     logprobs = token_logprobs(response_logits(model, inputs, mask), inputs, mask)
     loss = 0.0
     for task in sorted(set(tasks)):
         rows = torch.tensor([name == task for name in tasks], device=mask.device)
-        loss = loss - logprobs[rows].sum() / mask[rows].sum()
+        loss = loss - logprobs[rows].sum() / sum(len(output) for _, output, name in batch if name == task)
     return loss
 
 
@@ -271,14 +283,13 @@ def check_folder(path):
         fail(f"{path}: no model folder; run the stage that writes it first, or name another one")
 
 
-def open_model(auto_class, path, **options):
-    """from_pretrained in float32 (log-probs must not round), eval mode (dropout off), or a readable error."""
+def open_model(auto_class, path, dtype="float32", **options):
+    """from_pretrained in eval mode, so that dropout is off, or a readable error."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     check_folder(path)
     try:
-        model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True,
-                                                 **options)
+        model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     except Exception as error:                     # transformers and safetensors raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
@@ -306,6 +317,53 @@ def open_tokenizer(path):
         else:
             tokenizer.add_special_tokens({"pad_token": "<pad>"})
     return tokenizer
+
+
+def checkpoint_layers(model):
+    """Gradient checkpointing: every layer keeps its input alone and computes the rest again in the backward
+    pass. The model's own switch for it would need training mode, which turns dropout on."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        fail(f"--gradient_checkpointing: {type(model).__name__} has no layers for it")
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+class Optimizer(torch.optim.AdamW):
+    """AdamW with gradients clipped to norm 1 a model. groups: pairs (model, learning rate).
+
+    Small steps would be lost in the rounding of weights in bfloat16: float32 copies of them take the steps
+    and add up the gradients.
+    """
+
+    def __init__(self, *groups):
+        self.copies = []                                       # (weight in bfloat16, its copy in float32)
+        parameters = [{"params": [self.float32(weight) for weight in model.parameters()], "lr": lr}
+                      for model, lr in groups]
+        super().__init__(parameters, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def float32(self, weight):
+        if weight.dtype == torch.float32:
+            return weight
+        copy = weight.detach().float()
+        copy.grad = torch.zeros_like(copy)
+        self.copies.append((weight, copy))
+        weight.register_post_accumulate_grad_hook(partial(self.move_gradient, copy))
+        return copy
+
+    @staticmethod
+    def move_gradient(copy, weight):
+        copy.grad += weight.grad
+        weight.grad = None
+
+    @torch.no_grad()
+    def clip_and_step(self):
+        for group in self.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        self.step()
+        self.zero_grad(set_to_none=not self.copies)
+        for weight, copy in self.copies:
+            weight.copy_(copy)
 
 
 def save_model(model, tokenizer, path):
@@ -349,7 +407,7 @@ def pack(prompts, responses, pad_id, device):
 def response_logits(model, inputs, response_mask):
     """Logits (B, T, vocabulary) in float32 that score the response tokens: those at t-1 score token t."""
     T = response_mask.shape[1]
-    return model(**inputs, logits_to_keep=T + 1).logits[:, :-1].float()
+    return model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, :-1].float()
 
 
 def token_logprobs(logits, inputs, response_mask):
@@ -493,21 +551,24 @@ def pair_loss(kind, model, rows, pad_id, args):
                              args.response_reward)
 
 
-def train(kind, model, batches, loss_of, lr):
-    """AdamW, one step a batch; loss_of(batch) is A5, A6 or B2."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+def train(kind, model, batches, loss_of, lr, micro_batch):
+    """One step of AdamW a batch, `micro_batch` rows at a time; loss_of(rows, batch) is their part of A5, A6
+    or B2 on the batch."""
+    optimizer = Optimizer((model, lr))
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * len(batches)), len(batches))
     bar = tqdm(batches, desc=f"reward_{kind}", unit="step", mininterval=1.0)
     for batch in bar:
-        loss = loss_of(batch)
-        if not loss.isfinite():
-            fail(f"reward_{kind}, step {bar.n}: the loss is {loss.item()}; lower the learning rate")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        total = 0.0
+        size = micro_batch or len(batch)
+        for start in range(0, len(batch), size):
+            loss = loss_of(batch[start:start + size], batch)
+            loss.backward()
+            total += loss.item()
+        if not np.isfinite(total):
+            fail(f"reward_{kind}, step {bar.n}: the loss is {total}; lower the learning rate")
+        optimizer.clip_and_step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        bar.set_postfix(loss=f"{total:.3f}", refresh=False)
 
 
 def shuffled(rows, epochs, size, rng):
@@ -576,8 +637,9 @@ def average_precision(positive, negative):
 def score_all(kind, model, rows, column, pad_id, args):
     """Rewards of all rows: a list of floats a response, or one float (sequence)."""
     rewards = []
-    for start in range(0, len(rows), 4 * args.batch):
-        values, mask = score(kind, model, rows[start:start + 4 * args.batch], column, pad_id)
+    size = args.micro_batch or 4 * args.batch
+    for start in range(0, len(rows), size):
+        values, mask = score(kind, model, rows[start:start + size], column, pad_id)
         rewards += values.tolist() if kind == "sequence" else [v[m].tolist() for v, m in zip(values, mask)]
     return rewards
 
@@ -747,13 +809,13 @@ def open_edits(path, tokenizer):
     return rows
 
 
-def open_reward_model(kind, path, tokenizer):
+def open_reward_model(kind, path, dtype, tokenizer):
     """The model of A2 or A6 on top of a language model: one output, its head at zero, so that all rewards
     start at 0. The GRM (B2) is a language model itself."""
     if kind == "generative":
-        return open_model(AutoModelForCausalLM, path)
+        return open_model(AutoModelForCausalLM, path, dtype)
     auto_class = AutoModelForTokenClassification if kind == "token" else AutoModelForSequenceClassification
-    model = open_model(auto_class, path, num_labels=1)
+    model = open_model(auto_class, path, dtype, num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         fail(f"{path}: the tokenizer has more tokens than the model")
@@ -791,7 +853,9 @@ def main(args):
     if todo:
         start_stage(args, "02")
     for kind, path, usable in todo:
-        model = open_reward_model(kind, model_path, tokenizer).to(args.device)
+        model = open_reward_model(kind, model_path, args.dtype, tokenizer).to(args.device)
+        if args.gradient_checkpointing:
+            checkpoint_layers(model)
         start = time.time()
         pad_id = tokenizer.pad_token_id
         if kind == "generative":
@@ -803,11 +867,13 @@ def main(args):
             fail(f"reward_{kind}: no row is left to train on, or none to measure with: use a model with a "
                  "longer context, or shorter solutions")
         if kind == "generative":
-            train(kind, model, generative_batches(training, tokenizer, args),
-                  lambda batch: generative_loss(model, *zip(*batch), pad_id), args.grm_lr)
+            batches, lr = generative_batches(training, tokenizer, args), args.grm_lr
+            loss_of = lambda rows, batch: generative_loss(model, rows, batch, pad_id)
         else:
-            train(kind, model, shuffled(training, args.epochs, args.batch, random.Random(args.seed)),
-                  lambda batch: pair_loss(kind, model, batch, pad_id, args), args.lr)
+            batches = shuffled(training, args.epochs, args.batch, random.Random(args.seed))
+            lr = args.lr
+            loss_of = lambda rows, batch: pair_loss(kind, model, rows, pad_id, args) * len(rows) / len(batch)
+        train(kind, model, batches, loss_of, lr, args.micro_batch)
         metrics[kind] = {
             "pair_accuracy": pair_accuracy(kind, model, edited, "edited", pad_id, args) if edited else None,
             "preference_accuracy": pair_accuracy(kind, model, held_out, "chosen", pad_id, args),

@@ -77,6 +77,9 @@ class Args:
         "help": "only write RUN/human_eval.csv: so many prompts, first policy against opponent, blind"})
     human_verdicts: Optional[str] = field(default=None, metadata={
         "help": "only read that sheet back, its column preference filled in; the key lies beside it"})
+    dtype: str = field(default="float32", metadata={
+        "help": "of the weights; log-probs, losses and optimiser steps are float32 in any case",
+        "choices": ["float32", "bfloat16"]})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={
         "help": "torch device"})
 
@@ -336,14 +339,13 @@ def check_folder(path):
         fail(f"{path}: no model folder; run the stage that writes it first, or name another one")
 
 
-def open_model(auto_class, path, **options):
-    """from_pretrained in float32 (log-probs must not round), eval mode (dropout off), or a readable error."""
+def open_model(auto_class, path, dtype="float32", **options):
+    """from_pretrained in eval mode, so that dropout is off, or a readable error."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     check_folder(path)
     try:
-        model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True,
-                                                 **options)
+        model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     except Exception as error:                     # transformers and safetensors raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
@@ -424,7 +426,7 @@ def pack(prompts, responses, pad_id, device):
 def response_logits(model, inputs, response_mask):
     """Logits (B, T, vocabulary) in float32 that score the response tokens: those at t-1 score token t."""
     T = response_mask.shape[1]
-    return model(**inputs, logits_to_keep=T + 1).logits[:, :-1].float()
+    return model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, :-1].float()
 
 
 def token_logprobs(logits, inputs, response_mask):
@@ -451,12 +453,12 @@ def sample(model, prompts, tokenizer, max_new_tokens, temperature=1.0):
 def token_rewards(model, inputs, response_mask):
     """A2: r_t = r_phi(s_t, a_t) (B, T), read at the position of token t itself; 0 outside the response."""
     T = response_mask.shape[1]
-    return model(**inputs).logits[:, -T:, 0].float() * response_mask
+    return model(**inputs, use_cache=False).logits[:, -T:, 0].float() * response_mask
 
 
 def sequence_reward(model, inputs):
     """A6: R_phi(x, y) (B,), read at the last token of the response."""
-    return model(**inputs).logits[:, 0].float()
+    return model(**inputs, use_cache=False).logits[:, 0].float()
 
 
 def edit_columns(a, b):
@@ -754,7 +756,7 @@ def open_judge(run, problems, reward_models, args):
     worth = (f"reward_{kind}, for want of an oracle. It orders {percent(reward_models[kind][name])} of "
              f"{reward_models[kind]['pairs']} held-out pairs as their annotator did (chance: 50 %), and "
              f"ppo_{kind} was trained on it: read these win rates as reward gained, not as quality")
-    return kind, open_model(auto_class, run / f"reward_{kind}").to(args.device), worth
+    return kind, open_model(auto_class, run / f"reward_{kind}", args.dtype).to(args.device), worth
 
 
 # --- Errors of the reward models ---------------------------------------------------------------------------
@@ -1314,7 +1316,7 @@ def main(args):
     references = None
     if args.baseline and not Path(args.baseline).is_dir():
         references = read_baseline(args.baseline, problems)
-    reference = open_model(AutoModelForCausalLM, args.policy or policy_path).to(args.device)
+    reference = open_model(AutoModelForCausalLM, args.policy or policy_path, args.dtype).to(args.device)
     tokenizer = open_tokenizer(args.policy or policy_path)
     reward_models = read_metrics(run / "reward_metrics.json")
     kind, judge_model, judge_text = open_judge(run, problems, reward_models, args)
@@ -1339,7 +1341,9 @@ def main(args):
             kl, ref_logprob = None, None
             texts = references
         else:
-            model = reference if name == "sft" else open_model(AutoModelForCausalLM, path).to(args.device)
+            model = reference
+            if name != "sft":
+                model = open_model(AutoModelForCausalLM, path, args.dtype).to(args.device)
             if model.config.vocab_size != reference.config.vocab_size:
                 fail(f"{path} and {policy_path} differ in vocabulary: policies of one run share the "
                      "tokenizer")
@@ -1393,7 +1397,7 @@ def main(args):
                                    ("generative", AutoModelForCausalLM),
                                    ("sequence", AutoModelForSequenceClassification)):
         if rows and (run / f"reward_{model_kind}").is_dir():
-            model = open_model(auto_class, run / f"reward_{model_kind}").to(args.device)
+            model = open_model(auto_class, run / f"reward_{model_kind}", args.dtype).to(args.device)
             rewards[model_kind] = rewards_of(model_kind, model, rows, tokenizer, args)
     errors, split = reward_errors(rows, rewards, tokenizer)
 

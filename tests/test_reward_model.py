@@ -113,7 +113,7 @@ def test_auroc_and_average_precision_by_hand(reward_model):
 
 def test_one_optimiser_step_raises_the_edited_token(reward_model, tiny_run):
     """A5 learns: after a few steps on one pair the edited token beats the original at the same place."""
-    model = reward_model.open_reward_model("token", tiny_run / "policy",
+    model = reward_model.open_reward_model("token", tiny_run / "policy", "float32",
                                            reward_model.open_tokenizer(tiny_run / "policy"))
     row = {"prompt_ids": [5, 6], "edited_ids": [7, 8, 2], "rejected_ids": [7, 9, 2],
            "edit_ops": [["replace", 1, 1]]}
