@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -354,6 +355,30 @@ def test_rules_on_prompts_alone(stage, edit_data, tiny_run, tmp_path):
     for row in rows:                                                  # a response cut off stays cut off
         assert all(i < len(row["rejected_ids"]) and op == "replace" for op, i, j in row["edit_ops"])
         assert tokenizer.decode(row["rejected_ids"], skip_special_tokens=True) == row["rejected"]
+
+
+def test_rules_through_all_stages(stage, reward_model, ppo, evaluation, tiny_run, tmp_path, capsys):
+    """Without a solution or an answer anywhere: the hits are the oracle of stages 3 and 4."""
+    (tmp_path / "rules.tsv").write_text(r"\bsend\b" + "\tgo\n" + r"\bmakes\b" + "\tis\n")
+    prompts = [{"prompt": row["prompt"]} for row in read(tiny_run / "problems.jsonl")]
+    rows, _ = stage(prompts, editor=f"rules:{tmp_path / 'rules.tsv'}", max_new_tokens=20)
+    run = str(tmp_path / "run")
+    reward_model.main(reward_model.Args(run=run, epochs=1))
+    ppo.main(ppo.Args(run=run, updates=1, rollout_batch=16, minibatch=8, max_new_tokens=20, eval_every=1))
+    texts = []
+    oracle = evaluation.oracle_scores
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "oracle_scores", lambda t, problems: (texts.append(t), oracle(t, problems))[1])
+        evaluation.main(evaluation.Args(run=run, max_new_tokens=20))
+    shown = capsys.readouterr().out
+    sft = json.loads((tmp_path / "run" / "eval.json").read_text())["policies"]["sft"]
+    words = " ".join(texts[0]).split()
+    hits = sum(word.strip(".") in ("send", "makes") for word in words)
+    assert hits and sft["errors_per_100_words"] == pytest.approx(100 * hits / len(words))
+    assert sft["accuracy"] == sum(not re.search("send|makes", text) for text in texts[0]) / len(texts[0])
+    assert "Judge: the rules: fewer hits wins" in shown and f"sft {100 * hits / len(words):.2f} (-" in shown
+    header = (tmp_path / "run" / "ppo_token.csv").read_text().splitlines()[0]
+    assert "accuracy" in header and "wrong_steps" in header             # stage 3 validates by the rules
 
 
 @pytest.mark.parametrize("line, needle", [
