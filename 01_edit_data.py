@@ -89,7 +89,8 @@ class Args:
         "help": "share of the training pairs whose edit is made worse: an error missed or a needless change"})
     train_prompts: int = field(default=16000, metadata={"help": "built-in tasks: training prompts"})
     pair_prompts: Optional[int] = field(default=None, metadata={
-        "help": "of these, prompts to sample pairs for: the data size; default math 10000, qa 5200"})
+        "help": "of the training prompts, those to make pairs for: the data size; default math 10000, qa 5200, "
+                "of --data all"})
     val_prompts: int = field(default=500, metadata={"help": "validation prompts; of --data at most 10 %%"})
     test_prompts: int = field(default=1000, metadata={"help": "test prompts; of --data at most 10 %%"})
     sft_steps: Optional[int] = field(default=None, metadata={
@@ -1351,15 +1352,15 @@ def main(args):
     # pairs and their minimal edits
     if writes:
         torch.manual_seed(args.seed)                # a second call samples the responses of the first again
-    if rules:
-        sample_solutions([problem for problem in problems if not problem["samples"]], model, tokenizer, args)
-        pairs = [pair for problem in problems for pair in rule_pairs(problem, rules, source_of_edits,
-                                                                     tokenizer, drop)]
-    elif solved or not args.data:
-        n = args.pair_prompts or {"math": 10000, "qa": 5200}[args.task] if not args.data else len(problems)
+    if rules or solved or not args.data:
+        n = args.pair_prompts or (len(problems) if args.data else {"math": 10000, "qa": 5200}[args.task])
         train = [problem for problem in problems if problem["split"] == "train"][:n]
         used = train + [problem for problem in problems if problem["split"] != "train"]
         sample_solutions([problem for problem in used if not problem.get("samples")], model, tokenizer, args)
+    if rules:
+        pairs = [pair for problem in used for pair in rule_pairs(problem, rules, source_of_edits, tokenizer,
+                                                                 drop)]
+    elif solved or not args.data:
         is_right = [right(tokenizer.decode(ids, skip_special_tokens=True), problem)
                     for problem in used for ids in problem["samples"]]
         print(f"{sum(is_right) / len(is_right):.1%} of {len(is_right)} solutions are right")

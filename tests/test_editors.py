@@ -357,6 +357,16 @@ def test_rules_on_prompts_alone(stage, edit_data, tiny_run, tmp_path):
         assert tokenizer.decode(row["rejected_ids"], skip_special_tokens=True) == row["rejected"]
 
 
+def test_pair_prompts_is_the_data_size(stage, edit_data, tmp_path):
+    """Only so many training prompts get pairs; the others stay for stage 3."""
+    (tmp_path / "rules.tsv").write_text("soap\ttea\n")
+    data = [{"prompt": f"{name} makes", "response": " soap"} for name in edit_data.PEOPLE[:20]]
+    rows, _ = stage(data, editor=f"rules:{tmp_path / 'rules.tsv'}", pair_prompts=3)
+    assert [row["split"] for row in rows].count("train") == 3
+    splits = [row["split"] for row in read(tmp_path / "run" / "problems.jsonl")]
+    assert splits.count("train") == 16 and splits.count("val") == splits.count("test") == 2
+
+
 def test_rules_through_all_stages(stage, reward_model, ppo, evaluation, tiny_run, tmp_path, capsys):
     """Without a solution or an answer anywhere: the hits are the oracle of stages 3 and 4."""
     (tmp_path / "rules.tsv").write_text(r"\bsend\b" + "\tgo\n" + r"\bmakes\b" + "\tis\n")
