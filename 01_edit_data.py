@@ -47,6 +47,7 @@ from urllib.parse import urlparse
 
 import torch
 from huggingface_hub import InferenceClient
+from huggingface_hub.errors import OfflineModeIsEnabled
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm, trange
@@ -89,8 +90,8 @@ class Args:
         "help": "share of the training pairs whose edit is made worse: an error missed or a needless change"})
     train_prompts: int = field(default=16000, metadata={"help": "built-in tasks: training prompts"})
     pair_prompts: Optional[int] = field(default=None, metadata={
-        "help": "of the training prompts, those to make pairs for: the data size; default math 10000, qa 5200, "
-                "of --data all"})
+        "help": "of the training prompts, those to make pairs for: the data size; default math 10000, "
+                "qa 5200, --data all"})
     val_prompts: int = field(default=500, metadata={"help": "validation prompts; of --data at most 10 %%"})
     test_prompts: int = field(default=1000, metadata={"help": "test prompts; of --data at most 10 %%"})
     sft_steps: Optional[int] = field(default=None, metadata={
@@ -618,43 +619,87 @@ def encode_response(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
+def last_text(text):
+    """The text of a column that is a plain string or a list of chat messages, whose last one counts; None
+    where it has none."""
+    if text and isinstance(text, list):
+        text = text[-1].get("content") if isinstance(text[-1], dict) else None
+    return text if isinstance(text, str) and text.strip() else None
+
+
 def fault_of_messages(row, names):
     """What is wrong with the columns of a row that are lists of chat messages, or None."""
     for name in names:
         value = row[name]
         if isinstance(value, list) and (name != "edited" or value):
-            if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
-                return f"column `{name}` is no list of chat messages with `content`"
+            if not all(isinstance(m, dict) and isinstance(m.get("role"), str)
+                       and isinstance(m.get("content"), str) for m in value):
+                return f"column `{name}` is no list of chat messages with `role` and `content`"
             if not value[-1]["content"].strip() and name != "edited":
                 return f"column `{name}` is empty"
     return None
 
 
+def part_prompt(row):
+    """(prompt, chosen, rejected) of a row of TRL's preference formats, where `chosen` and `rejected` may both
+    begin with the prompt, implicit or repeated. Conversations part where their messages do, strings at the
+    last word they share, or behind the last "Assistant:" of hh-rlhf. ValueError: why that cannot be."""
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        n = 0
+        while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]:
+            n += 1
+        repeated = [None, chosen[:n]] + [message["content"] for message in chosen[:n]]
+        if prompt not in repeated and n:
+            raise ValueError("`chosen` and `rejected` begin with messages that are not those of `prompt`")
+        if [message["role"] for message in chosen[n:] + rejected[n:]] != ["assistant"] * 2:
+            raise ValueError("`chosen` and `rejected` are not one message of the role assistant each, behind "
+                             "the same prompt")
+        prompt, chosen, rejected = chosen[:n] or prompt, chosen[n:], rejected[n:]
+    elif prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
+        start = os.path.commonprefix([chosen, rejected])
+        found = re.match(r".*\n\nAssistant:|.*\s", start, re.S)
+        prompt = found[0].removesuffix(" ") if found else ""
+        chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
+    if not prompt or isinstance(prompt, str) and not prompt.strip():
+        raise ValueError("no column `prompt`, and `chosen` and `rejected` do not begin with the same one")
+    return prompt, chosen, rejected
+
+
 def read_pairs(path, unedited=False):
     """Pairs of your own in two shapes: prompt, chosen, rejected[, edited], or prompt, response, edited (then
     the edit is the preferred one). Texts are strings or lists of chat messages, whose last one counts.
+    Without the column prompt, chosen and rejected begin with it, as in TRL's implicit format.
     unedited: an editor will write the column `edited`, so it must not be there."""
-
-    def plain(value):
-        text = value[-1]["content"] if value and isinstance(value, list) else value
-        return text if text and text.strip() else None            # an empty edit is no edit
-
     text, maybe = (str, list), (str, list, type(None))
-    columns = {"prompt": text}
-    present = {name for row in read_jsonl(path, columns) for name in row}
+    present = {name for row in read_jsonl(path, {}) for name in row}
     better, worse = "chosen", "rejected"
     if unedited and "edited" in present:
         fail(f"{path}: has edits in column `edited` already, which --editor human takes")
     if "chosen" not in present and ("edited" in present or unedited):
         better, worse = "edited", "response"
     columns = {"prompt": text, better: text, worse: text}
+    if "prompt" not in present and {"chosen", "rejected"} <= present and "edited" not in present:
+        del columns["prompt"]
     if "edited" in present:
         columns["edited"] = maybe
     elif better == "edited":
         del columns["edited"]
-    return [{"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"], "chosen": plain(row.get(better)),
-             "rejected": plain(row[worse]), "edited": plain(row.get("edited"))}
-            for k, row in enumerate(read_jsonl(path, columns, lambda row: fault_of_messages(row, columns)))]
+
+    def fault(row):
+        try:
+            return fault_of_messages(row, columns) or better == "chosen" and part_prompt(row) and None
+        except ValueError as error:
+            return str(error)
+
+    pairs = []
+    for k, row in enumerate(read_jsonl(path, columns, fault)):
+        if better == "chosen":
+            row["prompt"], row["chosen"], row["rejected"] = part_prompt(row)
+        pairs.append({"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"],
+                      "chosen": last_text(row.get(better)), "rejected": plain(row[worse]),
+                      "edited": last_text(row.get("edited"))})
+    return pairs
 
 
 def read_solutions(path):
@@ -745,10 +790,16 @@ def encode_pairs(pairs, tokenizer, context, drop, unedited=False):
         if pair["chosen"] is None and not unedited:
             drop["row has no edit and no preferred response"] += 1
             continue
+        if pair["rejected"] is None:
+            drop["row has an empty response"] += 1
+            continue
+        if pair["chosen"] == pair["rejected"] and pair["edited"] is None:
+            drop["row has the same response twice"] += 1
+            continue
         pair["prompt_ids"] = encode_prompt(tokenizer, pair["prompt"])
-        for name in ("chosen", "rejected", "edited"):
-            pair[f"{name}_ids"] = encode_response(tokenizer, pair[name]) if pair[name] is not None else None
-        longest = max(len(pair[name] or []) for name in ("chosen_ids", "rejected_ids", "edited_ids"))
+        for column, name in (("preferred", "chosen"), ("rejected", "rejected"), ("edited", "edited")):
+            pair[f"{column}_ids"] = encode_response(tokenizer, pair[name]) if pair[name] is not None else None
+        longest = max(len(pair[name] or []) for name in ("preferred_ids", "rejected_ids", "edited_ids"))
         if len(pair["prompt_ids"]) + longest > context:
             drop[f"row is longer than the model's context of {context} tokens"] += 1
         else:
@@ -793,12 +844,13 @@ def pairs_of(problem, editor, tokenizer, drop):
         drop["prompt: its samples are equally good, so nothing is worth an edit"] += 1
     pairs = []
     for k, n in enumerate(worse):
-        chosen_ids = best[k % len(best)]
+        preferred_ids = best[k % len(best)]
         edited_ids = nearest(samples[n], candidates)
         pairs.append({**problem, "prompt_ids": encode_prompt(tokenizer, problem["prompt"]),
-                      "chosen": tokenizer.decode(chosen_ids, skip_special_tokens=True), "rejected": texts[n],
+                      "chosen": tokenizer.decode(preferred_ids, skip_special_tokens=True),
+                      "rejected": texts[n],
                       "edited": tokenizer.decode(edited_ids, skip_special_tokens=True),
-                      "chosen_ids": chosen_ids, "rejected_ids": samples[n], "edited_ids": edited_ids})
+                      "preferred_ids": preferred_ids, "rejected_ids": samples[n], "edited_ids": edited_ids})
     return pairs
 
 
@@ -841,10 +893,14 @@ def gate(pair, ops, editor, max_edit_share):
 
 
 def edit_row(pair, editor, max_edit_share, tokenizer, drop):
-    """One row of edits.jsonl: E1 on (rejected, edited), the quality gates. None if a gate drops the pair."""
+    """One row of edits.jsonl: E1 on (rejected, edited), the quality gates. None if a gate drops the pair.
+    Where the prompt is a conversation, the responses are messages too, as other trainers want them."""
     columns = ("id", "split", "prompt", "solution", "answer", "solutions", "chosen", "rejected", "edited",
-               "prompt_ids", "chosen_ids", "rejected_ids", "edited_ids")
+               "prompt_ids", "preferred_ids", "rejected_ids", "edited_ids")
     row = {**{name: pair[name] for name in columns if name in pair}, "editor": editor}
+    for name in ("chosen", "rejected", "edited"):
+        if isinstance(pair["prompt"], list) and row[name] is not None:
+            row[name] = [{"role": "assistant", "content": row[name]}]
     if pair["edited"] is None:                      # a preference pair without an edit: for the baseline only
         return {**row, "editor": None, "edit_ops": None, "edit_distance": None, "first_error": None}
     ops = [step for step in align(pair["rejected_ids"], pair["edited_ids"]) if step[0] != "keep"]
@@ -946,7 +1002,7 @@ def with_edit(pair, edited, name, tokenizer, whole):
            "rejected_ids": rejected_ids if ended else rejected_ids[:-1],
            "edited_ids": edited_ids if ended or whole else edited_ids[:-1]}
     if new.get("chosen") is None:
-        new.update(chosen=edited, chosen_ids=new["edited_ids"])
+        new.update(chosen=edited, preferred_ids=new["edited_ids"])
     return new
 
 
@@ -970,7 +1026,7 @@ def write_edits(pairs, editor, template, tokenizer, context, args, drop):
             elif not fault and len(new["prompt_ids"]) + len(new["edited_ids"]) > context:
                 fault = f"the edit is longer than the model's context of {context} tokens"
             if fault:
-                drop[f"editor: {fault}"] += 1
+                drop[f"editor: {fault}"] += k not in edited           # else a gate counts the edit it had
                 continue
             edited[k] = new
             ops = [step for step in align(new["rejected_ids"], new["edited_ids"]) if step[0] != "keep"]
@@ -1068,6 +1124,8 @@ class LlmEditor:
                 row = {"answer": text.strip(), "fault": None}
                 used = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
                 break
+            except OfflineModeIsEnabled:
+                raise LlmError("HF_HUB_OFFLINE stops every request of the client: unset it")
             except Exception as error:              # the client and its transport raise many kinds
                 response = getattr(error, "response", None)
                 status = getattr(response, "status_code", None)
@@ -1170,7 +1228,7 @@ def rule_pairs(problem, rules, name, tokenizer, drop):
         edited = text
         for rule, replacement in rules:
             edited = rule.sub(replacement, edited)
-        chosen = {"chosen": texts[best], "chosen_ids": samples[best]} if hits[best] < n else {}
+        chosen = {"chosen": texts[best], "preferred_ids": samples[best]} if hits[best] < n else {}
         if not n:
             continue
         pair = {**problem, **chosen, "prompt_ids": encode_prompt(tokenizer, problem["prompt"]),
@@ -1277,7 +1335,7 @@ def main(args):
     if check_run_folder(args):
         print(f"{args.run}/edits.jsonl is there already; --overwrite makes it again")
         return
-    data = read_jsonl(args.data, {"prompt": (str, list)}) if args.data else []
+    data = read_jsonl(args.data, {}) if args.data else []
     rules = read_rules(source_of_edits) if kind == "rules" else None
     solved = not rules and any("solution" in row or "answer" in row for row in data)
     writes = kind in ("llm", "model")
@@ -1329,7 +1387,7 @@ def main(args):
         fail(f"{args.data}: no training row is left: {dict(drop)}")
     run = start_stage(args, "01")
     if args.overwrite:                              # models of the old pairs would pass for models of the new
-        for name in ("reward_*", "ppo_*", "rlmec*", "eval.json", "report.html"):
+        for name in ("reward_*", "ppo_*", "value_*", "rlmec*", "eval.json", "report.html"):
             for old in run.glob(name):
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
     if not source:

@@ -9,7 +9,7 @@ B2 (generative reward model, GRM).
 
     symbol      variable                 shape
     x           prompt_ids               lists of token ids
-    tau^w       edited_ids               the minimal edit (for A6: y_w, chosen_ids)
+    tau^w       edited_ids               the minimal edit (for A6: y_w, preferred_ids)
     tau^l       rejected_ids             the response that was edited (A6: y_l)
     r_t         rewards                  (B, T)
     R(tau)      response_reward(...)     (B,)
@@ -527,7 +527,7 @@ def paint(text, code):
 # --- Training ----------------------------------------------------------------------------------------------
 
 def score(kind, model, rows, column, pad_id):
-    """Rewards of a column of responses (rejected, edited, chosen): (B, T) and its mask, or (B,) and None.
+    """Rewards of a column of responses (rejected, edited, preferred): (B, T) and its mask, or (B,) and None.
     generative: p_t - 0.5 after the rewrite prompt, which is B3 before its clip."""
     prompts = [row["rewrite_prompt" if kind == "generative" else "prompt_ids"] for row in rows]
     inputs, mask = pack(prompts, [row[f"{column}_ids"] for row in rows], pad_id, model.device)
@@ -543,7 +543,7 @@ def pair_loss(kind, model, rows, pad_id, args):
     """Loss of a batch of pairs: A5 on (edited, rejected) or A6 on (chosen, rejected)."""
     rewards_l, mask_l = score(kind, model, rows, "rejected", pad_id)
     if kind == "sequence":
-        rewards_w, _ = score(kind, model, rows, "chosen", pad_id)
+        rewards_w, _ = score(kind, model, rows, "preferred", pad_id)
         return sequence_loss(rewards_w, rewards_l)
     rewards_w, mask_w = score(kind, model, rows, "edited", pad_id)
     kept = [kept_tokens(r["edit_ops"], len(r["rejected_ids"]), len(r["edited_ids"])) for r in rows]
@@ -589,10 +589,11 @@ def generative_rows(rows, tokenizer, context, args):
         parts_of = (parts, row["prompt_ids"], solution_ids)
         row["rewrite_prompt"] = rewrite_prompt(*parts_of, row["rejected_ids"], end)
         row["locate_prompt"] = locate_prompt(*parts_of, row["rejected_ids"], end, tokenizer)
-        row["chosen_right"] = row["chosen_ids"][-1] == end and right(row["chosen"], row)
-        row["copy_prompt"] = rewrite_prompt(*parts_of, row["chosen_ids"], end)
+        chosen = tokenizer.decode(row["preferred_ids"], skip_special_tokens=True)
+        row["chosen_right"] = row["preferred_ids"][-1] == end and right(chosen, row)
+        row["copy_prompt"] = rewrite_prompt(*parts_of, row["preferred_ids"], end)
         longest = max(len(row[name]) for name in ("rewrite_prompt", "locate_prompt", "copy_prompt"))
-        output = max(len(row["edited_ids"]), len(row["chosen_ids"]), args.max_new_tokens)
+        output = max(len(row["edited_ids"]), len(row["preferred_ids"]), args.max_new_tokens)
         if longest + output <= context:
             fitting.append(row)
     if len(fitting) < len(rows):
@@ -606,7 +607,8 @@ def generative_batches(rows, tokenizer, args):
     they are sampled. `locate` is the harder task, so its examples come more often."""
     parts, end = instructions(tokenizer), tokenizer.eos_token_id
     rewrites = [(row["rewrite_prompt"], row["edited_ids"], "rewrite") for row in rows]
-    rewrites += [(row["copy_prompt"], row["chosen_ids"], "rewrite") for row in rows if row["chosen_right"]]
+    copies = [row for row in rows if row["chosen_right"]]
+    rewrites += [(row["copy_prompt"], row["preferred_ids"], "rewrite") for row in copies]
     locations = [(row["locate_prompt"], locate_answer(parts, row["first_wrong_step"], end), "locate")
                  for row in rows if row.get("first_wrong_step")]
     examples = rewrites * args.rewrite_epochs + locations * args.locate_epochs
@@ -689,7 +691,7 @@ def localisation(kind, model, rows, pad_id, args):
 
 def reward_scale(kind, model, rows, pad_id, args):
     """What stage 3 needs to scale rewards: mean and standard deviation of the total reward of a response."""
-    totals = [np.sum(rewards) for column in ("rejected", "chosen")
+    totals = [np.sum(rewards) for column in ("rejected", "preferred")
               for rewards in score_all(kind, model, rows, column, pad_id, args)]
     return {"mean": float(np.mean(totals)), "std": float(np.std(totals))}
 
@@ -715,7 +717,7 @@ def rewriting(model, rows, tokenizer, args):
     steps = [located_step(parts, answer, len(step_starts(row["rejected_ids"], tokenizer)), end)
              for row, answer in zip(numbered, answers([row["locate_prompt"] for row in numbered]))]
     copies = [row["copy_prompt"] for row in rows if row["chosen_right"]]
-    chosen = [row["chosen_ids"] for row in rows if row["chosen_right"]]
+    chosen = [row["preferred_ids"] for row in rows if row["chosen_right"]]
     share = lambda hits: float(np.mean(list(hits))) if hits else None
     return {"exact_rewrites": share([ids == row["edited_ids"] for row, ids in zip(rows, rewrites)]),
             "right_rewrites": share([right(text, row) for text, row in zip(texts, rows)]),
@@ -768,10 +770,18 @@ def show_metrics(kind, metrics):
 
 # --- The stage ---------------------------------------------------------------------------------------------
 
+def last_text(text):
+    """The text of a column that is a plain string or a list of chat messages, whose last one counts; None
+    where it has none."""
+    if text and isinstance(text, list):
+        text = text[-1].get("content") if isinstance(text[-1], dict) else None
+    return text if isinstance(text, str) and text.strip() else None
+
+
 def fault_of_edit(row, vocabulary):
     """What is wrong with the ids and operations of a row of edits.jsonl, or None."""
     ops = row.get("edit_ops")
-    names = ["prompt_ids", "chosen_ids", "rejected_ids"] + ["edited_ids"] * bool(ops)
+    names = ["prompt_ids", "preferred_ids", "rejected_ids"] + ["edited_ids"] * bool(ops)
     for name in names:
         ids = row.get(name)
         if not isinstance(ids, list) or not all(type(k) is int and 0 <= k < vocabulary for k in ids):
@@ -801,10 +811,11 @@ def fault_of_edit(row, vocabulary):
 
 def open_edits(path, tokenizer):
     """Rows of edits.jsonl, checked against the tokenizer of the model they will train."""
-    columns = {"split": str, "rejected": str, "prompt_ids": list, "chosen_ids": list, "rejected_ids": list}
+    columns = {"split": str, "rejected": (str, list), "prompt_ids": list, "preferred_ids": list,
+               "rejected_ids": list}
     rows = read_jsonl(path, columns, lambda row: fault_of_edit(row, len(tokenizer)))
     texts = tokenizer.batch_decode([row["rejected_ids"] for row in rows[:50]], skip_special_tokens=True)
-    if all(text != row["rejected"] for text, row in zip(texts, rows)):
+    if all(text != last_text(row["rejected"]) for text, row in zip(texts, rows)):
         fail(f"{path}: its token ids are not of the tokenizer in {tokenizer.name_or_path}: another run?")
     return rows
 
@@ -876,7 +887,7 @@ def main(args):
         train(kind, model, batches, loss_of, lr, args.micro_batch)
         metrics[kind] = {
             "pair_accuracy": pair_accuracy(kind, model, edited, "edited", pad_id, args) if edited else None,
-            "preference_accuracy": pair_accuracy(kind, model, held_out, "chosen", pad_id, args),
+            "preference_accuracy": pair_accuracy(kind, model, held_out, "preferred", pad_id, args),
             "pairs": len(edited or held_out),
             "localisation": localisation(kind, model, edited, pad_id, args) if kind != "sequence" else None,
             "scale": reward_scale(kind, model, held_out, pad_id, args),

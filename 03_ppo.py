@@ -31,6 +31,7 @@ Simplified against the papers:
 
 Reads:  RUN/policy/  RUN/problems.jsonl  RUN/reward_*/  RUN/reward_metrics.json
 Writes: RUN/ppo_token/  RUN/ppo_sequence/  RUN/rlmec/  RUN/rlmec_imitation/, a CSV each, RUN/03_args.json
+        RUN/value_token/  RUN/value_sequence/, the value models of PPO
 
     python 03_ppo.py                      about 2 minutes on two CPU cores (no GPU was at hand to measure)
     python 03_ppo.py --method rlmec_reward     an ablation of RLMEC: imitation, reward, uniform or noclip
@@ -820,6 +821,7 @@ def ppo(kind, problems, tokenizer, scale, args, paths):
         shown = {name: f"{row[name]:.2f}" for name in ("score", "kl", "clipfrac", "accuracy") if name in row}
         bar.set_postfix(shown, refresh=False)
     print(f"  a last sample: {show_sample(responses[0], batch['scores'][0], tokenizer)}")
+    save_model(models["value"], tokenizer, Path(args.run) / f"value_{kind}")
     return models["policy"], log
 
 

@@ -233,10 +233,10 @@ def test_a_model_folder_that_is_none(stages, run, tmp_path, capsys, stage, name,
 
 @pytest.mark.parametrize("columns, message", [
     ({"rejected_ids": ...}, "`rejected_ids` is missing"), ({"split": 1}, "`split`"),
-    ({"chosen_ids": []}, "`chosen_ids` is empty"), ({"rejected": ...}, "`rejected`"),
+    ({"preferred_ids": []}, "`preferred_ids` is empty"), ({"rejected": ...}, "`rejected`"),
     ({"rejected_ids": ["a"]}, "`rejected_ids`"), ({"rejected_ids": [1.5]}, "`rejected_ids`"),
     ({"prompt_ids": [-1]}, "`prompt_ids`"), ({"prompt_ids": [10**6]}, "`prompt_ids`"),
-    ({"chosen_ids": [10**6]}, "`chosen_ids`"), ({"edited_ids": [10**6]}, "`edited_ids`"),
+    ({"preferred_ids": [10**6]}, "`preferred_ids`"), ({"edited_ids": [10**6]}, "`edited_ids`"),
     ({"edited_ids": None}, "`edited_ids`"), ({"edited_ids": ...}, "`edited_ids`"),
     ({"edit_ops": "none"}, "`edit_ops`"), ({"edit_ops": [[1, 2]]}, "`edit_ops`"),
     ({"edit_ops": [["replace", 999, 0]]}, "`edit_ops`"), ({"edit_ops": [["swap", 0, 0]]}, "`edit_ops`"),

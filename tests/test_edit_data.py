@@ -104,7 +104,7 @@ def test_rows_of_edits_follow_the_contract(edit_data, tiny_run):
 
 def test_gates_drop_and_count(edit_data):
     pair = {"id": "a", "split": "train", "prompt": "p", "chosen": "c", "rejected": "1;2;3", "edited": "1;2;4",
-            "prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [5, 6, 7, 2], "edited_ids": [5, 6, 8, 2],
+            "prompt_ids": [1], "preferred_ids": [2], "rejected_ids": [5, 6, 7, 2], "edited_ids": [5, 6, 8, 2],
             "solutions": ["1;2;4"]}
     drop = Counter()
     row = edit_data.edit_row(pair, "oracle", 0.5, None, drop)
@@ -114,7 +114,7 @@ def test_gates_drop_and_count(edit_data):
     assert edit_data.edit_row({**pair, "edited": "9;2;3"}, "oracle", 0.5, None, drop) is None      # not better
     assert sum(drop.values()) == 3 and all(reason.startswith("gate") for reason in drop)
     without = edit_data.edit_row({**pair, "edited": None, "edited_ids": None}, "human", 0.5, None, drop)
-    assert without["edit_ops"] is None and without["chosen_ids"] == [2]
+    assert without["edit_ops"] is None and without["preferred_ids"] == [2]
 
 
 def test_a_careless_editor_misses_an_error_or_changes_a_token(edit_data):
