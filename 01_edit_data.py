@@ -697,7 +697,7 @@ def read_pairs(path, unedited=False):
         if better == "chosen":
             row["prompt"], row["chosen"], row["rejected"] = part_prompt(row)
         pairs.append({"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"],
-                      "chosen": last_text(row.get(better)), "rejected": plain(row[worse]),
+                      "chosen": last_text(row.get(better)), "rejected": last_text(row[worse]),
                       "edited": last_text(row.get("edited"))})
     return pairs
 
