@@ -755,7 +755,8 @@ def open_reward_model(kind, path, tokenizer):
     if kind == "generative":
         return open_model(AutoModelForCausalLM, path)
     auto_class = AutoModelForTokenClassification if kind == "token" else AutoModelForSequenceClassification
-    model = open_model(auto_class, path, num_labels=1, problem_type="regression")     # for pipelines: no sigmoid
+    model = open_model(auto_class, path, num_labels=1)
+    model.config.problem_type = "regression"       # a text-classification pipeline then applies no sigmoid
     model.config.pad_token_id = tokenizer.pad_token_id
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         fail(f"{path}: the tokenizer has more tokens than the model")
