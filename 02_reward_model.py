@@ -827,6 +827,7 @@ def open_reward_model(kind, path, dtype, tokenizer):
         return open_model(AutoModelForCausalLM, path, dtype)
     auto_class = AutoModelForTokenClassification if kind == "token" else AutoModelForSequenceClassification
     model = open_model(auto_class, path, dtype, num_labels=1)
+    model.config.problem_type = "regression"       # a text-classification pipeline then applies no sigmoid
     model.config.pad_token_id = tokenizer.pad_token_id
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         fail(f"{path}: the tokenizer has more tokens than the model")

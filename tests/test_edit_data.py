@@ -162,6 +162,68 @@ def test_shapes_of_data(edit_data, tmp_path, row, chosen, edited):
     assert (pair["chosen"], pair["rejected"], pair["edited"]) == (chosen, "bad", edited)
 
 
+SKY = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What colour is the sky?"}]
+BLUE, GREEN = [{"role": "assistant", "content": "It is blue."}], [{"role": "assistant", "content": "It is green."}]
+HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: What colour is the sky?\n\nAssistant:"
+
+
+@pytest.mark.parametrize("row, prompt, chosen, rejected", [
+    ({"prompt": "The sky is", "chosen": " blue.", "rejected": " green.", "score_chosen": 9.0, "margin": 1.0},
+     "The sky is", " blue.", " green."),
+    ({"chosen": "The sky is blue.", "rejected": "The sky is black."}, "The sky is", " blue.", " black."),
+    ({"chosen": "Sky?\nblue", "rejected": "Sky?\nblue, I think"}, "Sky?\n", "blue", "blue, I think"),
+    ({"chosen": HH + " It is blue.", "rejected": HH + " It is green."}, HH, " It is blue.", " It is green."),
+    ({"prompt": SKY, "chosen": BLUE, "rejected": GREEN}, SKY, "It is blue.", "It is green."),
+    ({"chosen": SKY + BLUE, "rejected": SKY + GREEN, "score_chosen": 9.0, "score_rejected": 2.0},
+     SKY, "It is blue.", "It is green."),                                      # trl-lib/ultrafeedback_binarized
+    ({"prompt": SKY[1]["content"], "prompt_id": "f0", "chosen": SKY[1:] + BLUE, "rejected": SKY[1:] + GREEN,
+      "messages": SKY[1:] + BLUE}, SKY[1:], "It is blue.", "It is green."),    # HuggingFaceH4's: prompt repeated
+    ({"prompt": SKY, "chosen": SKY + BLUE, "rejected": SKY + GREEN}, SKY, "It is blue.", "It is green."),
+    ({"chosen": SKY[1:] + BLUE + SKY[1:] + BLUE, "rejected": SKY[1:] + BLUE + SKY[1:] + GREEN},
+     SKY[1:] + BLUE + SKY[1:], "It is blue.", "It is green."),
+])
+def test_preference_formats_of_trl(edit_data, tmp_path, row, prompt, chosen, rejected):
+    """Standard and conversational, explicit and implicit prompt; other columns do not matter."""
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    for unedited in (False, True):
+        pair = edit_data.read_pairs(path, unedited)[0]
+        assert [pair[name] for name in ("prompt", "chosen", "rejected", "edited")] == [prompt, chosen, rejected, None]
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"chosen": "blue", "rejected": "green"}, "do not begin with the same"),
+    ({"chosen": " blue", "rejected": " green"}, "do not begin with the same"),
+    ({"chosen": BLUE, "rejected": GREEN}, "do not begin with the same"),
+    ({"chosen": SKY + BLUE, "rejected": SKY[1:] + GREEN}, "behind the same prompt"),
+    ({"chosen": SKY, "rejected": SKY[:1] + GREEN}, "one message of the role assistant"),
+    ({"chosen": SKY + BLUE + SKY[1:] + BLUE, "rejected": SKY + GREEN + SKY[1:] + BLUE}, "behind the same prompt"),
+    ({"prompt": "Another question", "chosen": SKY + BLUE, "rejected": SKY + GREEN}, "not those of `prompt`"),
+    ({"chosen": [{"content": "Hi"}] + BLUE, "rejected": [{"content": "Hi"}] + GREEN}, "`role`"),
+    ({"prompt": [{"content": "Hi"}], "chosen": "a", "rejected": "b"}, "`role`"),
+    ({"chosen": SKY + BLUE, "rejected": "It is green."}, "do not begin with the same"),
+    ({"chosen": "The sky is blue.", "rejected": "The sky is green.", "edited": "The sky is red."}, "`prompt` is missing"),
+])
+def test_a_preference_row_without_a_clear_prompt_is_refused(edit_data, tmp_path, capsys, row, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit) as stop:
+        edit_data.read_pairs(path)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "line 1: " in error and message in error
+
+
+def test_rows_with_one_response_or_the_same_twice_are_dropped_and_counted(edit_data, tmp_path):
+    path = tmp_path / "data.jsonl"
+    rows = [{"chosen": HH + " Blue.", "rejected": HH + rest} for rest in (" Green.", "", " Blue.")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, tokenizer = edit_data.small_policy([HH, " Blue. Green."], edit_data.Args(hidden_size=8, layers=1))
+    drop = Counter()
+    pairs = edit_data.encode_pairs(edit_data.read_pairs(path), tokenizer, 256, drop)
+    assert [pair["rejected"] for pair in pairs] == [" Green."]
+    assert drop == {"row has an empty response": 1, "row has the same response twice": 1}
+
+
 def test_one_prompt_never_stands_in_two_splits(edit_data):
     pairs = [{"id": str(k), "prompt": f"prompt {k % 40}"} for k in range(100)]
     problems = edit_data.split_by_prompt(pairs, edit_data.Args())
