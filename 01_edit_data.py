@@ -434,15 +434,30 @@ def open_model(auto_class, path, dtype="float32", **options):
     except Exception as error:                     # transformers and safetensors raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
-    if info["missing_keys"] and not options:       # transformers would make the weights up
-        fail(f"{path}: no {auto_class.__name__}, it has no {sorted(info['missing_keys'])[0]}")
+    body = model.base_model_prefix + "."           # a new head (options) is no fault, a new body is
+    missing = [name for name in sorted(info["missing_keys"]) if not options or name.startswith(body)]
+    if missing:                                    # transformers would make the weights up
+        fail(f"{path}: no {auto_class.__name__}, it has no {missing[0]}")
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         fail(f"{path}: a weight of the model is not finite")
     return model.eval()
 
 
-def open_tokenizer(path):
-    """The tokenizer of a model folder, with an end token and a pad token that is never the end token."""
+def end_of_turn(tokenizer):
+    """The special token with which the chat template ends an answer, as <|im_end|>; else the end token."""
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "?"},
+                                              {"role": "assistant", "content": "!!"}], tokenize=False)
+    except Exception:                              # a template may raise what it likes; encode_prompt says it
+        return tokenizer.eos_token
+    rest = tokenizer(text.rpartition("!!")[2].strip(), add_special_tokens=False).input_ids
+    special = [k for k in rest[:1] if k in tokenizer.added_tokens_decoder]
+    return tokenizer.convert_ids_to_tokens(special)[0] if special else tokenizer.eos_token
+
+
+def open_tokenizer(path, chat=False):
+    """The tokenizer of a model folder, with an end token and a pad token that is never the end token. chat:
+    prompts are chat messages, so that a response ends as the chat template ends an answer."""
     check_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -451,6 +466,11 @@ def open_tokenizer(path):
         fail(f"{path}: no tokenizer that AutoTokenizer can open ({reason})")
     if tokenizer.eos_token is None:
         fail(f"{path}: the tokenizer has no end token, so no response could end")
+    tokenizer.clean_up_tokenization_spaces = False          # text of ids as they are, " ." stays " ."
+    if tokenizer.unk_token in (tokenizer.bos_token, tokenizer.eos_token):
+        tokenizer.unk_token = None                 # GPT-2: one token in all roles, and no word is unknown
+    if chat and tokenizer.chat_template is not None:
+        tokenizer.eos_token = end_of_turn(tokenizer)
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         others = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
         if others:
@@ -458,6 +478,26 @@ def open_tokenizer(path):
         else:
             tokenizer.add_special_tokens({"pad_token": "<pad>"})
     return tokenizer
+
+
+def vocabulary_size(tokenizer):
+    """One more than the largest token id."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def fit(model, tokenizer):
+    """One embedding for each token id, in place: a new pad token gets a row, the same in every stage; rows
+    without a token, with which checkpoints are padded, go, or the policy would sample them."""
+    if model.get_input_embeddings().num_embeddings != vocabulary_size(tokenizer):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model.resize_token_embeddings(vocabulary_size(tokenizer))
+    return model
+
+
+def context_of(model):
+    """The longest sequence of a model in tokens; no limit where its configuration names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
 def checkpoint_layers(model):
@@ -601,13 +641,20 @@ def fine_tune(model, tokenizer, demonstrations, args, steps):
 
 # --- Pairs and edits (A1, B1) ------------------------------------------------------------------------------
 
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt: a plain string, or chat messages through the tokenizer's own template."""
+def encode_prompt(tokenizer, prompt, where="a prompt"):
+    """Token ids of a prompt: a plain string, or chat messages through the tokenizer's own template. where:
+    file and row, for the error."""
     if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
+        ids = tokenizer(prompt).input_ids
+        ended = ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token)
+        return ids[:-1] if ended else ids          # some tokenizers end every text
     if tokenizer.chat_template is None:
-        fail(f"{tokenizer.name_or_path}: no chat template, but a prompt is a list of chat messages")
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        fail(f"{tokenizer.name_or_path}: no chat template, but {where} is a list of chat messages")
+    try:
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    except Exception as error:                     # a template may raise what it likes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"{where}: the chat template of {tokenizer.name_or_path} does not take its messages ({reason})")
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -742,6 +789,25 @@ def read_prompts(path, rules):
         problem = problems.setdefault(json.dumps(row["prompt"]), new)
         problem["samples"] += [row["response"]] if row.get("response") else []
     return list(problems.values())
+
+
+def check_texts(rows, tokenizer, path):
+    """Refuse a tokenizer that gives back no text of the data as it was, as one that makes all letters small:
+    token ids would stand for other texts. Where it only changes some, they are counted."""
+    texts = [value[-1]["content"] if isinstance(value, list) else value for row in rows
+             for name in ("solution", "response", "chosen", "rejected", "edited") if (value := row.get(name))]
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+    unknown = tokenizer.unk_token_id
+    known = [(text, tokenizer.decode(k, skip_special_tokens=True)) for text, k in zip(texts, ids)
+             if unknown is None or unknown not in k]
+    changed = [(text, back) for text, back in known if text.strip() != back.strip()]
+    if known and len(changed) == len(known):
+        fail(f"{path}: the tokenizer of {tokenizer.name_or_path} gives back no text as it was (it makes "
+             f"{changed[0][1][:40]!r} of {changed[0][0][:40]!r}): choose another --model")
+    if changed:
+        print(f"the tokenizer changes {len(changed)} of {len(texts)} texts, as {changed[0][0][:40]!r}")
+    if len(known) < len(texts):
+        print(f"{len(texts) - len(known)} of {len(texts)} texts have words that the tokenizer does not know")
 
 
 def encode_samples(problems, tokenizer, context, drop):
@@ -1165,15 +1231,13 @@ class ModelEditor:
 
     def __init__(self, args, path):
         self.args, self.name, self.tokens = args, path, Counter()
-        self.model = open_model(AutoModelForCausalLM, path, args.dtype)
-        self.tokenizer = open_tokenizer(path)
-        self.model.resize_token_embeddings(max(len(self.tokenizer), self.model.config.vocab_size))
-        self.model.to(args.device)
+        self.tokenizer = open_tokenizer(path, chat=True)
+        self.model = fit(open_model(AutoModelForCausalLM, path, args.dtype), self.tokenizer).to(args.device)
 
     def ask_all(self, conversations):
         """(answer, fault) of every conversation, args.llm_workers at once."""
         limit, tokenizer = self.args.llm_max_tokens, self.tokenizer
-        context = self.model.config.max_position_embeddings
+        context = context_of(self.model)
         if tokenizer.chat_template is None:
             conversations = ["\n\n".join([message["content"] for message in messages]) + "\n\nEdited:\n"
                              for messages in conversations]
@@ -1253,7 +1317,8 @@ def paint(text, code):
 
 def token_texts(ids, tokenizer):
     """The text that each token adds to the ones before it, spaces included."""
-    texts = [tokenizer.decode(ids[:k]) for k in range(len(ids) + 1)]
+    texts = [tokenizer.decode(ids[:k]).rstrip("\ufffd") for k in range(len(ids))]       # half a character
+    texts.append(tokenizer.decode(ids))
     return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
 
 
@@ -1362,23 +1427,26 @@ def main(args):
     continued = path.exists() and not args.overwrite
     source = path if continued else args.model
     if source:
-        model, tokenizer = open_model(AutoModelForCausalLM, source, args.dtype), open_tokenizer(source)
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            model.resize_token_embeddings(len(tokenizer))
+        tokenizer = open_tokenizer(source, any(isinstance(problem["prompt"], list) for problem in problems))
+        model = fit(open_model(AutoModelForCausalLM, source, args.dtype), tokenizer)
+    if data:
+        check_texts(data, tokenizer, args.data)
+        for row in problems:
+            encode_prompt(tokenizer, row["prompt"], f"{args.data}, {row['id']}")
     if rules:
-        problems = encode_samples(problems, tokenizer, model.config.max_position_embeddings, drop)
+        problems = encode_samples(problems, tokenizer, context_of(model), drop)
         demonstrations = [(encode_prompt(tokenizer, problem["prompt"]), ids)
                           for problem in problems if problem["split"] == "train"
                           for ids in problem["samples"]]
         if args.sft_steps and not demonstrations:
             fail(f"{args.data}: --sft_steps needs the column `response`")
     elif solved:
-        problems = encode_samples(problems, tokenizer, model.config.max_position_embeddings, drop)
+        problems = encode_samples(problems, tokenizer, context_of(model), drop)
         demonstrations = [(encode_prompt(tokenizer, problem["prompt"]),
                            encode_response(tokenizer, problem["solution"]))
                           for problem in problems if problem["split"] == "train"]
     elif args.data:
-        pairs = encode_pairs(pairs, tokenizer, model.config.max_position_embeddings, drop, writes)
+        pairs = encode_pairs(pairs, tokenizer, context_of(model), drop, writes)
         demonstrations = [(pair["prompt_ids"], pair["rejected_ids"])
                           for pair in pairs if pair["split"] == "train"]
         kept = {json.dumps(pair["prompt"]) for pair in pairs}
@@ -1426,7 +1494,7 @@ def main(args):
         pairs = [pair for problem in used for pair in pairs_of(problem, how, tokenizer, drop)]
     if writes:
         answerer = LlmEditor(args, run) if kind == "llm" else ModelEditor(args, source_of_edits)
-        pairs = write_edits(pairs, answerer, template, tokenizer, model.config.max_position_embeddings, args,
+        pairs = write_edits(pairs, answerer, template, tokenizer, context_of(model), args,
                             drop)
     if args.worse_edits:
         tokens = sorted({token for pair in pairs for token in pair["rejected_ids"][:-1]})

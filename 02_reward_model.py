@@ -102,8 +102,12 @@ def token_rewards(model, inputs, response_mask):
 
 
 def sequence_reward(model, inputs):
-    """A6: R_phi(x, y) (B,), read at the last token of the response."""
-    return model(**inputs, use_cache=False).logits[:, 0].float()
+    """A6: R_phi(x, y) (B,), read at the last token of the response. The model's own forward reads it at the
+    last token that is no pad token, but a response that is cut off may end in a pad token."""
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+    mask = inputs["attention_mask"]
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+    return model.score(hidden)[torch.arange(len(last), device=mask.device), last, 0].float()
 
 
 def response_reward(rewards, response_mask, how):
@@ -293,15 +297,30 @@ def open_model(auto_class, path, dtype="float32", **options):
     except Exception as error:                     # transformers and safetensors raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
-    if info["missing_keys"] and not options:       # transformers would make the weights up
-        fail(f"{path}: no {auto_class.__name__}, it has no {sorted(info['missing_keys'])[0]}")
+    body = model.base_model_prefix + "."           # a new head (options) is no fault, a new body is
+    missing = [name for name in sorted(info["missing_keys"]) if not options or name.startswith(body)]
+    if missing:                                    # transformers would make the weights up
+        fail(f"{path}: no {auto_class.__name__}, it has no {missing[0]}")
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         fail(f"{path}: a weight of the model is not finite")
     return model.eval()
 
 
-def open_tokenizer(path):
-    """The tokenizer of a model folder, with an end token and a pad token that is never the end token."""
+def end_of_turn(tokenizer):
+    """The special token with which the chat template ends an answer, as <|im_end|>; else the end token."""
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "?"},
+                                              {"role": "assistant", "content": "!!"}], tokenize=False)
+    except Exception:                              # a template may raise what it likes; encode_prompt says it
+        return tokenizer.eos_token
+    rest = tokenizer(text.rpartition("!!")[2].strip(), add_special_tokens=False).input_ids
+    special = [k for k in rest[:1] if k in tokenizer.added_tokens_decoder]
+    return tokenizer.convert_ids_to_tokens(special)[0] if special else tokenizer.eos_token
+
+
+def open_tokenizer(path, chat=False):
+    """The tokenizer of a model folder, with an end token and a pad token that is never the end token. chat:
+    prompts are chat messages, so that a response ends as the chat template ends an answer."""
     check_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -310,6 +329,11 @@ def open_tokenizer(path):
         fail(f"{path}: no tokenizer that AutoTokenizer can open ({reason})")
     if tokenizer.eos_token is None:
         fail(f"{path}: the tokenizer has no end token, so no response could end")
+    tokenizer.clean_up_tokenization_spaces = False          # text of ids as they are, " ." stays " ."
+    if tokenizer.unk_token in (tokenizer.bos_token, tokenizer.eos_token):
+        tokenizer.unk_token = None                 # GPT-2: one token in all roles, and no word is unknown
+    if chat and tokenizer.chat_template is not None:
+        tokenizer.eos_token = end_of_turn(tokenizer)
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         others = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
         if others:
@@ -317,6 +341,35 @@ def open_tokenizer(path):
         else:
             tokenizer.add_special_tokens({"pad_token": "<pad>"})
     return tokenizer
+
+
+def vocabulary_size(tokenizer):
+    """One more than the largest token id."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def fit(model, tokenizer):
+    """One embedding for each token id, in place: a new pad token gets a row, the same in every stage; rows
+    without a token, with which checkpoints are padded, go, or the policy would sample them."""
+    if model.get_input_embeddings().num_embeddings != vocabulary_size(tokenizer):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model.resize_token_embeddings(vocabulary_size(tokenizer))
+    return model
+
+
+def same_vocabulary(path, tokenizer, policy_path):
+    """Refuse a model whose tokenizer gives a token of the policy another id; more tokens do no harm."""
+    here, there = tokenizer.get_vocab(), open_tokenizer(path).get_vocab()
+    for token in sorted(here, key=here.get):
+        if there.get(token) != here[token] and token != tokenizer.pad_token:
+            fail(f"{path} and {policy_path} differ in vocabulary: {token!r} is {there.get(token)} in one, "
+                 f"{here[token]} in the other; name a model with the tokens of the policy")
+
+
+def context_of(model):
+    """The longest sequence of a model in tokens; no limit where its configuration names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
 def checkpoint_layers(model):
@@ -729,7 +782,8 @@ def rewriting(model, rows, tokenizer, args):
 
 def token_texts(ids, tokenizer):
     """The text that each token adds to the ones before it, spaces included."""
-    texts = [tokenizer.decode(ids[:k]) for k in range(len(ids) + 1)]
+    texts = [tokenizer.decode(ids[:k]).rstrip("\ufffd") for k in range(len(ids))]       # half a character
+    texts.append(tokenizer.decode(ids))
     return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
 
 
@@ -813,9 +867,12 @@ def open_edits(path, tokenizer):
     """Rows of edits.jsonl, checked against the tokenizer of the model they will train."""
     columns = {"split": str, "rejected": (str, list), "prompt_ids": list, "preferred_ids": list,
                "rejected_ids": list}
-    rows = read_jsonl(path, columns, lambda row: fault_of_edit(row, len(tokenizer)))
+    rows = read_jsonl(path, columns, lambda row: fault_of_edit(row, vocabulary_size(tokenizer)))
     texts = tokenizer.batch_decode([row["rejected_ids"] for row in rows[:50]], skip_special_tokens=True)
-    if all(text != last_text(row["rejected"]) for text, row in zip(texts, rows)):
+    written = [last_text(row["rejected"]) or "" for row in rows[:50]]
+    encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    if all(text != shown and encode(text) != row["rejected_ids"][:-1]      # sampled ids need not encode it
+           for text, shown, row in zip(written, texts, rows)):
         fail(f"{path}: its token ids are not of the tokenizer in {tokenizer.name_or_path}: another run?")
     return rows
 
@@ -824,13 +881,11 @@ def open_reward_model(kind, path, dtype, tokenizer):
     """The model of A2 or A6 on top of a language model: one output, its head at zero, so that all rewards
     start at 0. The GRM (B2) is a language model itself."""
     if kind == "generative":
-        return open_model(AutoModelForCausalLM, path, dtype)
+        return fit(open_model(AutoModelForCausalLM, path, dtype), tokenizer)
     auto_class = AutoModelForTokenClassification if kind == "token" else AutoModelForSequenceClassification
-    model = open_model(auto_class, path, dtype, num_labels=1)
+    model = fit(open_model(auto_class, path, dtype, num_labels=1), tokenizer)
     model.config.problem_type = "regression"       # a text-classification pipeline then applies no sigmoid
     model.config.pad_token_id = tokenizer.pad_token_id
-    if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-        fail(f"{path}: the tokenizer has more tokens than the model")
     for name, parameter in model.named_parameters():
         if not name.startswith(model.base_model_prefix + "."):
             torch.nn.init.zeros_(parameter)
@@ -844,7 +899,10 @@ def main(args):
     model_path = args.model or run / "policy"
     if not edits_path.exists():
         fail(f"{edits_path} is missing: run 01_edit_data.py first, or name the file with --edits")
-    tokenizer = open_tokenizer(model_path)
+    policy_path = edits_path.parent / "policy"     # whose tokens the pairs are made of
+    tokenizer = open_tokenizer(policy_path if args.model and policy_path.is_dir() else model_path)
+    if args.model:
+        same_vocabulary(args.model, tokenizer, policy_path)
     rows = open_edits(edits_path, tokenizer)
     metrics_path = run / "reward_metrics.json"
     metrics = read_metrics(metrics_path)
@@ -871,7 +929,7 @@ def main(args):
         start = time.time()
         pad_id = tokenizer.pad_token_id
         if kind == "generative":
-            usable = generative_rows(usable, tokenizer, model.config.max_position_embeddings, args)
+            usable = generative_rows(usable, tokenizer, context_of(model), args)
         training = [row for row in usable if row["split"] == "train"]
         held_out = [row for row in usable if row["split"] != "train"]
         edited = [row for row in held_out if row.get("edit_ops")]

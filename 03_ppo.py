@@ -343,15 +343,30 @@ def open_model(auto_class, path, dtype="float32", **options):
     except Exception as error:                     # transformers and safetensors raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
-    if info["missing_keys"] and not options:       # transformers would make the weights up
-        fail(f"{path}: no {auto_class.__name__}, it has no {sorted(info['missing_keys'])[0]}")
+    body = model.base_model_prefix + "."           # a new head (options) is no fault, a new body is
+    missing = [name for name in sorted(info["missing_keys"]) if not options or name.startswith(body)]
+    if missing:                                    # transformers would make the weights up
+        fail(f"{path}: no {auto_class.__name__}, it has no {missing[0]}")
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         fail(f"{path}: a weight of the model is not finite")
     return model.eval()
 
 
-def open_tokenizer(path):
-    """The tokenizer of a model folder, with an end token and a pad token that is never the end token."""
+def end_of_turn(tokenizer):
+    """The special token with which the chat template ends an answer, as <|im_end|>; else the end token."""
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "?"},
+                                              {"role": "assistant", "content": "!!"}], tokenize=False)
+    except Exception:                              # a template may raise what it likes; encode_prompt says it
+        return tokenizer.eos_token
+    rest = tokenizer(text.rpartition("!!")[2].strip(), add_special_tokens=False).input_ids
+    special = [k for k in rest[:1] if k in tokenizer.added_tokens_decoder]
+    return tokenizer.convert_ids_to_tokens(special)[0] if special else tokenizer.eos_token
+
+
+def open_tokenizer(path, chat=False):
+    """The tokenizer of a model folder, with an end token and a pad token that is never the end token. chat:
+    prompts are chat messages, so that a response ends as the chat template ends an answer."""
     check_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -360,6 +375,11 @@ def open_tokenizer(path):
         fail(f"{path}: no tokenizer that AutoTokenizer can open ({reason})")
     if tokenizer.eos_token is None:
         fail(f"{path}: the tokenizer has no end token, so no response could end")
+    tokenizer.clean_up_tokenization_spaces = False          # text of ids as they are, " ." stays " ."
+    if tokenizer.unk_token in (tokenizer.bos_token, tokenizer.eos_token):
+        tokenizer.unk_token = None                 # GPT-2: one token in all roles, and no word is unknown
+    if chat and tokenizer.chat_template is not None:
+        tokenizer.eos_token = end_of_turn(tokenizer)
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         others = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
         if others:
@@ -367,6 +387,35 @@ def open_tokenizer(path):
         else:
             tokenizer.add_special_tokens({"pad_token": "<pad>"})
     return tokenizer
+
+
+def vocabulary_size(tokenizer):
+    """One more than the largest token id."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def fit(model, tokenizer):
+    """One embedding for each token id, in place: a new pad token gets a row, the same in every stage; rows
+    without a token, with which checkpoints are padded, go, or the policy would sample them."""
+    if model.get_input_embeddings().num_embeddings != vocabulary_size(tokenizer):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model.resize_token_embeddings(vocabulary_size(tokenizer))
+    return model
+
+
+def same_vocabulary(path, tokenizer, policy_path):
+    """Refuse a model whose tokenizer gives a token of the policy another id; more tokens do no harm."""
+    here, there = tokenizer.get_vocab(), open_tokenizer(path).get_vocab()
+    for token in sorted(here, key=here.get):
+        if there.get(token) != here[token] and token != tokenizer.pad_token:
+            fail(f"{path} and {policy_path} differ in vocabulary: {token!r} is {there.get(token)} in one, "
+                 f"{here[token]} in the other; name a model with the tokens of the policy")
+
+
+def context_of(model):
+    """The longest sequence of a model in tokens; no limit where its configuration names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
 def checkpoint_layers(model):
@@ -427,13 +476,20 @@ def save_model(model, tokenizer, path):
     part.rename(path)
 
 
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt: a plain string, or chat messages through the tokenizer's own template."""
+def encode_prompt(tokenizer, prompt, where="a prompt"):
+    """Token ids of a prompt: a plain string, or chat messages through the tokenizer's own template. where:
+    file and row, for the error."""
     if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
+        ids = tokenizer(prompt).input_ids
+        ended = ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token)
+        return ids[:-1] if ended else ids          # some tokenizers end every text
     if tokenizer.chat_template is None:
-        fail(f"{tokenizer.name_or_path}: no chat template, but a prompt is a list of chat messages")
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        fail(f"{tokenizer.name_or_path}: no chat template, but {where} is a list of chat messages")
+    try:
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    except Exception as error:                     # a template may raise what it likes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"{where}: the chat template of {tokenizer.name_or_path} does not take its messages ({reason})")
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -449,7 +505,7 @@ def read_metrics(path):
 def encode_problems(path, problems, tokenizer, context, max_new_tokens):
     """Add prompt_ids to the problems, checked against the tokenizer and the context of the policy."""
     for problem in problems:
-        problem["prompt_ids"] = encode_prompt(tokenizer, problem["prompt"])
+        problem["prompt_ids"] = encode_prompt(tokenizer, problem["prompt"], f"{path}, {problem['id']}")
         if len(problem["prompt_ids"]) + max_new_tokens > context:
             fail(f"{path}, {problem['id']}: a prompt of {len(problem['prompt_ids'])} tokens and "
                  f"--max_new_tokens {max_new_tokens} do not fit the context of {context}")
@@ -529,8 +585,12 @@ def token_rewards(model, inputs, response_mask):
 
 
 def sequence_reward(model, inputs):
-    """A6: R_phi(x, y) (B,), read at the last token of the response."""
-    return model(**inputs, use_cache=False).logits[:, 0].float()
+    """A6: R_phi(x, y) (B,), read at the last token of the response. The model's own forward reads it at the
+    last token that is no pad token, but a response that is cut off may end in a pad token."""
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+    mask = inputs["attention_mask"]
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+    return model.score(hidden)[torch.arange(len(last), device=mask.device), last, 0].float()
 
 
 def edit_columns(a, b):
@@ -755,7 +815,8 @@ def statistics_of(batch, responses, tokenizer):
 
 def token_texts(ids, tokenizer):
     """The text that each token adds to the ones before it, spaces included."""
-    texts = [tokenizer.decode(ids[:k]) for k in range(len(ids) + 1)]
+    texts = [tokenizer.decode(ids[:k]).rstrip("\ufffd") for k in range(len(ids))]       # half a character
+    texts.append(tokenizer.decode(ids))
     return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
 
 
@@ -778,10 +839,8 @@ def ppo(kind, problems, tokenizer, scale, args, paths):
     for name, parameter in models["value"].named_parameters():
         if not name.startswith(models["value"].base_model_prefix + "."):
             torch.nn.init.zeros_(parameter)            # a head of zeros: V = 0 at the start
-    if models["reward"].config.vocab_size != models["policy"].config.vocab_size:
-        fail(f"{paths['reward']} and {paths['policy']} differ in vocabulary; rewards need the same tokens")
     for model in models.values():
-        model.to(args.device)
+        fit(model, tokenizer).to(args.device)
     if args.gradient_checkpointing:
         checkpoint_layers(models["policy"])
         checkpoint_layers(models["value"])
@@ -836,7 +895,7 @@ def rewrite(grm, problems, responses, tokenizer, args, drop):
     """B4: for every wrong response the GRM locates the first wrong step, keeps the steps before it and writes
     the rest anew. Returns lists of ids; None where that fails or the result is wrong, counted in drop."""
     parts, end = instructions(tokenizer), tokenizer.eos_token_id
-    context = grm.config.max_position_embeddings
+    context = context_of(grm)
     rewrites = [None] * len(responses)
     pending = {}                                               # number of the response -> prompt of `locate`
     rewrite_prompts = []
@@ -968,12 +1027,11 @@ def rlmec(name, problems, tokenizer, args, paths):
     policy and its log, one row a step; None where every sample was wrong and could not be rewritten."""
     args = replace(args, **VARIANTS[name])
     torch.manual_seed(args.seed)                       # the same problems and samples for every variant
-    policy = open_model(AutoModelForCausalLM, paths["policy"], args.dtype).to(args.device)
-    grm = open_model(AutoModelForCausalLM, paths["reward"], args.dtype).to(args.device).requires_grad_(False)
+    policy = fit(open_model(AutoModelForCausalLM, paths["policy"], args.dtype), tokenizer).to(args.device)
+    grm = fit(open_model(AutoModelForCausalLM, paths["reward"], args.dtype), tokenizer).to(args.device)
+    grm.requires_grad_(False)
     if args.gradient_checkpointing:
         checkpoint_layers(policy)
-    if open_tokenizer(paths["reward"]).get_vocab() != tokenizer.get_vocab():
-        fail(f"{paths['reward']} and {paths['policy']} differ in vocabulary; rewards need the same tokens")
     train = [problem for problem in problems if problem["split"] == "train"]
     val = [problem for problem in problems if problem["split"] == "val"]
     rng = random.Random(args.seed)
@@ -1037,9 +1095,9 @@ def main(args):
     if not metrics_path.exists():
         fail(f"{metrics_path} is missing: run 02_reward_model.py first")
     metrics = read_metrics(metrics_path)
-    tokenizer = open_tokenizer(policy_path)
     problems = read_jsonl(problems_path, {"id": str, "prompt": (str, list), "split": str})
-    context = open_model(AutoModelForCausalLM, policy_path).config.max_position_embeddings
+    tokenizer = open_tokenizer(policy_path, any(isinstance(problem["prompt"], list) for problem in problems))
+    context = context_of(open_model(AutoModelForCausalLM, policy_path))
     if not any(problem["split"] == "train" for problem in problems):
         fail(f"{problems_path}: no problem has the split train")
     encode_problems(problems_path, problems, tokenizer, context, args.max_new_tokens)
@@ -1055,6 +1113,7 @@ def main(args):
         elif kind not in metrics or not args.reward_model and not reward_path.is_dir():
             fail(f"{reward_path} or its entry in {metrics_path} is missing: run 02_reward_model.py first")
         else:
+            same_vocabulary(reward_path, tokenizer, policy_path)
             todo.append((method, kind, reward_path, target))
     if any(kind == "generative" for method, kind, reward_path, target in todo):
         add_solutions(problems_path, problems, tokenizer)

@@ -349,15 +349,30 @@ def open_model(auto_class, path, dtype="float32", **options):
     except Exception as error:                     # transformers and safetensors raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
-    if info["missing_keys"] and not options:       # transformers would make the weights up
-        fail(f"{path}: no {auto_class.__name__}, it has no {sorted(info['missing_keys'])[0]}")
+    body = model.base_model_prefix + "."           # a new head (options) is no fault, a new body is
+    missing = [name for name in sorted(info["missing_keys"]) if not options or name.startswith(body)]
+    if missing:                                    # transformers would make the weights up
+        fail(f"{path}: no {auto_class.__name__}, it has no {missing[0]}")
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         fail(f"{path}: a weight of the model is not finite")
     return model.eval()
 
 
-def open_tokenizer(path):
-    """The tokenizer of a model folder, with an end token and a pad token that is never the end token."""
+def end_of_turn(tokenizer):
+    """The special token with which the chat template ends an answer, as <|im_end|>; else the end token."""
+    try:
+        text = tokenizer.apply_chat_template([{"role": "user", "content": "?"},
+                                              {"role": "assistant", "content": "!!"}], tokenize=False)
+    except Exception:                              # a template may raise what it likes; encode_prompt says it
+        return tokenizer.eos_token
+    rest = tokenizer(text.rpartition("!!")[2].strip(), add_special_tokens=False).input_ids
+    special = [k for k in rest[:1] if k in tokenizer.added_tokens_decoder]
+    return tokenizer.convert_ids_to_tokens(special)[0] if special else tokenizer.eos_token
+
+
+def open_tokenizer(path, chat=False):
+    """The tokenizer of a model folder, with an end token and a pad token that is never the end token. chat:
+    prompts are chat messages, so that a response ends as the chat template ends an answer."""
     check_folder(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -366,6 +381,11 @@ def open_tokenizer(path):
         fail(f"{path}: no tokenizer that AutoTokenizer can open ({reason})")
     if tokenizer.eos_token is None:
         fail(f"{path}: the tokenizer has no end token, so no response could end")
+    tokenizer.clean_up_tokenization_spaces = False          # text of ids as they are, " ." stays " ."
+    if tokenizer.unk_token in (tokenizer.bos_token, tokenizer.eos_token):
+        tokenizer.unk_token = None                 # GPT-2: one token in all roles, and no word is unknown
+    if chat and tokenizer.chat_template is not None:
+        tokenizer.eos_token = end_of_turn(tokenizer)
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         others = [token for token in tokenizer.all_special_tokens if token != tokenizer.eos_token]
         if others:
@@ -375,13 +395,49 @@ def open_tokenizer(path):
     return tokenizer
 
 
-def encode_prompt(tokenizer, prompt):
-    """Token ids of a prompt: a plain string, or chat messages through the tokenizer's own template."""
+def vocabulary_size(tokenizer):
+    """One more than the largest token id."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def fit(model, tokenizer):
+    """One embedding for each token id, in place: a new pad token gets a row, the same in every stage; rows
+    without a token, with which checkpoints are padded, go, or the policy would sample them."""
+    if model.get_input_embeddings().num_embeddings != vocabulary_size(tokenizer):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model.resize_token_embeddings(vocabulary_size(tokenizer))
+    return model
+
+
+def same_vocabulary(path, tokenizer, policy_path):
+    """Refuse a model whose tokenizer gives a token of the policy another id; more tokens do no harm."""
+    here, there = tokenizer.get_vocab(), open_tokenizer(path).get_vocab()
+    for token in sorted(here, key=here.get):
+        if there.get(token) != here[token] and token != tokenizer.pad_token:
+            fail(f"{path} and {policy_path} differ in vocabulary: {token!r} is {there.get(token)} in one, "
+                 f"{here[token]} in the other; name a model with the tokens of the policy")
+
+
+def context_of(model):
+    """The longest sequence of a model in tokens; no limit where its configuration names none."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+
+
+def encode_prompt(tokenizer, prompt, where="a prompt"):
+    """Token ids of a prompt: a plain string, or chat messages through the tokenizer's own template. where:
+    file and row, for the error."""
     if isinstance(prompt, str):
-        return tokenizer(prompt).input_ids
+        ids = tokenizer(prompt).input_ids
+        ended = ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(tokenizer.eos_token)
+        return ids[:-1] if ended else ids          # some tokenizers end every text
     if tokenizer.chat_template is None:
-        fail(f"{tokenizer.name_or_path}: no chat template, but a prompt is a list of chat messages")
-    text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        fail(f"{tokenizer.name_or_path}: no chat template, but {where} is a list of chat messages")
+    try:
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    except Exception as error:                     # a template may raise what it likes
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"{where}: the chat template of {tokenizer.name_or_path} does not take its messages ({reason})")
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -397,7 +453,7 @@ def read_metrics(path):
 def encode_problems(path, problems, tokenizer, context, max_new_tokens):
     """Add prompt_ids to the problems, checked against the tokenizer and the context of the policy."""
     for problem in problems:
-        problem["prompt_ids"] = encode_prompt(tokenizer, problem["prompt"])
+        problem["prompt_ids"] = encode_prompt(tokenizer, problem["prompt"], f"{path}, {problem['id']}")
         if len(problem["prompt_ids"]) + max_new_tokens > context:
             fail(f"{path}, {problem['id']}: a prompt of {len(problem['prompt_ids'])} tokens and "
                  f"--max_new_tokens {max_new_tokens} do not fit the context of {context}")
@@ -457,8 +513,12 @@ def token_rewards(model, inputs, response_mask):
 
 
 def sequence_reward(model, inputs):
-    """A6: R_phi(x, y) (B,), read at the last token of the response."""
-    return model(**inputs, use_cache=False).logits[:, 0].float()
+    """A6: R_phi(x, y) (B,), read at the last token of the response. The model's own forward reads it at the
+    last token that is no pad token, but a response that is cut off may end in a pad token."""
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+    mask = inputs["attention_mask"]
+    last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
+    return model.score(hidden)[torch.arange(len(last), device=mask.device), last, 0].float()
 
 
 def edit_columns(a, b):
@@ -588,7 +648,8 @@ def rewrite_prompt(parts, prompt_ids, solution_ids, response_ids, end):
 
 def token_texts(ids, tokenizer):
     """The text that each token adds to the ones before it, spaces included."""
-    texts = [tokenizer.decode(ids[:k]) for k in range(len(ids) + 1)]
+    texts = [tokenizer.decode(ids[:k]).rstrip("\ufffd") for k in range(len(ids))]       # half a character
+    texts.append(tokenizer.decode(ids))
     return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
 
 
@@ -740,7 +801,7 @@ def show_table(policies):
               f"{row['updates']:>8d} {row['seconds']:>8.0f}")
 
 
-def open_judge(run, problems, reward_models, args):
+def open_judge(run, problems, reward_models, tokenizer, args):
     """(kind, model, what it is and is worth): the oracle where solutions are known, else a reward model."""
     if all(problem.get("rules") for problem in problems):
         return "oracle", None, "the rules: fewer hits wins"
@@ -756,7 +817,8 @@ def open_judge(run, problems, reward_models, args):
     worth = (f"reward_{kind}, for want of an oracle. It orders {percent(reward_models[kind][name])} of "
              f"{reward_models[kind]['pairs']} held-out pairs as their annotator did (chance: 50 %), and "
              f"ppo_{kind} was trained on it: read these win rates as reward gained, not as quality")
-    return kind, open_model(auto_class, run / f"reward_{kind}", args.dtype).to(args.device), worth
+    model = open_model(auto_class, run / f"reward_{kind}", args.dtype)
+    return kind, fit(model, tokenizer).to(args.device), worth
 
 
 # --- Errors of the reward models ---------------------------------------------------------------------------
@@ -765,7 +827,7 @@ def held_out_edits(run, tokenizer, most=2000):
     """Edited pairs that no model was trained on, the first `most`; none where stage 1 wrote none."""
     if not (run / "edits.jsonl").exists():
         return []
-    size = len(tokenizer)
+    size = vocabulary_size(tokenizer)
 
     def fault(row):
         for name in ("prompt_ids", "rejected_ids"):
@@ -796,7 +858,7 @@ def rewards_of(kind, model, rows, tokenizer, args):
         if kind == "generative" and row.get("solution"):
             solution_ids = tokenizer(row["solution"], add_special_tokens=False).input_ids
             prompt = rewrite_prompt(parts, prompt, solution_ids, row["rejected_ids"], end)
-        fits = len(prompt) + len(row["rejected_ids"]) <= model.config.max_position_embeddings
+        fits = len(prompt) + len(row["rejected_ids"]) <= context_of(model)
         if fits and (kind != "generative" or row.get("solution")):
             prompts[k] = prompt
     for start in range(0, len(prompts), args.batch):
@@ -1316,12 +1378,16 @@ def main(args):
     references = None
     if args.baseline and not Path(args.baseline).is_dir():
         references = read_baseline(args.baseline, problems)
-    reference = open_model(AutoModelForCausalLM, args.policy or policy_path, args.dtype).to(args.device)
-    tokenizer = open_tokenizer(args.policy or policy_path)
+    chat = any(isinstance(problem["prompt"], list) for problem in problems)
+    tokenizer = open_tokenizer(args.policy or policy_path, chat)
+    reference = open_model(AutoModelForCausalLM, args.policy or policy_path, args.dtype)
+    reference = fit(reference, tokenizer).to(args.device)
     reward_models = read_metrics(run / "reward_metrics.json")
-    kind, judge_model, judge_text = open_judge(run, problems, reward_models, args)
-    encode_problems(problems_path, problems, tokenizer, reference.config.max_position_embeddings,
-                    args.max_new_tokens)
+    kind, judge_model, judge_text = open_judge(run, problems, reward_models, tokenizer, args)
+    encode_problems(problems_path, problems, tokenizer, context_of(reference), args.max_new_tokens)
+    compared = paths + ([Path(args.baseline)] if args.baseline and references is None else [])
+    for path in compared + [path for path in run.glob("reward_*") if path.is_dir()]:
+        same_vocabulary(path, tokenizer, policy_path)
     if not args.human_eval:
         start_stage(args, "04")
 
@@ -1343,10 +1409,7 @@ def main(args):
         else:
             model = reference
             if name != "sft":
-                model = open_model(AutoModelForCausalLM, path, args.dtype).to(args.device)
-            if model.config.vocab_size != reference.config.vocab_size:
-                fail(f"{path} and {policy_path} differ in vocabulary: policies of one run share the "
-                     "tokenizer")
+                model = fit(open_model(AutoModelForCausalLM, path, args.dtype), tokenizer).to(args.device)
             responses[name], kl, ref_logprob = answer(model, reference, prompts, tokenizer, args)
             texts = tokenizer.batch_decode(responses[name], skip_special_tokens=True)
         rights = list(map(right, texts, problems)) if kind in ("oracle", "answer") else None
@@ -1397,7 +1460,8 @@ def main(args):
                                    ("generative", AutoModelForCausalLM),
                                    ("sequence", AutoModelForSequenceClassification)):
         if rows and (run / f"reward_{model_kind}").is_dir():
-            model = open_model(auto_class, run / f"reward_{model_kind}", args.dtype).to(args.device)
+            model = open_model(auto_class, run / f"reward_{model_kind}", args.dtype)
+            model = fit(model, tokenizer).to(args.device)
             rewards[model_kind] = rewards_of(model_kind, model, rows, tokenizer, args)
     errors, split = reward_errors(rows, rewards, tokenizer)
 
