@@ -550,7 +550,7 @@ def encode_response(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
-def plain(text):
+def last_text(text):
     """The text of a column that is a plain string or a list of chat messages, whose last one counts; None
     where it has none."""
     if text and isinstance(text, list):
@@ -628,8 +628,8 @@ def read_pairs(path, unedited=False):
         if better == "chosen":
             row["prompt"], row["chosen"], row["rejected"] = part_prompt(row)
         pairs.append({"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"],
-                      "chosen": plain(row.get(better)), "rejected": plain(row[worse]),
-                      "edited": plain(row.get("edited"))})
+                      "chosen": last_text(row.get(better)), "rejected": last_text(row[worse]),
+                      "edited": last_text(row.get("edited"))})
     return pairs
 
 

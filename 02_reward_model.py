@@ -699,7 +699,7 @@ def show_metrics(kind, metrics):
 
 # --- The stage ---------------------------------------------------------------------------------------------
 
-def plain(text):
+def last_text(text):
     """The text of a column that is a plain string or a list of chat messages, whose last one counts; None
     where it has none."""
     if text and isinstance(text, list):
@@ -744,7 +744,7 @@ def open_edits(path, tokenizer):
                "rejected_ids": list}
     rows = read_jsonl(path, columns, lambda row: fault_of_edit(row, len(tokenizer)))
     texts = tokenizer.batch_decode([row["rejected_ids"] for row in rows[:50]], skip_special_tokens=True)
-    if all(text != plain(row["rejected"]) for text, row in zip(texts, rows)):
+    if all(text != last_text(row["rejected"]) for text, row in zip(texts, rows)):
         fail(f"{path}: its token ids are not of the tokenizer in {tokenizer.name_or_path}: another run?")
     return rows
 
