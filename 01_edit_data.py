@@ -1092,7 +1092,8 @@ def write_edits(pairs, editor, template, tokenizer, context, args, drop):
             elif not fault and len(new["prompt_ids"]) + len(new["edited_ids"]) > context:
                 fault = f"the edit is longer than the model's context of {context} tokens"
             if fault:
-                drop[f"editor: {fault}"] += k not in edited           # else a gate counts the edit it had
+                if k not in edited:                 # else a gate counts the edit that it had
+                    drop[f"editor: {fault}"] += 1
                 continue
             edited[k] = new
             ops = [step for step in align(new["rejected_ids"], new["edited_ids"]) if step[0] != "keep"]

@@ -224,6 +224,19 @@ def test_rows_with_one_response_or_the_same_twice_are_dropped_and_counted(edit_d
     assert drop == {"row has an empty response": 1, "row has the same response twice": 1}
 
 
+def test_the_stage_reads_a_file_without_the_column_prompt(edit_data, tiny_run, tmp_path):
+    people = "Bob Cleo Dan Eva Finn Gus Hana Ivo Jane Kit".split()
+    rows = [{"chosen": f"Q: What do Ada and {name} send?\nA: tea.", "margin": 1.0,
+             "rejected": f"Q: What do Ada and {name} send?\nA: soap."} for name in people]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    edit_data.main(edit_data.Args(run=str(tmp_path / "run"), data=str(tmp_path / "data.jsonl"),
+                                  model=str(tiny_run / "policy")))
+    edits = rows_of(tmp_path / "run" / "edits.jsonl")
+    assert [row["prompt"] for row in edits] == [f"Q: What do Ada and {name} send?\nA:" for name in people]
+    assert {row["chosen"] for row in edits} == {" tea."} and {row["rejected"] for row in edits} == {" soap."}
+    assert {row["split"] for row in edits} == {"train", "val", "test"} and not any("margin" in row for row in edits)
+
+
 def test_one_prompt_never_stands_in_two_splits(edit_data):
     pairs = [{"id": str(k), "prompt": f"prompt {k % 40}"} for k in range(100)]
     problems = edit_data.split_by_prompt(pairs, edit_data.Args())
@@ -257,4 +270,4 @@ def test_overwriting_stage_1_removes_what_later_stages_made(edit_data, tiny_run,
     args = json.loads((run / "01_args.json").read_text())
     edit_data.main(edit_data.Args(**{**args, "run": str(run), "overwrite": True, "sft_steps": 1}))
     left = {path.name for path in run.iterdir()}
-    assert "edits.jsonl" in left and not any(name.startswith(("reward_", "ppo_", "eval")) for name in left)
+    assert "edits.jsonl" in left and not any(name.startswith(("reward_", "ppo_", "value_", "eval")) for name in left)

@@ -177,6 +177,25 @@ def test_the_editor_is_told_what_was_wrong(serve, stage):
     assert told[1]["content"] == "Tokyo Oslo Rome Bern" and "of the text; change at most 50%" in told[2]["content"]
 
 
+def test_a_pair_is_counted_once_whatever_its_retries_bring(serve, stage):
+    """First an edit that changes nothing, then a refusal: the gate counts the pair, the refusal does not."""
+    def answer(n, body):
+        asked = len(body["messages"]) > 1
+        return "I'm sorry, I cannot do that." if asked else " Gus makes soap." if "Gus" in str(body) else edit(n, body)
+
+    rows, shown = stage(server=serve(answer))
+    dropped = [int(line.split()[1]) for line in shown.splitlines() if line.startswith("dropped")]
+    assert len(rows) == 9 and dropped == [1]
+
+
+def test_offline_mode_of_the_client_is_said_at_once(edit_data, serve, stage, monkeypatch):
+    def refuse(*args, **options):
+        raise edit_data.OfflineModeIsEnabled("offline")
+
+    monkeypatch.setattr(edit_data.InferenceClient, "chat_completion", refuse)
+    assert "HF_HUB_OFFLINE" in stage(server=serve(edit), stops=True)
+
+
 def test_retries_end_and_the_gate_drops(serve, stage):
     server = serve(lambda n, body: "Tokyo Oslo Rome Bern" if "Bob" in body["messages"][0]["content"].split(":")[-1]
                    else edit(n, body))
