@@ -267,6 +267,7 @@ def test_problems_and_models_of_another_run(stages, run, capsys, stage):
                          num_attention_heads=1, num_labels=1)
     auto_class = LlamaForTokenClassification if stage == 3 else LlamaForCausalLM
     auto_class(config).save_pretrained(run / "other")
+    stages[1].small_policy(["0123456789+-=;"], stages[1].Args(hidden_size=8))[1].save_pretrained(run / "other")
     other = {3: {"method": "ppo_token", "reward_model": run / "other"}, 4: {"policies": [str(run / "other")]}}
     stops(capsys, stages[stage], run, run / "other", "vocabulary", run=run, overwrite=True, **other[stage])
     change_rows(run / "problems.jsonl", prompt="1+1+1+1+1=")           # no word that the policy knows
