@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerFast)
 
@@ -228,6 +228,21 @@ def test_rollouts_have_the_log_probs_of_a_plain_forward(finished, stages, name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", MODELS)
+def test_samples_come_from_the_policy(finished, stages, name):
+    """Greedy samples of prompts of mixed length, token by token against a plain forward of each row."""
+    tokenizer = stages[3].open_tokenizer(finished(name) / "policy")
+    model = stages[3].open_model(AutoModelForCausalLM, finished(name) / "policy")
+    prompts = [tokenizer(text).input_ids for text in ("Ada", TEXTS[0], "What does Bob make?")]
+    for prompt, response in zip(prompts, stages[3].sample(model, prompts, tokenizer, 12, temperature=0.0)):
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+        taken = logits[torch.arange(len(response)), torch.tensor(response)]
+        assert torch.allclose(taken, logits.max(dim=1).values, atol=1e-3)
+        assert len(response) == 12 or response[-1] == tokenizer.eos_token_id
+    assert stages[3].context_of(model) == (float("inf") if name == "bloom" else 200)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
 def test_rewards_are_those_of_a_plain_forward(finished, stages, name):
     """Rows of mixed length; one response is cut off and ends in the pad token, one has it in the middle."""
     run = finished(name)
@@ -290,6 +305,18 @@ def test_chat_messages_through_all_stages(finished, stages, name):
         for k, (prompt, response) in enumerate(zip(prompts, responses)):
             expected = expected_logprobs(plain, prompt, response)
             assert torch.allclose(batch["old_logprobs"][k, :len(response)], expected, atol=1e-4)
+
+
+def test_chosen_and_rejected_as_chat_messages(stages, folder, tmp_path):
+    """The preference format of the ecosystem; the last message counts, and without edits the baseline runs."""
+    rows = [{"prompt": row["prompt"], "chosen": row["edited"], "rejected": row["response"]} for row in edited_rows(True)]
+    data, run = write_rows(tmp_path / "data.jsonl", rows), tmp_path / "run"
+    stages[1].main(stages[1].Args(run=str(run), data=str(data), model=str(folder("gemma")), **SMALL[1]))
+    stages[2].main(stages[2].Args(run=str(run), **SMALL[2]))
+    tokenizer = AutoTokenizer.from_pretrained(run / "policy")
+    for row in rows_of(run / "edits.jsonl"):
+        assert tokenizer.decode(row["chosen_ids"]) == row["chosen"] + "<end_of_turn>" and "bread" in row["chosen"]
+    assert (run / "reward_sequence").is_dir() and not (run / "reward_token").exists()
 
 
 @pytest.mark.parametrize("name, chat", [("gpt2", False), ("qwen2", True), ("gpt_neox", False)])
@@ -391,7 +418,6 @@ def test_a_chat_template_that_refuses_later(stages, finished, tmp_path, capsys, 
 
 
 def test_a_tokenizer_that_changes_every_text(stages, tmp_path, capsys):
-    from tokenizers import normalizers
     kind, settings, more, specials, roles, begins, template = MODELS["llama"]
     tokenizer = make_tokenizer(specials, roles, begins, template)
     tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
@@ -434,6 +460,20 @@ def test_a_family_without_a_token_head(stages, tmp_path, capsys):
     run = str(tmp_path / "run")
     stages[1].main(stages[1].Args(run=run, data=str(data), model=str(model), **SMALL[1]))
     stops(capsys, stages[2], "policy", "AutoModelForTokenClassification", "Gemma3", run=run)
+
+
+def test_rlmec_needs_no_token_head(stages, tmp_path):
+    kind, settings, more, specials, roles, begins, template = MODELS["gemma"]
+    model = make_model(tmp_path / "model", "gemma3_text", make_tokenizer(specials, roles, begins, None), **settings)
+    data, run = write_rows(tmp_path / "data.jsonl", solved_rows()), str(tmp_path / "run")
+    stages[1].main(stages[1].Args(run=run, data=str(data), model=str(model), **SMALL[1]))
+    stages[2].main(stages[2].Args(run=run, kind="generative", **SMALL[2]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages[3], "rewrite", lambda grm, problems, responses, tokenizer, args, drop: [
+            problem["solution_ids"] + [tokenizer.eos_token_id] for problem in problems])
+        stages[3].main(stages[3].Args(run=run, method="rlmec", **SMALL[3]))
+    stages[4].main(stages[4].Args(run=run, **SMALL[4]))
+    assert "rlmec" in json.loads((tmp_path / "run" / "eval.json").read_text())["policies"]
 
 
 def test_an_edit_of_a_cut_off_response_with_gpt2(stages, folder):
