@@ -355,9 +355,9 @@ def test_a_larger_reward_model_of_the_same_vocabulary(finished, stages, tmp_path
 def other(tmp_path):
     """A folder with as many tokens as qwen2's, but other ones."""
     kind, settings, more, specials, roles, begins, template = MODELS["qwen2"]
-    texts = ["Zebras quickly vex jumping wizards by moonlight " * 3]
-    tokenizer = make_tokenizer(specials, roles, begins, template, texts=texts, size=330)
-    return make_model(tmp_path / "other", kind, tokenizer, 330 - len(tokenizer) + more, **settings)
+    tokenizer = make_tokenizer(specials, roles, begins, template, texts=[text[::-1] for text in TEXTS])
+    assert len(tokenizer) == len(make_tokenizer(specials, roles, begins, template))
+    return make_model(tmp_path / "other", kind, tokenizer, more, **settings)
 
 
 def test_another_vocabulary_is_refused(finished, stages, other, tmp_path, capsys):
