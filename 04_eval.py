@@ -1386,7 +1386,8 @@ def main(args):
     kind, judge_model, judge_text = open_judge(run, problems, reward_models, tokenizer, args)
     encode_problems(problems_path, problems, tokenizer, context_of(reference), args.max_new_tokens)
     compared = paths + ([Path(args.baseline)] if args.baseline and references is None else [])
-    for path in compared + [path for path in run.glob("reward_*") if path.is_dir()]:
+    trained = [run / f"reward_{model_kind}" for model_kind in ("token", "sequence", "generative")]
+    for path in compared + [path for path in trained if path.is_dir()]:
         same_vocabulary(path, tokenizer, policy_path)
     if not args.human_eval:
         start_stage(args, "04")
