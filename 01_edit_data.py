@@ -26,6 +26,7 @@ Writes: RUN/policy/  RUN/problems.jsonl  RUN/edits.jsonl  RUN/01_args.json  RUN/
 
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -37,7 +38,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from threading import Event, Lock
@@ -46,11 +47,14 @@ from urllib.parse import urlparse
 
 import torch
 from huggingface_hub import InferenceClient
+from huggingface_hub.errors import OfflineModeIsEnabled
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm, trange
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers import get_cosine_schedule_with_warmup
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 
@@ -86,7 +90,8 @@ class Args:
         "help": "share of the training pairs whose edit is made worse: an error missed or a needless change"})
     train_prompts: int = field(default=16000, metadata={"help": "built-in tasks: training prompts"})
     pair_prompts: Optional[int] = field(default=None, metadata={
-        "help": "of these, prompts to sample pairs for: the data size; default math 10000, qa 5200"})
+        "help": "of the training prompts, those to make pairs for: the data size; default math 10000, "
+                "qa 5200, --data all"})
     val_prompts: int = field(default=500, metadata={"help": "validation prompts; of --data at most 10 %%"})
     test_prompts: int = field(default=1000, metadata={"help": "test prompts; of --data at most 10 %%"})
     sft_steps: Optional[int] = field(default=None, metadata={
@@ -100,6 +105,13 @@ class Args:
     temperature: float = field(default=1.0, metadata={"help": "temperature of the samples"})
     max_new_tokens: int = field(default=48, metadata={"help": "longest sampled response, in tokens"})
     sample_batch: int = field(default=1000, metadata={"help": "responses sampled at once"})
+    dtype: str = field(default="float32", metadata={
+        "help": "of the weights; log-probs, losses and optimiser steps are float32 in any case",
+        "choices": ["float32", "bfloat16"]})
+    gradient_checkpointing: bool = field(default=False, metadata={
+        "help": "less memory, a third more time: activations are computed again in the backward pass"})
+    micro_batch: Optional[int] = field(default=None, metadata={
+        "help": "SFT: rows a forward pass; their gradients add up to those of the whole batch; default: all"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={
         "help": "torch device"})
 
@@ -173,13 +185,22 @@ def split_steps(text):
     return tuple(step.strip() for step in re.split(r"\n|(?<=;)|(?<=\.)\s", text) if step.strip())
 
 
-def judge(response, solutions):
-    """(wrong steps, answer right?) of a response. Its steps against those of the nearest right solution (E1):
-    a step replaced, deleted or inserted on the way there is a wrong one; the last step is the answer."""
+def judge(response, problem):
+    """The oracle of a problem: (wrong steps, answer right?) of a response. Its steps against those of the
+    nearest right solution (E1): a step replaced, deleted or inserted on the way there is a wrong one; the
+    last step is the answer. With `rules`, regular expressions, every hit is wrong, and right is no hit."""
+    if problem.get("rules"):
+        hits = sum(1 for rule in problem["rules"] for _ in re.finditer(rule, response))
+        return hits, hits == 0
     steps = split_steps(response)
-    wrong_steps = min(edit_distance(steps, split_steps(solution)) for solution in solutions)
-    answer_right = any(steps[-1:] == split_steps(solution)[-1:] for solution in solutions)
-    return wrong_steps, answer_right
+    solutions = [split_steps(solution) for solution in problem["solutions"]]
+    wrong_steps = min(edit_distance(steps, solution) for solution in solutions)
+    return wrong_steps, any(steps[-1:] == solution[-1:] for solution in solutions)
+
+
+def has_oracle(problem):
+    """Does a problem carry what `judge` needs: all its right solutions, or rules?"""
+    return bool(problem.get("solutions") or problem.get("rules"))
 
 
 def final_answer(text):
@@ -191,10 +212,10 @@ def final_answer(text):
 
 
 def right(response, problem):
-    """Is a solution right? With an oracle (`solutions`): no step is wrong. Else its final answer counts: the
-    same number as `answer`, or, where that is no number, a last step that is the answer, word for word."""
-    if problem.get("solutions"):
-        return judge(response, problem["solutions"])[0] == 0
+    """Is a response right? With an oracle: nothing is wrong. Else its final answer counts: the same number as
+    `answer`, or, where that is no number, a last step that is the answer, word for word."""
+    if has_oracle(problem):
+        return judge(response, problem)[0] == 0
     answer = final_answer(problem["answer"])
     if answer is None:
         return split_steps(response)[-1:] == split_steps(problem["answer"])[-1:]
@@ -403,14 +424,13 @@ def check_folder(path):
         fail(f"{path}: no model folder; run the stage that writes it first, or name another one")
 
 
-def open_model(auto_class, path, **options):
-    """from_pretrained in float32 (log-probs must not round), eval mode (dropout off), or a readable error."""
+def open_model(auto_class, path, dtype="float32", **options):
+    """from_pretrained in eval mode, so that dropout is off, or a readable error."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     check_folder(path)
     try:
-        model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True,
-                                                 **options)
+        model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     except Exception as error:                     # transformers and safetensors raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
@@ -480,6 +500,53 @@ def context_of(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
+def checkpoint_layers(model):
+    """Gradient checkpointing: every layer keeps its input alone and computes the rest again in the backward
+    pass. The model's own switch for it would need training mode, which turns dropout on."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        fail(f"--gradient_checkpointing: {type(model).__name__} has no layers for it")
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+class Optimizer(torch.optim.AdamW):
+    """AdamW with gradients clipped to norm 1 a model. groups: pairs (model, learning rate).
+
+    Small steps would be lost in the rounding of weights in bfloat16: float32 copies of them take the steps
+    and add up the gradients.
+    """
+
+    def __init__(self, *groups):
+        self.copies = []                                       # (weight in bfloat16, its copy in float32)
+        parameters = [{"params": [self.float32(weight) for weight in model.parameters()], "lr": lr}
+                      for model, lr in groups]
+        super().__init__(parameters, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def float32(self, weight):
+        if weight.dtype == torch.float32:
+            return weight
+        copy = weight.detach().float()
+        copy.grad = torch.zeros_like(copy)
+        self.copies.append((weight, copy))
+        weight.register_post_accumulate_grad_hook(partial(self.move_gradient, copy))
+        return copy
+
+    @staticmethod
+    def move_gradient(copy, weight):
+        copy.grad += weight.grad
+        weight.grad = None
+
+    @torch.no_grad()
+    def clip_and_step(self):
+        for group in self.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        self.step()
+        self.zero_grad(set_to_none=not self.copies)
+        for weight, copy in self.copies:
+            weight.copy_(copy)
+
+
 def save_model(model, tokenizer, path):
     """save_pretrained beside the target first, so that a model folder is whole or absent."""
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -547,26 +614,29 @@ def small_policy(texts, args):
 
 def fine_tune(model, tokenizer, demonstrations, args, steps):
     """SFT: cross-entropy of the response tokens of demonstrations, a list of (prompt_ids, response_ids)."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.sft_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = Optimizer((model, args.sft_lr))
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
     rng = random.Random(args.seed)
     bar = trange(steps, desc="SFT", unit="step", mininterval=1.0)
     for step in bar:
         rows = rng.sample(demonstrations, min(args.sft_batch, len(demonstrations)))
-        prompts, responses = map(list, zip(*rows))
-        inputs, mask = pack(prompts, responses, tokenizer.pad_token_id, model.device)
-        labels = inputs["input_ids"].clone()
-        labels[:, :-mask.shape[1]] = -100
-        labels[:, -mask.shape[1]:][~mask] = -100
-        loss = model(**inputs, labels=labels).loss
-        if not loss.isfinite():
-            fail(f"SFT, step {step}: the loss is {loss.item()}; lower --sft_lr")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        tokens = sum(len(response) for prompt, response in rows)
+        size = args.micro_batch or len(rows)
+        total = 0.0
+        for start in range(0, len(rows), size):
+            prompts, responses = map(list, zip(*rows[start:start + size]))
+            inputs, mask = pack(prompts, responses, tokenizer.pad_token_id, model.device)
+            labels = inputs["input_ids"].clone()
+            labels[:, :-mask.shape[1]] = -100
+            labels[:, -mask.shape[1]:][~mask] = -100
+            loss = model(**inputs, labels=labels, use_cache=False).loss * (mask.sum() / tokens)
+            loss.backward()
+            total += loss.item()
+        if not math.isfinite(total):
+            fail(f"SFT, step {step}: the loss is {total}; lower --sft_lr")
+        optimizer.clip_and_step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        bar.set_postfix(loss=f"{total:.3f}", refresh=False)
 
 
 # --- Pairs and edits (A1, B1) ------------------------------------------------------------------------------
@@ -588,7 +658,7 @@ def encode_prompt(tokenizer, prompt, where="a prompt"):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-PROBLEM = ("id", "prompt", "split", "solution", "answer", "solutions")         # columns of problems.jsonl
+PROBLEM = ("id", "prompt", "split", "solution", "answer", "solutions", "rules")    # columns of problems.jsonl
 
 
 def encode_response(tokenizer, text):
@@ -596,43 +666,87 @@ def encode_response(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
+def last_text(text):
+    """The text of a column that is a plain string or a list of chat messages, whose last one counts; None
+    where it has none."""
+    if text and isinstance(text, list):
+        text = text[-1].get("content") if isinstance(text[-1], dict) else None
+    return text if isinstance(text, str) and text.strip() else None
+
+
 def fault_of_messages(row, names):
     """What is wrong with the columns of a row that are lists of chat messages, or None."""
     for name in names:
         value = row[name]
         if isinstance(value, list) and (name != "edited" or value):
-            if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in value):
-                return f"column `{name}` is no list of chat messages with `content`"
+            if not all(isinstance(m, dict) and isinstance(m.get("role"), str)
+                       and isinstance(m.get("content"), str) for m in value):
+                return f"column `{name}` is no list of chat messages with `role` and `content`"
             if not value[-1]["content"].strip() and name != "edited":
                 return f"column `{name}` is empty"
     return None
 
 
+def part_prompt(row):
+    """(prompt, chosen, rejected) of a row of TRL's preference formats, where `chosen` and `rejected` may both
+    begin with the prompt, implicit or repeated. Conversations part where their messages do, strings at the
+    last word they share, or behind the last "Assistant:" of hh-rlhf. ValueError: why that cannot be."""
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        n = 0
+        while n < min(len(chosen), len(rejected)) - 1 and chosen[n] == rejected[n]:
+            n += 1
+        repeated = [None, chosen[:n]] + [message["content"] for message in chosen[:n]]
+        if prompt not in repeated and n:
+            raise ValueError("`chosen` and `rejected` begin with messages that are not those of `prompt`")
+        if [message["role"] for message in chosen[n:] + rejected[n:]] != ["assistant"] * 2:
+            raise ValueError("`chosen` and `rejected` are not one message of the role assistant each, behind "
+                             "the same prompt")
+        prompt, chosen, rejected = chosen[:n] or prompt, chosen[n:], rejected[n:]
+    elif prompt is None and isinstance(chosen, str) and isinstance(rejected, str):
+        start = os.path.commonprefix([chosen, rejected])
+        found = re.match(r".*\n\nAssistant:|.*\s", start, re.S)
+        prompt = found[0].removesuffix(" ") if found else ""
+        chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
+    if not prompt or isinstance(prompt, str) and not prompt.strip():
+        raise ValueError("no column `prompt`, and `chosen` and `rejected` do not begin with the same one")
+    return prompt, chosen, rejected
+
+
 def read_pairs(path, unedited=False):
     """Pairs of your own in two shapes: prompt, chosen, rejected[, edited], or prompt, response, edited (then
     the edit is the preferred one). Texts are strings or lists of chat messages, whose last one counts.
+    Without the column prompt, chosen and rejected begin with it, as in TRL's implicit format.
     unedited: an editor will write the column `edited`, so it must not be there."""
-
-    def plain(value):
-        text = value[-1]["content"] if value and isinstance(value, list) else value
-        return text if text and text.strip() else None            # an empty edit is no edit
-
     text, maybe = (str, list), (str, list, type(None))
-    columns = {"prompt": text}
-    present = {name for row in read_jsonl(path, columns) for name in row}
+    present = {name for row in read_jsonl(path, {}) for name in row}
     better, worse = "chosen", "rejected"
     if unedited and "edited" in present:
         fail(f"{path}: has edits in column `edited` already, which --editor human takes")
     if "chosen" not in present and ("edited" in present or unedited):
         better, worse = "edited", "response"
     columns = {"prompt": text, better: text, worse: text}
+    if "prompt" not in present and {"chosen", "rejected"} <= present and "edited" not in present:
+        del columns["prompt"]
     if "edited" in present:
         columns["edited"] = maybe
     elif better == "edited":
         del columns["edited"]
-    return [{"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"], "chosen": plain(row.get(better)),
-             "rejected": plain(row[worse]), "edited": plain(row.get("edited"))}
-            for k, row in enumerate(read_jsonl(path, columns, lambda row: fault_of_messages(row, columns)))]
+
+    def fault(row):
+        try:
+            return fault_of_messages(row, columns) or better == "chosen" and part_prompt(row) and None
+        except ValueError as error:
+            return str(error)
+
+    pairs = []
+    for k, row in enumerate(read_jsonl(path, columns, fault)):
+        if better == "chosen":
+            row["prompt"], row["chosen"], row["rejected"] = part_prompt(row)
+        pairs.append({"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"],
+                      "chosen": last_text(row.get(better)), "rejected": last_text(row[worse]),
+                      "edited": last_text(row.get("edited"))})
+    return pairs
 
 
 def read_solutions(path):
@@ -659,8 +773,9 @@ def read_solutions(path):
     return list(problems.values())
 
 
-def read_prompts(path):
-    """Prompts of your own for --editor rules: prompt[, response], in the form of read_solutions."""
+def read_prompts(path, rules):
+    """Prompts of your own for --editor rules: prompt[, response], in the form of read_solutions. The patterns
+    go with every problem, as `rules`: they are its oracle."""
 
     def fault(row):
         if not isinstance(row.get("response"), (str, type(None))):
@@ -669,7 +784,8 @@ def read_prompts(path):
 
     problems = {}
     for k, row in enumerate(read_jsonl(path, {"prompt": (str, list)}, fault)):
-        new = {"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"], "samples": []}
+        new = {"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"], "samples": [],
+               "rules": [rule.pattern for rule, _ in rules]}
         problem = problems.setdefault(json.dumps(row["prompt"]), new)
         problem["samples"] += [row["response"]] if row.get("response") else []
     return list(problems.values())
@@ -740,10 +856,16 @@ def encode_pairs(pairs, tokenizer, context, drop, unedited=False):
         if pair["chosen"] is None and not unedited:
             drop["row has no edit and no preferred response"] += 1
             continue
+        if pair["rejected"] is None:
+            drop["row has an empty response"] += 1
+            continue
+        if pair["chosen"] == pair["rejected"] and pair["edited"] is None:
+            drop["row has the same response twice"] += 1
+            continue
         pair["prompt_ids"] = encode_prompt(tokenizer, pair["prompt"])
-        for name in ("chosen", "rejected", "edited"):
-            pair[f"{name}_ids"] = encode_response(tokenizer, pair[name]) if pair[name] is not None else None
-        longest = max(len(pair[name] or []) for name in ("chosen_ids", "rejected_ids", "edited_ids"))
+        for column, name in (("preferred", "chosen"), ("rejected", "rejected"), ("edited", "edited")):
+            pair[f"{column}_ids"] = encode_response(tokenizer, pair[name]) if pair[name] is not None else None
+        longest = max(len(pair[name] or []) for name in ("preferred_ids", "rejected_ids", "edited_ids"))
         if len(pair["prompt_ids"]) + longest > context:
             drop[f"row is longer than the model's context of {context} tokens"] += 1
         else:
@@ -772,8 +894,8 @@ def pairs_of(problem, editor, tokenizer, drop):
     """
     samples = problem["samples"]
     texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
-    if problem.get("solutions"):
-        wrong = [judge(text, problem["solutions"])[0] for text in texts]
+    if has_oracle(problem):
+        wrong = [judge(text, problem)[0] for text in texts]
     else:
         wrong = [int(not right(text, problem)) for text in texts]
     solutions = problem.get("solutions", []) if editor == "oracle" else [problem["solution"]]
@@ -788,12 +910,13 @@ def pairs_of(problem, editor, tokenizer, drop):
         drop["prompt: its samples are equally good, so nothing is worth an edit"] += 1
     pairs = []
     for k, n in enumerate(worse):
-        chosen_ids = best[k % len(best)]
+        preferred_ids = best[k % len(best)]
         edited_ids = nearest(samples[n], candidates)
         pairs.append({**problem, "prompt_ids": encode_prompt(tokenizer, problem["prompt"]),
-                      "chosen": tokenizer.decode(chosen_ids, skip_special_tokens=True), "rejected": texts[n],
+                      "chosen": tokenizer.decode(preferred_ids, skip_special_tokens=True),
+                      "rejected": texts[n],
                       "edited": tokenizer.decode(edited_ids, skip_special_tokens=True),
-                      "chosen_ids": chosen_ids, "rejected_ids": samples[n], "edited_ids": edited_ids})
+                      "preferred_ids": preferred_ids, "rejected_ids": samples[n], "edited_ids": edited_ids})
     return pairs
 
 
@@ -822,28 +945,28 @@ def gate(pair, ops, editor, max_edit_share):
     """The quality gates. Why an edit is dropped and what to tell its editor, or (None, None)."""
     longest = max(len(pair["rejected_ids"]), len(pair["edited_ids"]))
     judged = editor != "careless"                                                 # it has no judge beside it
-    solutions = pair.get("solutions")
-    hits = pair.get("rule_hits", [1, 0])
     if not ops:
         return "the edit changes nothing", "You changed nothing."
     if len(ops) > max_edit_share * longest:
         return (f"the edit changes more than {max_edit_share:.0%} (--max_edit_share)",
                 f"You changed {len(ops) / longest:.0%} of the text; change at most {max_edit_share:.0%}.")
-    if judged and solutions and judge(pair["edited"], solutions)[0] >= judge(pair["rejected"], solutions)[0]:
-        return "the judge does not find the edit better", "Your text has no fewer wrong steps than before."
+    if judged and has_oracle(pair) and judge(pair["edited"], pair)[0] >= judge(pair["rejected"], pair)[0]:
+        return "the judge does not find the edit better", "Your text has no fewer errors than before."
     written = judged and "editor" in pair           # a solution at hand (nearest) is right already
-    if written and not solutions and "answer" in pair and not right(pair["edited"], pair):
+    if written and not has_oracle(pair) and "answer" in pair and not right(pair["edited"], pair):
         return "the answer of the edit is wrong", "The final answer of your text is wrong."
-    if judged and hits[1] >= hits[0]:
-        return "the edit has no fewer hits of the rules", "Your text breaks as many rules as the response."
     return None, None
 
 
 def edit_row(pair, editor, max_edit_share, tokenizer, drop):
-    """One row of edits.jsonl: E1 on (rejected, edited), the quality gates. None if a gate drops the pair."""
+    """One row of edits.jsonl: E1 on (rejected, edited), the quality gates. None if a gate drops the pair.
+    Where the prompt is a conversation, the responses are messages too, as other trainers want them."""
     columns = ("id", "split", "prompt", "solution", "answer", "solutions", "chosen", "rejected", "edited",
-               "rule_hits", "prompt_ids", "chosen_ids", "rejected_ids", "edited_ids")
+               "prompt_ids", "preferred_ids", "rejected_ids", "edited_ids")
     row = {**{name: pair[name] for name in columns if name in pair}, "editor": editor}
+    for name in ("chosen", "rejected", "edited"):
+        if isinstance(pair["prompt"], list) and row[name] is not None:
+            row[name] = [{"role": "assistant", "content": row[name]}]
     if pair["edited"] is None:                      # a preference pair without an edit: for the baseline only
         return {**row, "editor": None, "edit_ops": None, "edit_distance": None, "first_error": None}
     ops = [step for step in align(pair["rejected_ids"], pair["edited_ids"]) if step[0] != "keep"]
@@ -945,7 +1068,7 @@ def with_edit(pair, edited, name, tokenizer, whole):
            "rejected_ids": rejected_ids if ended else rejected_ids[:-1],
            "edited_ids": edited_ids if ended or whole else edited_ids[:-1]}
     if new.get("chosen") is None:
-        new.update(chosen=edited, chosen_ids=new["edited_ids"])
+        new.update(chosen=edited, preferred_ids=new["edited_ids"])
     return new
 
 
@@ -969,7 +1092,7 @@ def write_edits(pairs, editor, template, tokenizer, context, args, drop):
             elif not fault and len(new["prompt_ids"]) + len(new["edited_ids"]) > context:
                 fault = f"the edit is longer than the model's context of {context} tokens"
             if fault:
-                drop[f"editor: {fault}"] += 1
+                drop[f"editor: {fault}"] += k not in edited           # else a gate counts the edit it had
                 continue
             edited[k] = new
             ops = [step for step in align(new["rejected_ids"], new["edited_ids"]) if step[0] != "keep"]
@@ -1067,6 +1190,8 @@ class LlmEditor:
                 row = {"answer": text.strip(), "fault": None}
                 used = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
                 break
+            except OfflineModeIsEnabled:
+                raise LlmError("HF_HUB_OFFLINE stops every request of the client: unset it")
             except Exception as error:              # the client and its transport raise many kinds
                 response = getattr(error, "response", None)
                 status = getattr(response, "status_code", None)
@@ -1107,7 +1232,7 @@ class ModelEditor:
     def __init__(self, args, path):
         self.args, self.name, self.tokens = args, path, Counter()
         self.tokenizer = open_tokenizer(path, chat=True)
-        self.model = fit(open_model(AutoModelForCausalLM, path), self.tokenizer).to(args.device)
+        self.model = fit(open_model(AutoModelForCausalLM, path, args.dtype), self.tokenizer).to(args.device)
 
     def ask_all(self, conversations):
         """(answer, fault) of every conversation, args.llm_workers at once."""
@@ -1155,28 +1280,23 @@ def read_rules(path):
     return rules or fail(f"{path}: has no rules")
 
 
-def count_hits(text, rules):
-    """The oracle of the rules: every hit is an error."""
-    return sum(len(rule.findall(text)) for rule, _ in rules)
-
-
 def rule_pairs(problem, rules, name, tokenizer, drop):
     """A1: every sample with a hit, beside the sample with the fewest (`chosen`; the edit where none has
     fewer), and its minimal edit, in which each hit is replaced."""
     samples = problem["samples"]
     texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
-    hits = [count_hits(text, rules) for text in texts]
+    hits = [judge(text, problem)[0] for text in texts]
     best = hits.index(min(hits))
     pairs = []
     for ids, text, n in zip(samples, texts, hits):
         edited = text
         for rule, replacement in rules:
             edited = rule.sub(replacement, edited)
-        chosen = {"chosen": texts[best], "chosen_ids": samples[best]} if hits[best] < n else {}
+        chosen = {"chosen": texts[best], "preferred_ids": samples[best]} if hits[best] < n else {}
         if not n:
             continue
         pair = {**problem, **chosen, "prompt_ids": encode_prompt(tokenizer, problem["prompt"]),
-                "rejected": text, "rejected_ids": ids, "rule_hits": [n, count_hits(edited, rules)]}
+                "rejected": text, "rejected_ids": ids}
         new = with_edit(pair, edited, name, tokenizer, whole=False)
         if new:
             pairs.append(new)
@@ -1280,7 +1400,7 @@ def main(args):
     if check_run_folder(args):
         print(f"{args.run}/edits.jsonl is there already; --overwrite makes it again")
         return
-    data = read_jsonl(args.data, {"prompt": (str, list)}) if args.data else []
+    data = read_jsonl(args.data, {}) if args.data else []
     rules = read_rules(source_of_edits) if kind == "rules" else None
     solved = not rules and any("solution" in row or "answer" in row for row in data)
     writes = kind in ("llm", "model")
@@ -1293,7 +1413,7 @@ def main(args):
     rng = random.Random(args.seed)
     drop = Counter()
     if solved or rules:
-        problems = read_prompts(args.data) if rules else read_solutions(args.data)
+        problems = read_prompts(args.data, rules) if rules else read_solutions(args.data)
         split_by_prompt(problems, args)
     elif args.data:
         pairs = read_pairs(args.data, writes)
@@ -1307,8 +1427,8 @@ def main(args):
     continued = path.exists() and not args.overwrite
     source = path if continued else args.model
     if source:
-        tokenizer = open_tokenizer(source, any(isinstance(row["prompt"], list) for row in data))
-        model = fit(open_model(AutoModelForCausalLM, source), tokenizer)
+        tokenizer = open_tokenizer(source, any(isinstance(problem["prompt"], list) for problem in problems))
+        model = fit(open_model(AutoModelForCausalLM, source, args.dtype), tokenizer)
     if data:
         check_texts(data, tokenizer, args.data)
         for row in problems:
@@ -1335,12 +1455,14 @@ def main(args):
         fail(f"{args.data}: no training row is left: {dict(drop)}")
     run = start_stage(args, "01")
     if args.overwrite:                              # models of the old pairs would pass for models of the new
-        for name in ("reward_*", "ppo_*", "rlmec*", "eval.json", "report.html"):
+        for name in ("reward_*", "ppo_*", "value_*", "rlmec*", "eval.json", "report.html"):
             for old in run.glob(name):
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
     if not source:
         model, tokenizer = small_policy(task.texts, args)
-    model.to(args.device)
+    model.to(args.device, getattr(torch, args.dtype))
+    if args.gradient_checkpointing:
+        checkpoint_layers(model)
     if not args.data:
         demonstrations = [(encode_prompt(tokenizer, problem["prompt"]),
                            encode_response(tokenizer, task.demonstration(problem, rng)))
@@ -1356,15 +1478,15 @@ def main(args):
     # pairs and their minimal edits
     if writes:
         torch.manual_seed(args.seed)                # a second call samples the responses of the first again
-    if rules:
-        sample_solutions([problem for problem in problems if not problem["samples"]], model, tokenizer, args)
-        pairs = [pair for problem in problems for pair in rule_pairs(problem, rules, source_of_edits,
-                                                                     tokenizer, drop)]
-    elif solved or not args.data:
-        n = args.pair_prompts or {"math": 10000, "qa": 5200}[args.task] if not args.data else len(problems)
+    if rules or solved or not args.data:
+        n = args.pair_prompts or (len(problems) if args.data else {"math": 10000, "qa": 5200}[args.task])
         train = [problem for problem in problems if problem["split"] == "train"][:n]
         used = train + [problem for problem in problems if problem["split"] != "train"]
         sample_solutions([problem for problem in used if not problem.get("samples")], model, tokenizer, args)
+    if rules:
+        pairs = [pair for problem in used for pair in rule_pairs(problem, rules, source_of_edits, tokenizer,
+                                                                 drop)]
+    elif solved or not args.data:
         is_right = [right(tokenizer.decode(ids, skip_special_tokens=True), problem)
                     for problem in used for ids in problem["samples"]]
         print(f"{sum(is_right) / len(is_right):.1%} of {len(is_right)} solutions are right")

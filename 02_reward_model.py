@@ -9,7 +9,7 @@ B2 (generative reward model, GRM).
 
     symbol      variable                 shape
     x           prompt_ids               lists of token ids
-    tau^w       edited_ids               the minimal edit (for A6: y_w, chosen_ids)
+    tau^w       edited_ids               the minimal edit (for A6: y_w, preferred_ids)
     tau^l       rejected_ids             the response that was edited (A6: y_l)
     r_t         rewards                  (B, T)
     R(tau)      response_reward(...)     (B,)
@@ -43,17 +43,19 @@ import sys
 import time
 from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Optional
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers import get_cosine_schedule_with_warmup
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 
@@ -80,6 +82,13 @@ class Args:
     grm_batch: int = field(default=64, metadata={"help": "B2: examples an optimiser step"})
     grm_lr: float = field(default=2e-3, metadata={"help": "B2: learning rate; cosine with 3 %% warm-up"})
     max_new_tokens: int = field(default=48, metadata={"help": "B2: longest rewrite that is tried, in tokens"})
+    dtype: str = field(default="float32", metadata={
+        "help": "of the weights; log-probs, losses and optimiser steps are float32 in any case",
+        "choices": ["float32", "bfloat16"]})
+    gradient_checkpointing: bool = field(default=False, metadata={
+        "help": "less memory, a third more time: activations are computed again in the backward pass"})
+    micro_batch: Optional[int] = field(default=None, metadata={
+        "help": "pairs a forward pass; their gradients add up to those of the whole batch; default: all"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={
         "help": "torch device"})
 
@@ -89,13 +98,13 @@ class Args:
 def token_rewards(model, inputs, response_mask):
     """A2: r_t = r_phi(s_t, a_t) (B, T), read at the position of token t itself; 0 outside the response."""
     T = response_mask.shape[1]
-    return model(**inputs).logits[:, -T:, 0].float() * response_mask
+    return model(**inputs, use_cache=False).logits[:, -T:, 0].float() * response_mask
 
 
 def sequence_reward(model, inputs):
     """A6: R_phi(x, y) (B,), read at the last token of the response. The model's own forward reads it at the
     last token that is no pad token, but a response that is cut off may end in a pad token."""
-    hidden = model.base_model(**inputs).last_hidden_state
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     mask = inputs["attention_mask"]
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
     return model.score(hidden)[torch.arange(len(last), device=mask.device), last, 0].float()
@@ -189,16 +198,19 @@ def located_step(parts, answer_ids, steps, end):
     return next((k for k in range(1, steps + 1) if locate_answer(parts, k, end) == answer_ids), None)
 
 
-def generative_loss(model, prompts, outputs, tasks, pad_id):
-    """B2: maximum likelihood of the outputs (lists of ids) given the prompts: the mean over the output tokens
-    of each task, summed over tasks, so that the few tokens of `locate` count as much as those of `rewrite`.
+def generative_loss(model, examples, batch, pad_id):
+    """B2: maximum likelihood of the outputs given the prompts: the mean over the output tokens of each task,
+    summed over tasks, so that the few tokens of `locate` count as much as those of `rewrite`.
+
+    examples: (prompt ids, output ids, task); batch: all examples of the step, whose tokens are counted.
     """
+    prompts, outputs, tasks = zip(*examples)
     inputs, mask = pack(prompts, outputs, pad_id, model.device)
     logprobs = token_logprobs(response_logits(model, inputs, mask), inputs, mask)
     loss = 0.0
     for task in sorted(set(tasks)):
         rows = torch.tensor([name == task for name in tasks], device=mask.device)
-        loss = loss - logprobs[rows].sum() / mask[rows].sum()
+        loss = loss - logprobs[rows].sum() / sum(len(output) for _, output, name in batch if name == task)
     return loss
 
 
@@ -275,14 +287,13 @@ def check_folder(path):
         fail(f"{path}: no model folder; run the stage that writes it first, or name another one")
 
 
-def open_model(auto_class, path, **options):
-    """from_pretrained in float32 (log-probs must not round), eval mode (dropout off), or a readable error."""
+def open_model(auto_class, path, dtype="float32", **options):
+    """from_pretrained in eval mode, so that dropout is off, or a readable error."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     check_folder(path)
     try:
-        model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True,
-                                                 **options)
+        model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     except Exception as error:                     # transformers and safetensors raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
@@ -361,6 +372,53 @@ def context_of(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
+def checkpoint_layers(model):
+    """Gradient checkpointing: every layer keeps its input alone and computes the rest again in the backward
+    pass. The model's own switch for it would need training mode, which turns dropout on."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        fail(f"--gradient_checkpointing: {type(model).__name__} has no layers for it")
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+class Optimizer(torch.optim.AdamW):
+    """AdamW with gradients clipped to norm 1 a model. groups: pairs (model, learning rate).
+
+    Small steps would be lost in the rounding of weights in bfloat16: float32 copies of them take the steps
+    and add up the gradients.
+    """
+
+    def __init__(self, *groups):
+        self.copies = []                                       # (weight in bfloat16, its copy in float32)
+        parameters = [{"params": [self.float32(weight) for weight in model.parameters()], "lr": lr}
+                      for model, lr in groups]
+        super().__init__(parameters, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def float32(self, weight):
+        if weight.dtype == torch.float32:
+            return weight
+        copy = weight.detach().float()
+        copy.grad = torch.zeros_like(copy)
+        self.copies.append((weight, copy))
+        weight.register_post_accumulate_grad_hook(partial(self.move_gradient, copy))
+        return copy
+
+    @staticmethod
+    def move_gradient(copy, weight):
+        copy.grad += weight.grad
+        weight.grad = None
+
+    @torch.no_grad()
+    def clip_and_step(self):
+        for group in self.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        self.step()
+        self.zero_grad(set_to_none=not self.copies)
+        for weight, copy in self.copies:
+            weight.copy_(copy)
+
+
 def save_model(model, tokenizer, path):
     """save_pretrained beside the target first, so that a model folder is whole or absent."""
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -402,7 +460,7 @@ def pack(prompts, responses, pad_id, device):
 def response_logits(model, inputs, response_mask):
     """Logits (B, T, vocabulary) in float32 that score the response tokens: those at t-1 score token t."""
     T = response_mask.shape[1]
-    return model(**inputs, logits_to_keep=T + 1).logits[:, :-1].float()
+    return model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, :-1].float()
 
 
 def token_logprobs(logits, inputs, response_mask):
@@ -464,13 +522,22 @@ def split_steps(text):
     return tuple(step.strip() for step in re.split(r"\n|(?<=;)|(?<=\.)\s", text) if step.strip())
 
 
-def judge(response, solutions):
-    """(wrong steps, answer right?) of a response. Its steps against those of the nearest right solution (E1):
-    a step replaced, deleted or inserted on the way there is a wrong one; the last step is the answer."""
+def judge(response, problem):
+    """The oracle of a problem: (wrong steps, answer right?) of a response. Its steps against those of the
+    nearest right solution (E1): a step replaced, deleted or inserted on the way there is a wrong one; the
+    last step is the answer. With `rules`, regular expressions, every hit is wrong, and right is no hit."""
+    if problem.get("rules"):
+        hits = sum(1 for rule in problem["rules"] for _ in re.finditer(rule, response))
+        return hits, hits == 0
     steps = split_steps(response)
-    wrong_steps = min(edit_distance(steps, split_steps(solution)) for solution in solutions)
-    answer_right = any(steps[-1:] == split_steps(solution)[-1:] for solution in solutions)
-    return wrong_steps, answer_right
+    solutions = [split_steps(solution) for solution in problem["solutions"]]
+    wrong_steps = min(edit_distance(steps, solution) for solution in solutions)
+    return wrong_steps, any(steps[-1:] == solution[-1:] for solution in solutions)
+
+
+def has_oracle(problem):
+    """Does a problem carry what `judge` needs: all its right solutions, or rules?"""
+    return bool(problem.get("solutions") or problem.get("rules"))
 
 
 def final_answer(text):
@@ -482,10 +549,10 @@ def final_answer(text):
 
 
 def right(response, problem):
-    """Is a solution right? With an oracle (`solutions`): no step is wrong. Else its final answer counts: the
-    same number as `answer`, or, where that is no number, a last step that is the answer, word for word."""
-    if problem.get("solutions"):
-        return judge(response, problem["solutions"])[0] == 0
+    """Is a response right? With an oracle: nothing is wrong. Else its final answer counts: the same number as
+    `answer`, or, where that is no number, a last step that is the answer, word for word."""
+    if has_oracle(problem):
+        return judge(response, problem)[0] == 0
     answer = final_answer(problem["answer"])
     if answer is None:
         return split_steps(response)[-1:] == split_steps(problem["answer"])[-1:]
@@ -513,7 +580,7 @@ def paint(text, code):
 # --- Training ----------------------------------------------------------------------------------------------
 
 def score(kind, model, rows, column, pad_id):
-    """Rewards of a column of responses (rejected, edited, chosen): (B, T) and its mask, or (B,) and None.
+    """Rewards of a column of responses (rejected, edited, preferred): (B, T) and its mask, or (B,) and None.
     generative: p_t - 0.5 after the rewrite prompt, which is B3 before its clip."""
     prompts = [row["rewrite_prompt" if kind == "generative" else "prompt_ids"] for row in rows]
     inputs, mask = pack(prompts, [row[f"{column}_ids"] for row in rows], pad_id, model.device)
@@ -529,7 +596,7 @@ def pair_loss(kind, model, rows, pad_id, args):
     """Loss of a batch of pairs: A5 on (edited, rejected) or A6 on (chosen, rejected)."""
     rewards_l, mask_l = score(kind, model, rows, "rejected", pad_id)
     if kind == "sequence":
-        rewards_w, _ = score(kind, model, rows, "chosen", pad_id)
+        rewards_w, _ = score(kind, model, rows, "preferred", pad_id)
         return sequence_loss(rewards_w, rewards_l)
     rewards_w, mask_w = score(kind, model, rows, "edited", pad_id)
     kept = [kept_tokens(r["edit_ops"], len(r["rejected_ids"]), len(r["edited_ids"])) for r in rows]
@@ -537,21 +604,24 @@ def pair_loss(kind, model, rows, pad_id, args):
                              args.response_reward)
 
 
-def train(kind, model, batches, loss_of, lr):
-    """AdamW, one step a batch; loss_of(batch) is A5, A6 or B2."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+def train(kind, model, batches, loss_of, lr, micro_batch):
+    """One step of AdamW a batch, `micro_batch` rows at a time; loss_of(rows, batch) is their part of A5, A6
+    or B2 on the batch."""
+    optimizer = Optimizer((model, lr))
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * len(batches)), len(batches))
     bar = tqdm(batches, desc=f"reward_{kind}", unit="step", mininterval=1.0)
     for batch in bar:
-        loss = loss_of(batch)
-        if not loss.isfinite():
-            fail(f"reward_{kind}, step {bar.n}: the loss is {loss.item()}; lower the learning rate")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        total = 0.0
+        size = micro_batch or len(batch)
+        for start in range(0, len(batch), size):
+            loss = loss_of(batch[start:start + size], batch)
+            loss.backward()
+            total += loss.item()
+        if not np.isfinite(total):
+            fail(f"reward_{kind}, step {bar.n}: the loss is {total}; lower the learning rate")
+        optimizer.clip_and_step()
         schedule.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        bar.set_postfix(loss=f"{total:.3f}", refresh=False)
 
 
 def shuffled(rows, epochs, size, rng):
@@ -572,10 +642,11 @@ def generative_rows(rows, tokenizer, context, args):
         parts_of = (parts, row["prompt_ids"], solution_ids)
         row["rewrite_prompt"] = rewrite_prompt(*parts_of, row["rejected_ids"], end)
         row["locate_prompt"] = locate_prompt(*parts_of, row["rejected_ids"], end, tokenizer)
-        row["chosen_right"] = row["chosen_ids"][-1] == end and right(row["chosen"], row)
-        row["copy_prompt"] = rewrite_prompt(*parts_of, row["chosen_ids"], end)
+        chosen = tokenizer.decode(row["preferred_ids"], skip_special_tokens=True)
+        row["chosen_right"] = row["preferred_ids"][-1] == end and right(chosen, row)
+        row["copy_prompt"] = rewrite_prompt(*parts_of, row["preferred_ids"], end)
         longest = max(len(row[name]) for name in ("rewrite_prompt", "locate_prompt", "copy_prompt"))
-        output = max(len(row["edited_ids"]), len(row["chosen_ids"]), args.max_new_tokens)
+        output = max(len(row["edited_ids"]), len(row["preferred_ids"]), args.max_new_tokens)
         if longest + output <= context:
             fitting.append(row)
     if len(fitting) < len(rows):
@@ -589,7 +660,8 @@ def generative_batches(rows, tokenizer, args):
     they are sampled. `locate` is the harder task, so its examples come more often."""
     parts, end = instructions(tokenizer), tokenizer.eos_token_id
     rewrites = [(row["rewrite_prompt"], row["edited_ids"], "rewrite") for row in rows]
-    rewrites += [(row["copy_prompt"], row["chosen_ids"], "rewrite") for row in rows if row["chosen_right"]]
+    copies = [row for row in rows if row["chosen_right"]]
+    rewrites += [(row["copy_prompt"], row["preferred_ids"], "rewrite") for row in copies]
     locations = [(row["locate_prompt"], locate_answer(parts, row["first_wrong_step"], end), "locate")
                  for row in rows if row.get("first_wrong_step")]
     examples = rewrites * args.rewrite_epochs + locations * args.locate_epochs
@@ -620,8 +692,9 @@ def average_precision(positive, negative):
 def score_all(kind, model, rows, column, pad_id, args):
     """Rewards of all rows: a list of floats a response, or one float (sequence)."""
     rewards = []
-    for start in range(0, len(rows), 4 * args.batch):
-        values, mask = score(kind, model, rows[start:start + 4 * args.batch], column, pad_id)
+    size = args.micro_batch or 4 * args.batch
+    for start in range(0, len(rows), size):
+        values, mask = score(kind, model, rows[start:start + size], column, pad_id)
         rewards += values.tolist() if kind == "sequence" else [v[m].tolist() for v, m in zip(values, mask)]
     return rewards
 
@@ -671,7 +744,7 @@ def localisation(kind, model, rows, pad_id, args):
 
 def reward_scale(kind, model, rows, pad_id, args):
     """What stage 3 needs to scale rewards: mean and standard deviation of the total reward of a response."""
-    totals = [np.sum(rewards) for column in ("rejected", "chosen")
+    totals = [np.sum(rewards) for column in ("rejected", "preferred")
               for rewards in score_all(kind, model, rows, column, pad_id, args)]
     return {"mean": float(np.mean(totals)), "std": float(np.std(totals))}
 
@@ -697,7 +770,7 @@ def rewriting(model, rows, tokenizer, args):
     steps = [located_step(parts, answer, len(step_starts(row["rejected_ids"], tokenizer)), end)
              for row, answer in zip(numbered, answers([row["locate_prompt"] for row in numbered]))]
     copies = [row["copy_prompt"] for row in rows if row["chosen_right"]]
-    chosen = [row["chosen_ids"] for row in rows if row["chosen_right"]]
+    chosen = [row["preferred_ids"] for row in rows if row["chosen_right"]]
     share = lambda hits: float(np.mean(list(hits))) if hits else None
     return {"exact_rewrites": share([ids == row["edited_ids"] for row, ids in zip(rows, rewrites)]),
             "right_rewrites": share([right(text, row) for text, row in zip(texts, rows)]),
@@ -751,10 +824,18 @@ def show_metrics(kind, metrics):
 
 # --- The stage ---------------------------------------------------------------------------------------------
 
+def last_text(text):
+    """The text of a column that is a plain string or a list of chat messages, whose last one counts; None
+    where it has none."""
+    if text and isinstance(text, list):
+        text = text[-1].get("content") if isinstance(text[-1], dict) else None
+    return text if isinstance(text, str) and text.strip() else None
+
+
 def fault_of_edit(row, vocabulary):
     """What is wrong with the ids and operations of a row of edits.jsonl, or None."""
     ops = row.get("edit_ops")
-    names = ["prompt_ids", "chosen_ids", "rejected_ids"] + ["edited_ids"] * bool(ops)
+    names = ["prompt_ids", "preferred_ids", "rejected_ids"] + ["edited_ids"] * bool(ops)
     for name in names:
         ids = row.get(name)
         if not isinstance(ids, list) or not all(type(k) is int and 0 <= k < vocabulary for k in ids):
@@ -784,23 +865,26 @@ def fault_of_edit(row, vocabulary):
 
 def open_edits(path, tokenizer):
     """Rows of edits.jsonl, checked against the tokenizer of the model they will train."""
-    columns = {"split": str, "rejected": str, "prompt_ids": list, "chosen_ids": list, "rejected_ids": list}
+    columns = {"split": str, "rejected": (str, list), "prompt_ids": list, "preferred_ids": list,
+               "rejected_ids": list}
     rows = read_jsonl(path, columns, lambda row: fault_of_edit(row, vocabulary_size(tokenizer)))
     texts = tokenizer.batch_decode([row["rejected_ids"] for row in rows[:50]], skip_special_tokens=True)
+    written = [last_text(row["rejected"]) or "" for row in rows[:50]]
     encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
-    if all(text != row["rejected"] and encode(row["rejected"]) != row["rejected_ids"][:-1]
-           for text, row in zip(texts, rows)):     # ids that were sampled decode to it, others encode it
+    if all(text != shown and encode(text) != row["rejected_ids"][:-1]      # sampled ids need not encode it
+           for text, shown, row in zip(written, texts, rows)):
         fail(f"{path}: its token ids are not of the tokenizer in {tokenizer.name_or_path}: another run?")
     return rows
 
 
-def open_reward_model(kind, path, tokenizer):
+def open_reward_model(kind, path, dtype, tokenizer):
     """The model of A2 or A6 on top of a language model: one output, its head at zero, so that all rewards
     start at 0. The GRM (B2) is a language model itself."""
     if kind == "generative":
-        return fit(open_model(AutoModelForCausalLM, path), tokenizer)
+        return fit(open_model(AutoModelForCausalLM, path, dtype), tokenizer)
     auto_class = AutoModelForTokenClassification if kind == "token" else AutoModelForSequenceClassification
-    model = fit(open_model(auto_class, path, num_labels=1), tokenizer)
+    model = fit(open_model(auto_class, path, dtype, num_labels=1), tokenizer)
+    model.config.problem_type = "regression"       # a text-classification pipeline then applies no sigmoid
     model.config.pad_token_id = tokenizer.pad_token_id
     for name, parameter in model.named_parameters():
         if not name.startswith(model.base_model_prefix + "."):
@@ -839,7 +923,9 @@ def main(args):
     if todo:
         start_stage(args, "02")
     for kind, path, usable in todo:
-        model = open_reward_model(kind, model_path, tokenizer).to(args.device)
+        model = open_reward_model(kind, model_path, args.dtype, tokenizer).to(args.device)
+        if args.gradient_checkpointing:
+            checkpoint_layers(model)
         start = time.time()
         pad_id = tokenizer.pad_token_id
         if kind == "generative":
@@ -851,14 +937,16 @@ def main(args):
             fail(f"reward_{kind}: no row is left to train on, or none to measure with: use a model with a "
                  "longer context, or shorter solutions")
         if kind == "generative":
-            train(kind, model, generative_batches(training, tokenizer, args),
-                  lambda batch: generative_loss(model, *zip(*batch), pad_id), args.grm_lr)
+            batches, lr = generative_batches(training, tokenizer, args), args.grm_lr
+            loss_of = lambda rows, batch: generative_loss(model, rows, batch, pad_id)
         else:
-            train(kind, model, shuffled(training, args.epochs, args.batch, random.Random(args.seed)),
-                  lambda batch: pair_loss(kind, model, batch, pad_id, args), args.lr)
+            batches = shuffled(training, args.epochs, args.batch, random.Random(args.seed))
+            lr = args.lr
+            loss_of = lambda rows, batch: pair_loss(kind, model, rows, pad_id, args) * len(rows) / len(batch)
+        train(kind, model, batches, loss_of, lr, args.micro_batch)
         metrics[kind] = {
             "pair_accuracy": pair_accuracy(kind, model, edited, "edited", pad_id, args) if edited else None,
-            "preference_accuracy": pair_accuracy(kind, model, held_out, "chosen", pad_id, args),
+            "preference_accuracy": pair_accuracy(kind, model, held_out, "preferred", pad_id, args),
             "pairs": len(edited or held_out),
             "localisation": localisation(kind, model, edited, pad_id, args) if kind != "sequence" else None,
             "scale": reward_scale(kind, model, held_out, pad_id, args),

@@ -31,6 +31,7 @@ Simplified against the papers:
 
 Reads:  RUN/policy/  RUN/problems.jsonl  RUN/reward_*/  RUN/reward_metrics.json
 Writes: RUN/ppo_token/  RUN/ppo_sequence/  RUN/rlmec/  RUN/rlmec_imitation/, a CSV each, RUN/03_args.json
+        RUN/value_token/  RUN/value_sequence/, the value models of PPO
 
     python 03_ppo.py                      about 2 minutes on two CPU cores (no GPU was at hand to measure)
     python 03_ppo.py --method rlmec_reward     an ablation of RLMEC: imitation, reward, uniform or noclip
@@ -38,6 +39,7 @@ Writes: RUN/ppo_token/  RUN/ppo_sequence/  RUN/rlmec/  RUN/rlmec_imitation/, a C
 
 import csv
 import json
+import math
 import os
 import random
 import re
@@ -47,16 +49,19 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Optional
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm, trange
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser
 from transformers import get_cosine_schedule_with_warmup
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
 
@@ -100,6 +105,13 @@ class Args:
     imitation_weight: float = field(default=1.0, metadata={"help": "B7: weight of L_IR, lambda"})
     uniform_gamma: bool = field(default=False, metadata={"help": "B6: gamma_t = 1 for every token"})
     eval_every: int = field(default=2, metadata={"help": "updates between looks at the validation prompts"})
+    dtype: str = field(default="float32", metadata={
+        "help": "of the weights; log-probs, losses and optimiser steps are float32 in any case",
+        "choices": ["float32", "bfloat16"]})
+    gradient_checkpointing: bool = field(default=False, metadata={
+        "help": "less memory, a third more time: activations are computed again in the backward pass"})
+    micro_batch: Optional[int] = field(default=None, metadata={
+        "help": "responses a forward pass; their gradients add up to those of the whole batch; default: all"})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={
         "help": "torch device"})
 
@@ -129,7 +141,7 @@ def kl_rewards(scores, old_logprobs, ref_logprobs, kappa):
 def token_values(value_model, inputs, response_mask):
     """V(s_t) (B, T): the output at position t-1, where token t is not yet known. 0 outside the response."""
     T = response_mask.shape[1]
-    return value_model(**inputs).logits[:, -T - 1:-1, 0].float() * response_mask
+    return value_model(**inputs, use_cache=False).logits[:, -T - 1:-1, 0].float() * response_mask
 
 
 def gae(rewards, values, response_mask, gamma, lam):
@@ -321,14 +333,13 @@ def check_folder(path):
         fail(f"{path}: no model folder; run the stage that writes it first, or name another one")
 
 
-def open_model(auto_class, path, **options):
-    """from_pretrained in float32 (log-probs must not round), eval mode (dropout off), or a readable error."""
+def open_model(auto_class, path, dtype="float32", **options):
+    """from_pretrained in eval mode, so that dropout is off, or a readable error."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     check_folder(path)
     try:
-        model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True,
-                                                 **options)
+        model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     except Exception as error:                     # transformers and safetensors raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
@@ -407,6 +418,53 @@ def context_of(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
+def checkpoint_layers(model):
+    """Gradient checkpointing: every layer keeps its input alone and computes the rest again in the backward
+    pass. The model's own switch for it would need training mode, which turns dropout on."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not layers:
+        fail(f"--gradient_checkpointing: {type(model).__name__} has no layers for it")
+    for layer in layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+class Optimizer(torch.optim.AdamW):
+    """AdamW with gradients clipped to norm 1 a model. groups: pairs (model, learning rate).
+
+    Small steps would be lost in the rounding of weights in bfloat16: float32 copies of them take the steps
+    and add up the gradients.
+    """
+
+    def __init__(self, *groups):
+        self.copies = []                                       # (weight in bfloat16, its copy in float32)
+        parameters = [{"params": [self.float32(weight) for weight in model.parameters()], "lr": lr}
+                      for model, lr in groups]
+        super().__init__(parameters, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def float32(self, weight):
+        if weight.dtype == torch.float32:
+            return weight
+        copy = weight.detach().float()
+        copy.grad = torch.zeros_like(copy)
+        self.copies.append((weight, copy))
+        weight.register_post_accumulate_grad_hook(partial(self.move_gradient, copy))
+        return copy
+
+    @staticmethod
+    def move_gradient(copy, weight):
+        copy.grad += weight.grad
+        weight.grad = None
+
+    @torch.no_grad()
+    def clip_and_step(self):
+        for group in self.param_groups:
+            torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+        self.step()
+        self.zero_grad(set_to_none=not self.copies)
+        for weight, copy in self.copies:
+            weight.copy_(copy)
+
+
 def save_model(model, tokenizer, path):
     """save_pretrained beside the target first, so that a model folder is whole or absent."""
     model.config.pad_token_id = tokenizer.pad_token_id
@@ -476,13 +534,27 @@ def pack(prompts, responses, pad_id, device):
 def response_logits(model, inputs, response_mask):
     """Logits (B, T, vocabulary) in float32 that score the response tokens: those at t-1 score token t."""
     T = response_mask.shape[1]
-    return model(**inputs, logits_to_keep=T + 1).logits[:, :-1].float()
+    return model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, :-1].float()
 
 
 def token_logprobs(logits, inputs, response_mask):
     """log pi(a_t | s_t) (B, T) of the response tokens, 0 where the mask is."""
     tokens = inputs["input_ids"][:, -response_mask.shape[1]:]
     return -F.cross_entropy(logits.transpose(1, 2), tokens, reduction="none") * response_mask
+
+
+def response_logprobs(model, inputs, response_mask, temperature=1.0):
+    """log pi(a_t | s_t) (B, T) of a model."""
+    return token_logprobs(response_logits(model, inputs, response_mask) / temperature, inputs, response_mask)
+
+
+@torch.no_grad()
+def in_parts(function, inputs, response_mask, size):
+    """function(inputs, response_mask) in parts of `size` rows (None: all), because the logits of a whole
+    rollout may need more memory than its training."""
+    size = size or len(response_mask)
+    return torch.cat([function({name: tensor[k:k + size] for name, tensor in inputs.items()},
+                               response_mask[k:k + size]) for k in range(0, len(response_mask), size)])
 
 
 @torch.no_grad()
@@ -509,13 +581,13 @@ def paint(text, code):
 def token_rewards(model, inputs, response_mask):
     """A2: r_t = r_phi(s_t, a_t) (B, T), read at the position of token t itself; 0 outside the response."""
     T = response_mask.shape[1]
-    return model(**inputs).logits[:, -T:, 0].float() * response_mask
+    return model(**inputs, use_cache=False).logits[:, -T:, 0].float() * response_mask
 
 
 def sequence_reward(model, inputs):
     """A6: R_phi(x, y) (B,), read at the last token of the response. The model's own forward reads it at the
     last token that is no pad token, but a response that is cut off may end in a pad token."""
-    hidden = model.base_model(**inputs).last_hidden_state
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     mask = inputs["attention_mask"]
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
     return model.score(hidden)[torch.arange(len(last), device=mask.device), last, 0].float()
@@ -586,13 +658,22 @@ def split_steps(text):
     return tuple(step.strip() for step in re.split(r"\n|(?<=;)|(?<=\.)\s", text) if step.strip())
 
 
-def judge(response, solutions):
-    """(wrong steps, answer right?) of a response. Its steps against those of the nearest right solution (E1):
-    a step replaced, deleted or inserted on the way there is a wrong one; the last step is the answer."""
+def judge(response, problem):
+    """The oracle of a problem: (wrong steps, answer right?) of a response. Its steps against those of the
+    nearest right solution (E1): a step replaced, deleted or inserted on the way there is a wrong one; the
+    last step is the answer. With `rules`, regular expressions, every hit is wrong, and right is no hit."""
+    if problem.get("rules"):
+        hits = sum(1 for rule in problem["rules"] for _ in re.finditer(rule, response))
+        return hits, hits == 0
     steps = split_steps(response)
-    wrong_steps = min(edit_distance(steps, split_steps(solution)) for solution in solutions)
-    answer_right = any(steps[-1:] == split_steps(solution)[-1:] for solution in solutions)
-    return wrong_steps, answer_right
+    solutions = [split_steps(solution) for solution in problem["solutions"]]
+    wrong_steps = min(edit_distance(steps, solution) for solution in solutions)
+    return wrong_steps, any(steps[-1:] == solution[-1:] for solution in solutions)
+
+
+def has_oracle(problem):
+    """Does a problem carry what `judge` needs: all its right solutions, or rules?"""
+    return bool(problem.get("solutions") or problem.get("rules"))
 
 
 def final_answer(text):
@@ -604,10 +685,10 @@ def final_answer(text):
 
 
 def right(response, problem):
-    """Is a solution right? With an oracle (`solutions`): no step is wrong. Else its final answer counts: the
-    same number as `answer`, or, where that is no number, a last step that is the answer, word for word."""
-    if problem.get("solutions"):
-        return judge(response, problem["solutions"])[0] == 0
+    """Is a response right? With an oracle: nothing is wrong. Else its final answer counts: the same number as
+    `answer`, or, where that is no number, a last step that is the answer, word for word."""
+    if has_oracle(problem):
+        return judge(response, problem)[0] == 0
     answer = final_answer(problem["answer"])
     if answer is None:
         return split_steps(response)[-1:] == split_steps(problem["answer"])[-1:]
@@ -628,23 +709,46 @@ def step_starts(ids, tokenizer):
 
 # --- PPO: one update ---------------------------------------------------------------------------------------
 
+ROUNDING = {"float32": 1e-3, "bfloat16": 0.5}     # largest |log rho| of one policy in batches of two shapes
+
+
 @torch.no_grad()
 def rollout(kind, models, prompts, tokenizer, scale, args):
     """Sample a response to each prompt and compute all that the update needs, from the same forward pass as
     training: a dictionary of (B, T) tensors, the model inputs, and the responses as lists of ids."""
     responses = sample(models["policy"], prompts, tokenizer, args.max_new_tokens, args.temperature)
     inputs, mask = pack(prompts, responses, tokenizer.pad_token_id, args.device)
-    logits = response_logits(models["policy"], inputs, mask) / args.temperature
-    ref_logits = response_logits(models["reference"], inputs, mask) / args.temperature
-    logprobs = token_logprobs(logits, inputs, mask)
-    ref_logprobs = token_logprobs(ref_logits, inputs, mask)
-    values = token_values(models["value"], inputs, mask)
-    scores = scores_of(kind, models["reward"], inputs, mask, scale)
+    in_rows = lambda function: in_parts(function, inputs, mask, args.micro_batch)
+    logprobs = in_rows(partial(response_logprobs, models["policy"], temperature=args.temperature))
+    ref_logprobs = in_rows(partial(response_logprobs, models["reference"], temperature=args.temperature))
+    values = in_rows(partial(token_values, models["value"]))
+    scores = in_rows(partial(scores_of, kind, models["reward"], scale=scale))
     rewards = kl_rewards(scores, logprobs, ref_logprobs, args.kappa)                # A7
     advantages, returns = gae(rewards, values, mask, args.gamma, args.lam)          # A8
     return responses, inputs, {"mask": mask, "old_logprobs": logprobs, "ref_logprobs": ref_logprobs,
                                "old_values": values, "scores": scores, "rewards": rewards, "returns": returns,
                                "advantages": masked_whiten(advantages, mask)}       # A9: normalised
+
+
+def backward(models, inputs, part, share, args):
+    """The losses of A9 on some rows of a minibatch and their gradients, times share: the rows' part of the
+    minibatch's response tokens, so that N in A9 counts them all. Returns the statistics, also times share,
+    and the largest |log rho|."""
+    mask = part["mask"]
+    logits = response_logits(models["policy"], inputs, mask) / args.temperature
+    logprobs = token_logprobs(logits, inputs, mask)
+    values = token_values(models["value"], inputs, mask)
+    loss_policy = policy_loss(logprobs, part["old_logprobs"], part["advantages"], mask, args.clip)
+    loss_value = value_loss(values, part["old_values"], part["returns"], mask, args.value_clip)
+    loss = loss_policy + loss_value                  # two models: neither loss reaches the other's weights
+    (loss * share).backward()
+    logratio = (logprobs - part["old_logprobs"]).detach()
+    entropy = torch.distributions.Categorical(logits=logits.detach()).entropy()
+    statistics = {"policy_loss": loss_policy, "value_loss": loss_value,
+                  "approx_kl": masked_mean(logratio.exp() - 1 - logratio, mask),                   # k3
+                  "clipfrac": masked_mean(((logratio.exp() - 1).abs() > args.clip).float(), mask),
+                  "entropy": masked_mean(entropy, mask)}
+    return {name: value.item() * share for name, value in statistics.items()}, logratio.abs().max().item()
 
 
 def update(models, optimizer, inputs, batch, args, update_number):
@@ -653,32 +757,24 @@ def update(models, optimizer, inputs, batch, args, update_number):
     B = len(batch["mask"])
     for epoch in range(args.ppo_epochs):
         for rows in torch.randperm(B, device=batch["mask"].device).split(args.minibatch):
-            part = {name: tensor[rows] for name, tensor in batch.items()}
-            part_inputs = {name: tensor[rows] for name, tensor in inputs.items()}
-            mask = part["mask"]
-            logits = response_logits(models["policy"], part_inputs, mask) / args.temperature
-            logprobs = token_logprobs(logits, part_inputs, mask)
-            values = token_values(models["value"], part_inputs, mask)
-            loss_policy = policy_loss(logprobs, part["old_logprobs"], part["advantages"], mask, args.clip)
-            loss_value = value_loss(values, part["old_values"], part["returns"], mask, args.value_clip)
-            loss = loss_policy + loss_value          # two models: neither loss reaches the other's weights
-            if not loss.isfinite():
-                fail(f"update {update_number}: the loss is {loss.item()}; lower --lr or raise --kappa")
-            with torch.no_grad():
-                logratio = logprobs - part["old_logprobs"]
-                clipfrac = masked_mean(((logratio.exp() - 1).abs() > args.clip).float(), mask).item()
-                approx_kl = masked_mean(logratio.exp() - 1 - logratio, mask).item()          # k3
-                if update_number == 1 and not statistics:
-                    assert logratio.abs().max() < 1e-3 and clipfrac == 0, "rho is not 1 before the first step"
-                entropy = masked_mean(torch.distributions.Categorical(logits=logits).entropy(), mask).item()
-            loss.backward()
-            for name in ("policy", "value"):
-                torch.nn.utils.clip_grad_norm_(models[name].parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            statistics.append({"policy_loss": loss_policy.item(), "value_loss": loss_value.item(),
-                               "approx_kl": approx_kl, "clipfrac": clipfrac, "entropy": entropy})
-            if args.target_kl and approx_kl > args.target_kl:
+            tokens = batch["mask"][rows].sum()
+            parts, logratios = [], []
+            for micro in rows.split(args.micro_batch or len(rows)):
+                part = {name: tensor[micro] for name, tensor in batch.items()}
+                part_inputs = {name: tensor[micro] for name, tensor in inputs.items()}
+                share = (part["mask"].sum() / tokens).item()
+                row, logratio = backward(models, part_inputs, part, share, args)
+                parts.append(row)
+                logratios.append(logratio)
+            row = {name: sum(part[name] for part in parts) for name in parts[0]}
+            loss = row["policy_loss"] + row["value_loss"]
+            if not math.isfinite(loss):
+                fail(f"update {update_number}: the loss is {loss}; lower --lr or raise --kappa")
+            if update_number == 1 and not statistics:
+                assert max(logratios) < ROUNDING[args.dtype], "rho is not 1 before the first step"
+            optimizer.clip_and_step()
+            statistics.append(row)
+            if args.target_kl and row["approx_kl"] > args.target_kl:
                 return average(statistics)
     return average(statistics)
 
@@ -698,8 +794,8 @@ def validate(policy, problems, tokenizer, args):
                             args.temperature)
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     result = {"accuracy": sum(map(right, texts, problems)) / len(texts)}
-    if all(problem.get("solutions") for problem in problems):
-        wrong = [judge(text, problem["solutions"])[0] for text, problem in zip(texts, problems)]
+    if all(map(has_oracle, problems)):
+        wrong = [judge(text, problem)[0] for text, problem in zip(texts, problems)]
         result["wrong_steps"] = sum(wrong) / len(wrong)
     return result
 
@@ -734,20 +830,24 @@ def ppo(kind, problems, tokenizer, scale, args, paths):
     """Train one policy on one kind of reward; one CSV row and one progress-bar line an update."""
     torch.manual_seed(args.seed)                       # the same prompts and seeds for both kinds
     auto_class = AutoModelForTokenClassification if kind == "token" else AutoModelForSequenceClassification
-    models = {"policy": open_model(AutoModelForCausalLM, paths["policy"]),
-              "reference": open_model(AutoModelForCausalLM, paths["policy"]),
-              "value": open_model(AutoModelForTokenClassification, paths["policy"], num_labels=1),
-              "reward": open_model(auto_class, paths["reward"])}
+    models = {"policy": open_model(AutoModelForCausalLM, paths["policy"], args.dtype),
+              "reference": open_model(AutoModelForCausalLM, paths["policy"], args.dtype),
+              "value": open_model(AutoModelForTokenClassification, paths["policy"], args.dtype, num_labels=1),
+              "reward": open_model(auto_class, paths["reward"], args.dtype)}
+    for name in ("reference", "reward"):
+        models[name].requires_grad_(False)
     for name, parameter in models["value"].named_parameters():
         if not name.startswith(models["value"].base_model_prefix + "."):
             torch.nn.init.zeros_(parameter)            # a head of zeros: V = 0 at the start
     for model in models.values():
         fit(model, tokenizer).to(args.device)
-    optimizer = torch.optim.AdamW([{"params": models["policy"].parameters(), "lr": args.lr},
-                                   {"params": models["value"].parameters(), "lr": args.value_lr}],
-                                  betas=(0.9, 0.95), weight_decay=0.0)
+    if args.gradient_checkpointing:
+        checkpoint_layers(models["policy"])
+        checkpoint_layers(models["value"])
+    optimizer = Optimizer((models["policy"], args.lr), (models["value"], args.value_lr))
     train = [problem for problem in problems if problem["split"] == "train"]
-    val = [problem for problem in problems if problem["split"] == "val" and problem.get("answer")]
+    val = [problem for problem in problems if problem["split"] == "val"
+           and (has_oracle(problem) or problem.get("answer"))]
     rng = random.Random(args.seed)
     queue = []
     seconds = 0.0
@@ -768,7 +868,8 @@ def ppo(kind, problems, tokenizer, scale, args, paths):
             assert abs(row["kl"]) < 1e-3, "the policy does not start as the reference"
         row.update(update(models, optimizer, inputs, batch, args, number))
         with torch.no_grad():
-            if not models["policy"](**{name: x[:8] for name, x in inputs.items()}).logits.isfinite().all():
+            few = {name: tensor[:8] for name, tensor in inputs.items()}
+            if not models["policy"](**few, logits_to_keep=1).logits.isfinite().all():
                 fail(f"update {number}: the policy is not finite any more; lower --lr or raise --kappa")
         elapsed = time.time() - start
         seconds += elapsed
@@ -779,6 +880,7 @@ def ppo(kind, problems, tokenizer, scale, args, paths):
         shown = {name: f"{row[name]:.2f}" for name in ("score", "kl", "clipfrac", "accuracy") if name in row}
         bar.set_postfix(shown, refresh=False)
     print(f"  a last sample: {show_sample(responses[0], batch['scores'][0], tokenizer)}")
+    save_model(models["value"], tokenizer, Path(args.run) / f"value_{kind}")
     return models["policy"], log
 
 
@@ -851,11 +953,12 @@ def collect(policy, grm, problems, tokenizer, args):
         rewrites = dict(zip(wrong, rewrite(grm, [batch[k] for k in wrong], wrong_responses, tokenizer, args,
                                            drop)))
         inputs, mask = pack(prompts, responses, pad_id, args.device)
-        old_logprobs = token_logprobs(response_logits(policy, inputs, mask) / args.temperature, inputs, mask)
+        logprobs_of = partial(response_logprobs, policy, temperature=args.temperature)
+        old_logprobs = in_parts(logprobs_of, inputs, mask, args.micro_batch)
         grm_prompts = [rewrite_prompt(parts, problem["prompt_ids"], problem["solution_ids"], response, end)
                        for problem, response in zip(batch, responses)]
         inputs, mask = pack(grm_prompts, responses, pad_id, args.device)
-        probabilities = token_logprobs(response_logits(grm, inputs, mask), inputs, mask).exp()
+        probabilities = in_parts(partial(response_logprobs, grm), inputs, mask, args.micro_batch).exp()
         rewards = generative_rewards(probabilities, torch.tensor(is_right, device=args.device), mask)
         for k, response in enumerate(responses):
             rewrite_ids = response if is_right[k] else rewrites[k]
@@ -885,31 +988,38 @@ def add_solutions(path, problems, tokenizer):
 
 def rlmec_step(policy, optimizer, rows, tokenizer, args):
     """One optimiser step of B7, L_RL + lambda L_IR, on a batch of samples; its statistics."""
-    padded = lambda name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], True).to(args.device)
-    logprobs, masks = {}, {}
-    for name in ("response_ids", "rewrite_ids"):
-        inputs, masks[name] = pack([row["prompt_ids"] for row in rows], [row[name] for row in rows],
-                                   tokenizer.pad_token_id, args.device)
-        logits = response_logits(policy, inputs, masks[name]) / args.temperature
-        logprobs[name] = token_logprobs(logits, inputs, masks[name])
-    old_logprobs, rewards, mask = padded("old_logprobs"), padded("rewards"), masks["response_ids"]
-    loss_reward = rlmec_loss(logprobs["response_ids"], old_logprobs, rewards, args.rlmec_clip)           # B5
-    loss_imitation = imitation_loss(logprobs["rewrite_ids"], padded("gamma"), masks["rewrite_ids"])       # B6
-    loss = args.reward_weight * loss_reward + args.imitation_weight * loss_imitation                      # B7
-    logratio = (logprobs["response_ids"] - old_logprobs).detach()
-    clipped = (logratio.exp() - 1).abs() > args.rlmec_clip
-    statistics = {"reward_loss": loss_reward.item(), "imitation_loss": loss_imitation.item(),
-                  "reward": rewards.sum(1).mean().item(), "length": mask.sum(1).float().mean().item(),
-                  "approx_kl": masked_mean(logratio.exp() - 1 - logratio, mask).item(),
-                  "clipfrac": masked_mean(clipped.float(), mask).item(),
-                  "max_logratio": logratio.abs().max().item()}
-    if not loss.isfinite():
-        fail(f"RLMEC: the loss is {loss.item()}; lower --rlmec_lr")
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return statistics
+    size = args.micro_batch or len(rows)
+    N = sum((row["rewards"] != 0).sum().item() for row in rows)
+    M = sum(len(row["rewrite_ids"]) for row in rows)
+    tokens = sum(len(row["response_ids"]) for row in rows)
+    total = Counter({"reward": sum(row["rewards"].sum().item() for row in rows) / len(rows),
+                     "length": tokens / len(rows)})
+    for micro in [rows[start:start + size] for start in range(0, len(rows), size)]:
+        padded = lambda name: pad_sequence([row[name] for row in micro], True).to(args.device)
+        logprobs, masks = {}, {}
+        for name in ("response_ids", "rewrite_ids"):
+            inputs, masks[name] = pack([row["prompt_ids"] for row in micro], [row[name] for row in micro],
+                                       tokenizer.pad_token_id, args.device)
+            logprobs[name] = response_logprobs(policy, inputs, masks[name], args.temperature)
+        old_logprobs, rewards, mask = padded("old_logprobs"), padded("rewards"), masks["response_ids"]
+        loss_reward = rlmec_loss(logprobs["response_ids"], old_logprobs, rewards, args.rlmec_clip)        # B5
+        loss_imitation = imitation_loss(logprobs["rewrite_ids"], padded("gamma"), masks["rewrite_ids"])   # B6
+        loss_reward = loss_reward * ((rewards != 0).sum().item() / max(N, 1))         # N and M of the batch
+        loss_imitation = loss_imitation * (masks["rewrite_ids"].sum().item() / M)
+        loss = args.reward_weight * loss_reward + args.imitation_weight * loss_imitation                  # B7
+        loss.backward()
+        logratio = (logprobs["response_ids"] - old_logprobs).detach()
+        clipped = (logratio.exp() - 1).abs() > args.rlmec_clip
+        largest = logratio.abs().max().item()
+        total["reward_loss"] += loss_reward.item()
+        total["imitation_loss"] += loss_imitation.item()
+        total["approx_kl"] += ((logratio.exp() - 1 - logratio) * mask).sum().item() / tokens
+        total["clipfrac"] += (clipped * mask).sum().item() / tokens
+        total["max_logratio"] = max(total["max_logratio"], largest)
+    if not math.isfinite(total["reward_loss"] + total["imitation_loss"]):
+        fail(f"RLMEC: the loss is not finite: {dict(total)}; lower --rlmec_lr")
+    optimizer.clip_and_step()
+    return dict(total)
 
 
 def rlmec(name, problems, tokenizer, args, paths):
@@ -917,12 +1027,15 @@ def rlmec(name, problems, tokenizer, args, paths):
     policy and its log, one row a step; None where every sample was wrong and could not be rewritten."""
     args = replace(args, **VARIANTS[name])
     torch.manual_seed(args.seed)                       # the same problems and samples for every variant
-    policy = fit(open_model(AutoModelForCausalLM, paths["policy"]), tokenizer).to(args.device)
-    grm = fit(open_model(AutoModelForCausalLM, paths["reward"]), tokenizer).to(args.device)
+    policy = fit(open_model(AutoModelForCausalLM, paths["policy"], args.dtype), tokenizer).to(args.device)
+    grm = fit(open_model(AutoModelForCausalLM, paths["reward"], args.dtype), tokenizer).to(args.device)
+    grm.requires_grad_(False)
+    if args.gradient_checkpointing:
+        checkpoint_layers(policy)
     train = [problem for problem in problems if problem["split"] == "train"]
     val = [problem for problem in problems if problem["split"] == "val"]
     rng = random.Random(args.seed)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.rlmec_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = Optimizer((policy, args.rlmec_lr))
     log = []
     seconds = 0.0
     for round_number in range(1, args.rounds + 1):
@@ -942,7 +1055,7 @@ def rlmec(name, problems, tokenizer, args, paths):
             row = {"update": len(log) + 1, "episodes": round_number * args.rlmec_samples,
                    **rlmec_step(policy, optimizer, [samples[k] for k in rows], tokenizer, args)}
             if rows is batches[0]:
-                assert row["max_logratio"] < 1e-3, "rho is not 1 before the first step"
+                assert row["max_logratio"] < ROUNDING[args.dtype], "rho is not 1 before the first step"
             schedule.step()
             seconds += time.time() - start
             row["seconds"] = round(seconds, 2)

@@ -77,6 +77,9 @@ class Args:
         "help": "only write RUN/human_eval.csv: so many prompts, first policy against opponent, blind"})
     human_verdicts: Optional[str] = field(default=None, metadata={
         "help": "only read that sheet back, its column preference filled in; the key lies beside it"})
+    dtype: str = field(default="float32", metadata={
+        "help": "of the weights; log-probs, losses and optimiser steps are float32 in any case",
+        "choices": ["float32", "bfloat16"]})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={
         "help": "torch device"})
 
@@ -336,14 +339,13 @@ def check_folder(path):
         fail(f"{path}: no model folder; run the stage that writes it first, or name another one")
 
 
-def open_model(auto_class, path, **options):
-    """from_pretrained in float32 (log-probs must not round), eval mode (dropout off), or a readable error."""
+def open_model(auto_class, path, dtype="float32", **options):
+    """from_pretrained in eval mode, so that dropout is off, or a readable error."""
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     check_folder(path)
     try:
-        model, info = auto_class.from_pretrained(path, dtype=torch.float32, output_loading_info=True,
-                                                 **options)
+        model, info = auto_class.from_pretrained(path, dtype=dtype, output_loading_info=True, **options)
     except Exception as error:                     # transformers and safetensors raise many kinds
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         fail(f"{path}: no model that {auto_class.__name__} can open ({reason})")
@@ -480,7 +482,7 @@ def pack(prompts, responses, pad_id, device):
 def response_logits(model, inputs, response_mask):
     """Logits (B, T, vocabulary) in float32 that score the response tokens: those at t-1 score token t."""
     T = response_mask.shape[1]
-    return model(**inputs, logits_to_keep=T + 1).logits[:, :-1].float()
+    return model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, :-1].float()
 
 
 def token_logprobs(logits, inputs, response_mask):
@@ -507,13 +509,13 @@ def sample(model, prompts, tokenizer, max_new_tokens, temperature=1.0):
 def token_rewards(model, inputs, response_mask):
     """A2: r_t = r_phi(s_t, a_t) (B, T), read at the position of token t itself; 0 outside the response."""
     T = response_mask.shape[1]
-    return model(**inputs).logits[:, -T:, 0].float() * response_mask
+    return model(**inputs, use_cache=False).logits[:, -T:, 0].float() * response_mask
 
 
 def sequence_reward(model, inputs):
     """A6: R_phi(x, y) (B,), read at the last token of the response. The model's own forward reads it at the
     last token that is no pad token, but a response that is cut off may end in a pad token."""
-    hidden = model.base_model(**inputs).last_hidden_state
+    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
     mask = inputs["attention_mask"]
     last = (mask * torch.arange(mask.shape[1], device=mask.device)).argmax(dim=1)
     return model.score(hidden)[torch.arange(len(last), device=mask.device), last, 0].float()
@@ -584,13 +586,22 @@ def split_steps(text):
     return tuple(step.strip() for step in re.split(r"\n|(?<=;)|(?<=\.)\s", text) if step.strip())
 
 
-def judge(response, solutions):
-    """(wrong steps, answer right?) of a response. Its steps against those of the nearest right solution (E1):
-    a step replaced, deleted or inserted on the way there is a wrong one; the last step is the answer."""
+def judge(response, problem):
+    """The oracle of a problem: (wrong steps, answer right?) of a response. Its steps against those of the
+    nearest right solution (E1): a step replaced, deleted or inserted on the way there is a wrong one; the
+    last step is the answer. With `rules`, regular expressions, every hit is wrong, and right is no hit."""
+    if problem.get("rules"):
+        hits = sum(1 for rule in problem["rules"] for _ in re.finditer(rule, response))
+        return hits, hits == 0
     steps = split_steps(response)
-    wrong_steps = min(edit_distance(steps, split_steps(solution)) for solution in solutions)
-    answer_right = any(steps[-1:] == split_steps(solution)[-1:] for solution in solutions)
-    return wrong_steps, answer_right
+    solutions = [split_steps(solution) for solution in problem["solutions"]]
+    wrong_steps = min(edit_distance(steps, solution) for solution in solutions)
+    return wrong_steps, any(steps[-1:] == solution[-1:] for solution in solutions)
+
+
+def has_oracle(problem):
+    """Does a problem carry what `judge` needs: all its right solutions, or rules?"""
+    return bool(problem.get("solutions") or problem.get("rules"))
 
 
 def final_answer(text):
@@ -602,10 +613,10 @@ def final_answer(text):
 
 
 def right(response, problem):
-    """Is a solution right? With an oracle (`solutions`): no step is wrong. Else its final answer counts: the
-    same number as `answer`, or, where that is no number, a last step that is the answer, word for word."""
-    if problem.get("solutions"):
-        return judge(response, problem["solutions"])[0] == 0
+    """Is a response right? With an oracle: nothing is wrong. Else its final answer counts: the same number as
+    `answer`, or, where that is no number, a last step that is the answer, word for word."""
+    if has_oracle(problem):
+        return judge(response, problem)[0] == 0
     answer = final_answer(problem["answer"])
     if answer is None:
         return split_steps(response)[-1:] == split_steps(problem["answer"])[-1:]
@@ -648,11 +659,11 @@ def token_texts(ids, tokenizer):
 def answer(model, reference, prompts, tokenizer, args):
     """Sample one response to each prompt, with the same seed for every policy.
 
-    Returns the responses as lists of ids and KL(policy, reference) in nats a response: the mean over prompts
-    of the sum over response tokens of log pi - log pi_ref.
+    Returns the responses as lists of ids, KL(policy, reference) in nats a response: the mean over prompts of
+    the sum over response tokens of log pi - log pi_ref, and the mean of log pi_ref over all response tokens.
     """
     torch.manual_seed(args.seed)
-    responses, kl = [], 0.0
+    responses, kl, ref_logprob, tokens = [], 0.0, 0.0, 0
     for start in range(0, len(prompts), args.batch):
         part = prompts[start:start + args.batch]
         responses += sample(model, part, tokenizer, args.max_new_tokens, args.temperature)
@@ -660,12 +671,14 @@ def answer(model, reference, prompts, tokenizer, args):
         logprobs = [token_logprobs(response_logits(m, inputs, mask) / args.temperature, inputs, mask)
                     for m in (model, reference)]
         kl += (logprobs[0] - logprobs[1]).sum().item()
-    return responses, kl / len(prompts)
+        ref_logprob += logprobs[1].sum().item()
+        tokens += mask.sum().item()
+    return responses, kl / len(prompts), ref_logprob / tokens
 
 
 def oracle_scores(texts, problems):
     """(- wrong steps, answer right?) of every response: tuples compare as the win rate needs it."""
-    judged = [judge(text, problem["solutions"]) for text, problem in zip(texts, problems)]
+    judged = [judge(text, problem) for text, problem in zip(texts, problems)]
     return [(-wrong_steps, answer_right) for wrong_steps, answer_right in judged]
 
 
@@ -767,6 +780,15 @@ def checks(reward_models, policies, logs, differences):
     return sentences
 
 
+def rules_kept(policies):
+    """Where rules are the oracle: hits, and what shows that the responses still are what they were."""
+    said = [f"{name} {row['errors_per_100_words']:.2f}"
+            + (f" ({row['ref_logprob']:.2f})" if row["ref_logprob"] is not None else "")
+            for name, row in policies.items()]
+    return ("6. Hits per 100 words, and mean log-prob of a token under the SFT policy, nats: "
+            + ", ".join(said) + ".")
+
+
 def show_table(policies):
     """One line a policy, 79 columns."""
     print(f"{'policy':15.15s} {'win rate':>14s} {'right':>8s} {'wrong steps':>11s} {'KL, nats':>8s} "
@@ -781,7 +803,9 @@ def show_table(policies):
 
 def open_judge(run, problems, reward_models, tokenizer, args):
     """(kind, model, what it is and is worth): the oracle where solutions are known, else a reward model."""
-    if all(problem.get("solutions") for problem in problems):
+    if all(problem.get("rules") for problem in problems):
+        return "oracle", None, "the rules: fewer hits wins"
+    if all(map(has_oracle, problems)):
         return "oracle", None, "the oracle: fewer wrong steps wins, then the right answer"
     if all(problem.get("answer") for problem in problems):
         return "answer", None, "the final answer: right wins"
@@ -793,7 +817,8 @@ def open_judge(run, problems, reward_models, tokenizer, args):
     worth = (f"reward_{kind}, for want of an oracle. It orders {percent(reward_models[kind][name])} of "
              f"{reward_models[kind]['pairs']} held-out pairs as their annotator did (chance: 50 %), and "
              f"ppo_{kind} was trained on it: read these win rates as reward gained, not as quality")
-    return kind, fit(open_model(auto_class, run / f"reward_{kind}"), tokenizer).to(args.device), worth
+    model = open_model(auto_class, run / f"reward_{kind}", args.dtype)
+    return kind, fit(model, tokenizer).to(args.device), worth
 
 
 # --- Errors of the reward models ---------------------------------------------------------------------------
@@ -1355,7 +1380,8 @@ def main(args):
         references = read_baseline(args.baseline, problems)
     chat = any(isinstance(problem["prompt"], list) for problem in problems)
     tokenizer = open_tokenizer(args.policy or policy_path, chat)
-    reference = fit(open_model(AutoModelForCausalLM, args.policy or policy_path), tokenizer).to(args.device)
+    reference = open_model(AutoModelForCausalLM, args.policy or policy_path, args.dtype)
+    reference = fit(reference, tokenizer).to(args.device)
     reward_models = read_metrics(run / "reward_metrics.json")
     kind, judge_model, judge_text = open_judge(run, problems, reward_models, tokenizer, args)
     encode_problems(problems_path, problems, tokenizer, context_of(reference), args.max_new_tokens)
@@ -1377,26 +1403,30 @@ def main(args):
             fail(f"{path}: two policies are called {name}; rename one folder")
         if name == "baseline" and references:
             end = [tokenizer.eos_token_id]
-            responses[name], kl = [tokenizer(text, add_special_tokens=False).input_ids + end
-                                   for text in references], None
+            responses[name] = [tokenizer(text, add_special_tokens=False).input_ids + end
+                               for text in references]
+            kl, ref_logprob = None, None
             texts = references
         else:
             model = reference
             if name != "sft":
-                model = fit(open_model(AutoModelForCausalLM, path), tokenizer).to(args.device)
-            responses[name], kl = answer(model, reference, prompts, tokenizer, args)
+                model = fit(open_model(AutoModelForCausalLM, path, args.dtype), tokenizer).to(args.device)
+            responses[name], kl, ref_logprob = answer(model, reference, prompts, tokenizer, args)
             texts = tokenizer.batch_decode(responses[name], skip_special_tokens=True)
         rights = list(map(right, texts, problems)) if kind in ("oracle", "answer") else None
         scores[name] = oracle_scores(texts, problems) if kind == "oracle" else (
             rights or reward_scores(kind, judge_model, prompts, responses[name], tokenizer, args))
         wrong = [-score[0] for score in scores[name]] if kind == "oracle" else None
+        words = sum(len(text.split()) for text in texts)
         all_texts[name] = texts
         logs[name] = read_log(path.parent / f"{path.name}.csv") if name not in ("sft", "baseline") else []
         accuracy = [row["accuracy"] for row in logs[name] if row.get("accuracy") is not None]
         policies[name] = {
             "accuracy": sum(rights) / len(rights) if rights else None,
             "wrong_steps_per_response": sum(wrong) / len(wrong) if wrong else None,
+            "errors_per_100_words": 100 * sum(wrong) / max(words, 1) if wrong else None,
             "kl_to_ref": kl,
+            "ref_logprob": ref_logprob,
             "updates": int(logs[name][-1]["update"]) if logs[name] else 0,
             "seconds": logs[name][-1]["seconds"] if logs[name] else 0.0,
             "best_accuracy": max(accuracy, default=None),
@@ -1431,12 +1461,15 @@ def main(args):
                                    ("generative", AutoModelForCausalLM),
                                    ("sequence", AutoModelForSequenceClassification)):
         if rows and (run / f"reward_{model_kind}").is_dir():
-            model = fit(open_model(auto_class, run / f"reward_{model_kind}"), tokenizer).to(args.device)
+            model = open_model(auto_class, run / f"reward_{model_kind}", args.dtype)
+            model = fit(model, tokenizer).to(args.device)
             rewards[model_kind] = rewards_of(model_kind, model, rows, tokenizer, args)
     errors, split = reward_errors(rows, rewards, tokenizer)
 
     warnings = failure_signatures(reward_models, policies, logs)
     sentences = checks(reward_models, policies, logs, differences)
+    if judge_text.startswith("the rules"):
+        sentences.append(rules_kept(policies))
     models = {kind: {name: value for name, value in row.items() if name not in ("pairs", "scale", "seconds")}
               for kind, row in reward_models.items()}
     result = {"judge": judge_text, "baseline": args.baseline or str(policy_path), "policies": policies,

@@ -233,10 +233,10 @@ def test_a_model_folder_that_is_none(stages, run, tmp_path, capsys, stage, name,
 
 @pytest.mark.parametrize("columns, message", [
     ({"rejected_ids": ...}, "`rejected_ids` is missing"), ({"split": 1}, "`split`"),
-    ({"chosen_ids": []}, "`chosen_ids` is empty"), ({"rejected": ...}, "`rejected`"),
+    ({"preferred_ids": []}, "`preferred_ids` is empty"), ({"rejected": ...}, "`rejected`"),
     ({"rejected_ids": ["a"]}, "`rejected_ids`"), ({"rejected_ids": [1.5]}, "`rejected_ids`"),
     ({"prompt_ids": [-1]}, "`prompt_ids`"), ({"prompt_ids": [10**6]}, "`prompt_ids`"),
-    ({"chosen_ids": [10**6]}, "`chosen_ids`"), ({"edited_ids": [10**6]}, "`edited_ids`"),
+    ({"preferred_ids": [10**6]}, "`preferred_ids`"), ({"edited_ids": [10**6]}, "`edited_ids`"),
     ({"edited_ids": None}, "`edited_ids`"), ({"edited_ids": ...}, "`edited_ids`"),
     ({"edit_ops": "none"}, "`edit_ops`"), ({"edit_ops": [[1, 2]]}, "`edit_ops`"),
     ({"edit_ops": [["replace", 999, 0]]}, "`edit_ops`"), ({"edit_ops": [["swap", 0, 0]]}, "`edit_ops`"),
@@ -262,12 +262,12 @@ def test_edits_of_another_tokenizer(stages, run, capsys):
 
 
 @pytest.mark.parametrize("stage", [3, 4])
-def test_problems_and_models_of_another_run(stages, run, capsys, stage):
+def test_problems_and_models_of_another_run(edit_data, stages, run, capsys, stage):
     config = LlamaConfig(vocab_size=7, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                          num_attention_heads=1, num_labels=1)
     auto_class = LlamaForTokenClassification if stage == 3 else LlamaForCausalLM
     auto_class(config).save_pretrained(run / "other")
-    stages[1].small_policy(["0123456789+-=;"], stages[1].Args(hidden_size=8))[1].save_pretrained(run / "other")
+    edit_data.small_policy(["xyz"], edit_data.Args())[1].save_pretrained(run / "other")
     other = {3: {"method": "ppo_token", "reward_model": run / "other"}, 4: {"policies": [str(run / "other")]}}
     stops(capsys, stages[stage], run, run / "other", "vocabulary", run=run, overwrite=True, **other[stage])
     change_rows(run / "problems.jsonl", prompt="1+1+1+1+1=")           # no word that the policy knows

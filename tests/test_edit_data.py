@@ -22,7 +22,14 @@ def rows_of(path):
     ("no calculation at all", 4, False),        # what does not parse is wrong, never an error
 ])
 def test_oracle_of_math(edit_data, response, wrong_steps, answer_right):
-    assert edit_data.judge(response, ["3+2=5;-1=4;+4=8;-6=2"]) == (wrong_steps, answer_right)
+    assert edit_data.judge(response, {"solutions": ["3+2=5;-1=4;+4=8;-6=2"]}) == (wrong_steps, answer_right)
+
+
+def test_judge_by_rules(edit_data):
+    problem = {"rules": [r"\bsad\b", "(a|b)c"], "solution": "x"}
+    assert edit_data.judge("sad, sadly sad: ac", problem) == (3, False)
+    assert edit_data.judge("glad", problem) == (0, True) and edit_data.right("glad", problem)
+    assert not edit_data.right("sad x", problem)                     # the rules decide, not the final answer
 
 
 @pytest.mark.parametrize("task_name", ["math", "qa"])
@@ -34,12 +41,12 @@ def test_task_knows_solutions_errors_and_corrections(edit_data, task_name):
     for _ in range(300):
         problem = task.problem(rng)
         assert problem["solution"] == problem["solutions"][0] and problem["answer"] in problem["solution"]
-        assert all(edit_data.judge(solution, problem["solutions"]) == (0, True) for solution in problem["solutions"])
+        assert all(edit_data.judge(solution, problem) == (0, True) for solution in problem["solutions"])
         demonstration = task.demonstration(problem, rng)
         correction = edit_data.nearest(demonstration, problem["solutions"])
         distance = edit_data.edit_distance(demonstration, correction)
         assert distance == min(edit_data.edit_distance(demonstration, s) for s in problem["solutions"])
-        assert (distance == 0) == (edit_data.judge(demonstration, problem["solutions"])[0] == 0)
+        assert (distance == 0) == (edit_data.judge(demonstration, problem)[0] == 0)
         right += distance == 0
         words = [text.replace(".", " .").split() for text in (demonstration, correction)]
         runs = [op for op, i, j in edit_data.align(*words) if op != "keep"]
@@ -97,7 +104,7 @@ def test_rows_of_edits_follow_the_contract(edit_data, tiny_run):
 
 def test_gates_drop_and_count(edit_data):
     pair = {"id": "a", "split": "train", "prompt": "p", "chosen": "c", "rejected": "1;2;3", "edited": "1;2;4",
-            "prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [5, 6, 7, 2], "edited_ids": [5, 6, 8, 2],
+            "prompt_ids": [1], "preferred_ids": [2], "rejected_ids": [5, 6, 7, 2], "edited_ids": [5, 6, 8, 2],
             "solutions": ["1;2;4"]}
     drop = Counter()
     row = edit_data.edit_row(pair, "oracle", 0.5, None, drop)
@@ -107,7 +114,7 @@ def test_gates_drop_and_count(edit_data):
     assert edit_data.edit_row({**pair, "edited": "9;2;3"}, "oracle", 0.5, None, drop) is None      # not better
     assert sum(drop.values()) == 3 and all(reason.startswith("gate") for reason in drop)
     without = edit_data.edit_row({**pair, "edited": None, "edited_ids": None}, "human", 0.5, None, drop)
-    assert without["edit_ops"] is None and without["chosen_ids"] == [2]
+    assert without["edit_ops"] is None and without["preferred_ids"] == [2]
 
 
 def test_a_careless_editor_misses_an_error_or_changes_a_token(edit_data):
@@ -153,6 +160,68 @@ def test_shapes_of_data(edit_data, tmp_path, row, chosen, edited):
     path.write_text(json.dumps(row) + "\n")
     pair = edit_data.read_pairs(path)[0]
     assert (pair["chosen"], pair["rejected"], pair["edited"]) == (chosen, "bad", edited)
+
+
+SKY = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What colour is the sky?"}]
+BLUE, GREEN = [{"role": "assistant", "content": "It is blue."}], [{"role": "assistant", "content": "It is green."}]
+HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: What colour is the sky?\n\nAssistant:"
+
+
+@pytest.mark.parametrize("row, prompt, chosen, rejected", [
+    ({"prompt": "The sky is", "chosen": " blue.", "rejected": " green.", "score_chosen": 9.0, "margin": 1.0},
+     "The sky is", " blue.", " green."),
+    ({"chosen": "The sky is blue.", "rejected": "The sky is black."}, "The sky is", " blue.", " black."),
+    ({"chosen": "Sky?\nblue", "rejected": "Sky?\nblue, I think"}, "Sky?\n", "blue", "blue, I think"),
+    ({"chosen": HH + " It is blue.", "rejected": HH + " It is green."}, HH, " It is blue.", " It is green."),
+    ({"prompt": SKY, "chosen": BLUE, "rejected": GREEN}, SKY, "It is blue.", "It is green."),
+    ({"chosen": SKY + BLUE, "rejected": SKY + GREEN, "score_chosen": 9.0, "score_rejected": 2.0},
+     SKY, "It is blue.", "It is green."),                                      # trl-lib/ultrafeedback_binarized
+    ({"prompt": SKY[1]["content"], "prompt_id": "f0", "chosen": SKY[1:] + BLUE, "rejected": SKY[1:] + GREEN,
+      "messages": SKY[1:] + BLUE}, SKY[1:], "It is blue.", "It is green."),    # HuggingFaceH4's: prompt repeated
+    ({"prompt": SKY, "chosen": SKY + BLUE, "rejected": SKY + GREEN}, SKY, "It is blue.", "It is green."),
+    ({"chosen": SKY[1:] + BLUE + SKY[1:] + BLUE, "rejected": SKY[1:] + BLUE + SKY[1:] + GREEN},
+     SKY[1:] + BLUE + SKY[1:], "It is blue.", "It is green."),
+])
+def test_preference_formats_of_trl(edit_data, tmp_path, row, prompt, chosen, rejected):
+    """Standard and conversational, explicit and implicit prompt; other columns do not matter."""
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    for unedited in (False, True):
+        pair = edit_data.read_pairs(path, unedited)[0]
+        assert [pair[name] for name in ("prompt", "chosen", "rejected", "edited")] == [prompt, chosen, rejected, None]
+
+
+@pytest.mark.parametrize("row, message", [
+    ({"chosen": "blue", "rejected": "green"}, "do not begin with the same"),
+    ({"chosen": " blue", "rejected": " green"}, "do not begin with the same"),
+    ({"chosen": BLUE, "rejected": GREEN}, "do not begin with the same"),
+    ({"chosen": SKY + BLUE, "rejected": SKY[1:] + GREEN}, "behind the same prompt"),
+    ({"chosen": SKY, "rejected": SKY[:1] + GREEN}, "one message of the role assistant"),
+    ({"chosen": SKY + BLUE + SKY[1:] + BLUE, "rejected": SKY + GREEN + SKY[1:] + BLUE}, "behind the same prompt"),
+    ({"prompt": "Another question", "chosen": SKY + BLUE, "rejected": SKY + GREEN}, "not those of `prompt`"),
+    ({"chosen": [{"content": "Hi"}] + BLUE, "rejected": [{"content": "Hi"}] + GREEN}, "`role`"),
+    ({"prompt": [{"content": "Hi"}], "chosen": "a", "rejected": "b"}, "`role`"),
+    ({"chosen": SKY + BLUE, "rejected": "It is green."}, "do not begin with the same"),
+    ({"chosen": "The sky is blue.", "rejected": "The sky is green.", "edited": "The sky is red."}, "`prompt` is missing"),
+])
+def test_a_preference_row_without_a_clear_prompt_is_refused(edit_data, tmp_path, capsys, row, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit) as stop:
+        edit_data.read_pairs(path)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "line 1: " in error and message in error
+
+
+def test_rows_with_one_response_or_the_same_twice_are_dropped_and_counted(edit_data, tmp_path):
+    path = tmp_path / "data.jsonl"
+    rows = [{"chosen": HH + " Blue.", "rejected": HH + rest} for rest in (" Green.", "", " Blue.")]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, tokenizer = edit_data.small_policy([HH, " Blue. Green."], edit_data.Args(hidden_size=8, layers=1))
+    drop = Counter()
+    pairs = edit_data.encode_pairs(edit_data.read_pairs(path), tokenizer, 256, drop)
+    assert [pair["rejected"] for pair in pairs] == [" Green."]
+    assert drop == {"row has an empty response": 1, "row has the same response twice": 1}
 
 
 def test_one_prompt_never_stands_in_two_splits(edit_data):

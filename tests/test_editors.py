@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -338,10 +339,11 @@ def test_rules_on_responses(stage, rules, tmp_path):
     rows, shown = stage([{"prompt": ROWS[0]["prompt"], "response": " Bob makes soap in Oslo."},
                          {"prompt": ROWS[0]["prompt"], "response": " Bob makes soap."},
                          {"prompt": ROWS[1]["prompt"], "response": " Bob makes tea."}], editor=rules)
-    assert [row["rule_hits"] for row in rows] == [[2, 0], [1, 0]] and "1  prompt: no rule hits" in shown
+    assert len(rows) == 2 and "1  prompt: no rule hits" in shown
     assert rows[0]["edited"] == " Bob makes tea in Bern." and rows[0]["chosen"] == " Bob makes soap."
     assert rows[1]["chosen"] == rows[1]["edited"] == " Bob makes tea."
-    assert all(set(row) == {"id", "prompt", "split"} for row in read(tmp_path / "run" / "problems.jsonl"))
+    problems = read(tmp_path / "run" / "problems.jsonl")               # the patterns are the oracle of stages 3, 4
+    assert [row["rules"] for row in problems] == 2 * [["\\bsoap\\b", "(Oslo|Rome)"]]
 
 
 def test_rules_on_prompts_alone(stage, edit_data, tiny_run, tmp_path):
@@ -349,10 +351,44 @@ def test_rules_on_prompts_alone(stage, edit_data, tiny_run, tmp_path):
     prompts = [{"prompt": row["prompt"]} for row in read(tiny_run / "problems.jsonl")]
     rows, _ = stage(prompts, editor=f"rules:{tmp_path / 'rules.tsv'}", max_new_tokens=12)
     tokenizer = edit_data.open_tokenizer(tiny_run / "policy")
-    assert rows and all(row["rule_hits"][1] == 0 < row["rule_hits"][0] for row in rows)
+    assert rows
     for row in rows:                                                  # a response cut off stays cut off
         assert all(i < len(row["rejected_ids"]) and op == "replace" for op, i, j in row["edit_ops"])
         assert tokenizer.decode(row["rejected_ids"], skip_special_tokens=True) == row["rejected"]
+
+
+def test_pair_prompts_is_the_data_size(stage, edit_data, tmp_path):
+    """Only so many training prompts get pairs; the others stay for stage 3."""
+    (tmp_path / "rules.tsv").write_text("soap\ttea\n")
+    data = [{"prompt": f"{name} makes", "response": " soap"} for name in edit_data.PEOPLE[:20]]
+    rows, _ = stage(data, editor=f"rules:{tmp_path / 'rules.tsv'}", pair_prompts=3)
+    assert [row["split"] for row in rows].count("train") == 3
+    splits = [row["split"] for row in read(tmp_path / "run" / "problems.jsonl")]
+    assert splits.count("train") == 16 and splits.count("val") == splits.count("test") == 2
+
+
+def test_rules_through_all_stages(stage, reward_model, ppo, evaluation, tiny_run, tmp_path, capsys):
+    """Without a solution or an answer anywhere: the hits are the oracle of stages 3 and 4."""
+    (tmp_path / "rules.tsv").write_text(r"\bsend\b" + "\tgo\n" + r"\bmakes\b" + "\tis\n")
+    prompts = [{"prompt": row["prompt"]} for row in read(tiny_run / "problems.jsonl")]
+    rows, _ = stage(prompts, editor=f"rules:{tmp_path / 'rules.tsv'}", max_new_tokens=20)
+    run = str(tmp_path / "run")
+    reward_model.main(reward_model.Args(run=run, epochs=1))
+    ppo.main(ppo.Args(run=run, updates=1, rollout_batch=16, minibatch=8, max_new_tokens=20, eval_every=1))
+    texts = []
+    oracle = evaluation.oracle_scores
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "oracle_scores", lambda t, problems: (texts.append(t), oracle(t, problems))[1])
+        evaluation.main(evaluation.Args(run=run, max_new_tokens=20))
+    shown = capsys.readouterr().out
+    sft = json.loads((tmp_path / "run" / "eval.json").read_text())["policies"]["sft"]
+    words = " ".join(texts[0]).split()
+    hits = sum(word.strip(".") in ("send", "makes") for word in words)
+    assert hits and sft["errors_per_100_words"] == pytest.approx(100 * hits / len(words))
+    assert sft["accuracy"] == sum(not re.search("send|makes", text) for text in texts[0]) / len(texts[0])
+    assert "Judge: the rules: fewer hits wins" in shown and f"sft {100 * hits / len(words):.2f} (-" in shown
+    header = (tmp_path / "run" / "ppo_token.csv").read_text().splitlines()[0]
+    assert "accuracy" in header and "wrong_steps" in header             # stage 3 validates by the rules
 
 
 @pytest.mark.parametrize("line, needle", [
@@ -369,4 +405,4 @@ def test_a_replacement_that_is_an_error_itself(stage, tmp_path):
     (tmp_path / "rules.tsv").write_text("tea\tsoap\nsoap\ttea\nOslo\tRome\n")
     rows, shown = stage([{"prompt": "Ada", "response": "Bob makes soap"}, {"prompt": "Bob", "response": "in Oslo"}],
                         editor=f"rules:{tmp_path / 'rules.tsv'}")
-    assert len(rows) == 1 and "no fewer hits" in shown
+    assert len(rows) == 1 and "does not find the edit better" in shown

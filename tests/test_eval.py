@@ -1,6 +1,7 @@
 """Stage 4: the win rate by hand, convergence, failure signatures."""
 
 import pytest
+import torch
 
 
 def test_win_rate_by_hand(evaluation):
@@ -70,5 +71,11 @@ def test_the_reference_against_itself_has_no_kl(evaluation, tiny_run):
     model = evaluation.open_model(AutoModelForCausalLM, tiny_run / "policy")
     tokenizer = evaluation.open_tokenizer(tiny_run / "policy")
     prompts = [tokenizer("Q: What do Ada and Bob send to Cleo, and where?\nA:").input_ids] * 3
-    responses, kl = evaluation.answer(model, model, prompts, tokenizer, evaluation.Args(batch=2, max_new_tokens=9))
+    args = evaluation.Args(batch=2, max_new_tokens=9)
+    responses, kl, ref_logprob = evaluation.answer(model, model, prompts, tokenizer, args)
     assert len(responses) == 3 and kl == 0.0
+    total = 0.0                                     # each response alone, without padding
+    for prompt, response in zip(prompts, responses):
+        logprobs = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+        total += logprobs[range(len(response)), response].sum().item()
+    assert ref_logprob == pytest.approx(total / sum(map(len, responses)), rel=1e-4)

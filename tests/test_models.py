@@ -299,7 +299,7 @@ def test_chat_messages_through_all_stages(finished, stages, name):
         assert tokenizer.decode(row["prompt_ids"]) == text             # the template writes bos itself
         assert row["prompt_ids"].count(tokenizer.bos_token_id) == MODELS[name][5]
         assert {row[f"{column}_ids"][-1] for column in ("rejected", "edited")} == {tokenizer.eos_token_id}
-        assert row["rejected"].endswith("makes tea.")
+        assert row["rejected"][-1]["content"].endswith("makes tea.")
     for *_, prompts, (responses, inputs, batch) in finished.first[f"{name}-edited-chat"]:
         plain = AutoModelForCausalLM.from_pretrained(run / "policy").eval()
         for k, (prompt, response) in enumerate(zip(prompts, responses)):
@@ -315,7 +315,8 @@ def test_chosen_and_rejected_as_chat_messages(stages, folder, tmp_path):
     stages[2].main(stages[2].Args(run=str(run), **SMALL[2]))
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
     for row in rows_of(run / "edits.jsonl"):
-        assert tokenizer.decode(row["chosen_ids"]) == row["chosen"] + "<end_of_turn>" and "bread" in row["chosen"]
+        text = row["chosen"][-1]["content"]
+        assert tokenizer.decode(row["preferred_ids"]) == text + "<end_of_turn>" and "bread" in text
     assert (run / "reward_sequence").is_dir() and not (run / "reward_token").exists()
 
 
@@ -392,17 +393,13 @@ def test_a_new_pad_token_gets_the_same_row_everywhere(stages, folder):
 @pytest.mark.parametrize("name, prompt, needles", [
     ("mistral", [{"role": "user", "content": "Ada?"}], ["chat template"]),
     ("llama", [{"role": "system", "content": "Be kind."}], ["row-7", "roles must alternate"]),
-    ("llama", [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], ["row-7", "alternate"]),
-    ("qwen2", [{"content": "Ada?"}], None)])
+    ("llama", [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}], ["row-7", "alternate"])])
 @pytest.mark.parametrize("solved", [False, True])
 def test_a_chat_template_that_refuses(stages, folder, tmp_path, capsys, name, prompt, needles, solved):
     rows = solved_rows() if solved else edited_rows()
     rows[7]["prompt"] = prompt
     data = write_rows(tmp_path / "data.jsonl", rows)
     args = {"run": tmp_path / "run", "data": data, "model": folder(name)}
-    if needles is None:                            # jinja leaves a missing role empty, as transformers does
-        stages[1].main(stages[1].Args(**{key: str(value) for key, value in args.items()}, **SMALL[1]))
-        return
     stops(capsys, stages[1], *needles, folder(name), data, **args)
     assert not (tmp_path / "run").exists()
 

@@ -182,7 +182,7 @@ def test_an_update_takes_all_minibatches_or_stops_on_kl(ppo, tiny_run, target_kl
         logprobs = ppo.token_logprobs(ppo.response_logits(models["policy"], inputs, mask), inputs, mask)
     batch = {"mask": mask, "old_logprobs": logprobs, "advantages": torch.randn(3, 3), "old_values": mask * 0.0,
              "returns": torch.randn(3, 3)}
-    optimizer = torch.optim.SGD(models["policy"].parameters(), lr=0.1)
+    optimizer = ppo.Optimizer((models["policy"], 0.1), (models["value"], 0.1))
     steps = []
     optimizer.register_step_post_hook(lambda *_: steps.append(1))
     args = ppo.Args(ppo_epochs=3, minibatch=2, target_kl=target_kl)

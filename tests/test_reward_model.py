@@ -84,10 +84,10 @@ def test_padding_changes_no_reward(reward_model, tiny_run, kind):
     auto = AutoModelForTokenClassification if kind == "token" else AutoModelForSequenceClassification
     model = reward_model.open_model(auto, tiny_run / f"reward_{kind}")
     torch.nn.init.normal_(model.score.weight)
-    short = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 2]}
-    long = {"prompt_ids": [5] * 9, "chosen_ids": [9] * 11 + [2]}
-    alone, _ = reward_model.score(kind, model, [short], "chosen", 0)
-    beside, mask = reward_model.score(kind, model, [long, short], "chosen", 0)
+    short = {"prompt_ids": [5, 6, 7], "preferred_ids": [8, 9, 2]}
+    long = {"prompt_ids": [5] * 9, "preferred_ids": [9] * 11 + [2]}
+    alone, _ = reward_model.score(kind, model, [short], "preferred", 0)
+    beside, mask = reward_model.score(kind, model, [long, short], "preferred", 0)
     if kind == "token":
         assert mask.sum(1).tolist() == [12, 3]
         assert torch.allclose(alone[0], beside[1, :3], atol=1e-5) and beside[1, 3:].abs().max() == 0
@@ -113,7 +113,7 @@ def test_auroc_and_average_precision_by_hand(reward_model):
 
 def test_one_optimiser_step_raises_the_edited_token(reward_model, tiny_run):
     """A5 learns: after a few steps on one pair the edited token beats the original at the same place."""
-    model = reward_model.open_reward_model("token", tiny_run / "policy",
+    model = reward_model.open_reward_model("token", tiny_run / "policy", "float32",
                                            reward_model.open_tokenizer(tiny_run / "policy"))
     row = {"prompt_ids": [5, 6], "edited_ids": [7, 8, 2], "rejected_ids": [7, 9, 2],
            "edit_ops": [["replace", 1, 1]]}

@@ -124,15 +124,19 @@ def test_a_located_step_is_exactly_one_that_exists(reward_model, plain_tokenizer
 def test_generative_loss_is_on_output_tokens_only(reward_model, edit_data):
     model, tokenizer = edit_data.small_policy(["0123456789+-=;"], edit_data.Args(hidden_size=16, layers=2))
     prompts, outputs = [[4, 5, 6, 7], [8, 9]], [[10, 11, 2], [12, 2]]
-    loss = reward_model.generative_loss(model, prompts, outputs, ("rewrite", "rewrite"), 0)
+
+    def loss_of(*tasks):
+        examples = list(zip(prompts, outputs, tasks))
+        return reward_model.generative_loss(model, examples, examples, 0)
+
+    loss = loss_of("rewrite", "rewrite")
     total = 0.0
     for prompt, output in zip(prompts, outputs):                                 # one by one, without padding
         logprobs = model(torch.tensor([prompt + output])).logits[0].log_softmax(-1)
         total -= sum(logprobs[len(prompt) - 1 + t, token].item() for t, token in enumerate(output))
     assert loss.item() == pytest.approx(total / 5, rel=1e-5)
-    tasks = reward_model.generative_loss(model, prompts, outputs, ("rewrite", "locate"), 0)
-    alone = [reward_model.generative_loss(model, [p], [o], ("x",), 0) for p, o in zip(prompts, outputs)]
-    assert tasks.item() == pytest.approx(sum(alone).item(), rel=1e-5)
+    alone = [reward_model.generative_loss(model, [(p, o, "x")], [(p, o, "x")], 0) for p, o in zip(prompts, outputs)]
+    assert loss_of("rewrite", "locate").item() == pytest.approx(sum(alone).item(), rel=1e-5)
 
 
 def test_no_tail_rows_are_lost(reward_model):
@@ -372,7 +376,7 @@ def sample_row(ppo, policy, prompt_ids, response_ids, rewrite_ids, rewards):
 def test_padding_changes_neither_loss(ppo, rlmec_parts):
     """Left padding against a mask for right padding would lose the first tokens of short prompts."""
     policy, tokenizer, _ = rlmec_parts
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    optimizer = ppo.Optimizer((policy, 0.0))
     short = sample_row(ppo, policy, [5], [6, 7, 2], [6, 8, 9, 2], [-0.1, 0.0, -0.05])
     long = sample_row(ppo, policy, [5, 6, 7, 8, 9, 10], [11, 2], [11, 2], [0.5, 0.25])
     both = ppo.rlmec_step(policy, optimizer, [short, long], tokenizer, ppo.Args(device="cpu"))
@@ -382,11 +386,22 @@ def test_padding_changes_neither_loss(ppo, rlmec_parts):
     assert both["max_logratio"] < 1e-5 and both["clipfrac"] == 0     # rho = 1 before the first step
 
 
+class SGD(torch.optim.SGD):
+    """Plain gradient steps: AdamW's first one moves every weight as far."""
+
+    def __init__(self, policy):
+        super().__init__(policy.parameters(), lr=0.01)
+
+    def clip_and_step(self):
+        self.step()
+        self.zero_grad()
+
+
 @pytest.mark.parametrize("reward, sign", [(0.5, 1), (-0.1, -1)])
 def test_with_lambda_0_only_the_rewarded_token_moves(ppo, rlmec_parts, reward, sign):
     policy, tokenizer, _ = rlmec_parts
     row = sample_row(ppo, policy, [5, 6], [7, 8, 2], [9, 2], [0.0, reward, 0.0])
-    optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
+    optimizer = SGD(policy)
     args = ppo.Args(device="cpu", imitation_weight=0.0)
     ppo.rlmec_step(policy, optimizer, [row], tokenizer, args)
     inputs, mask = ppo.pack([row["prompt_ids"]], [row["response_ids"]], 0, "cpu")
