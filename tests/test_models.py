@@ -286,6 +286,20 @@ def test_folders_hold_one_row_a_token_and_open_plainly(finished, stages, folder,
     assert size == rows - more + new_pad
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_little_memory(finished, stages, tmp_path, name):
+    """bfloat16, gradient checkpointing and micro-batches, with each family's layers and new rows."""
+    run, little = finished(name), {"dtype": "bfloat16", "gradient_checkpointing": True}
+    stages[2].main(stages[2].Args(run=str(tmp_path), edits=str(run / "edits.jsonl"), model=str(run / "policy"),
+                                  micro_batch=3, **little, **SMALL[2]))
+    stages[3].main(stages[3].Args(run=str(tmp_path), policy=str(run / "policy"), method="ppo_token",
+                                  problems=str(run / "problems.jsonl"), **little, **SMALL[3]))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "ppo_token")
+    before = AutoModelForCausalLM.from_pretrained(run / "policy")
+    moved = [(a.float() - b.float()).abs().max().item() for a, b in zip(saved.parameters(), before.parameters())]
+    assert saved.dtype == torch.bfloat16 and sum(x > 0 for x in moved) > len(moved) / 2
+
+
 # --- Chat templates and solutions --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", CHATS)
@@ -386,6 +400,9 @@ def test_a_new_pad_token_gets_the_same_row_everywhere(stages, folder):
         assert torch.equal(torch.get_rng_state(), before)
         rows.append(model.get_input_embeddings().weight[tokenizer.pad_token_id])
     assert all(torch.equal(row, rows[0]) for row in rows) and rows[0].abs().sum() > 0
+    half = stages[1].fit(stages[1].open_model(AutoModelForCausalLM, folder("gpt2"), "bfloat16"), tokenizer)
+    row = half.get_input_embeddings().weight[tokenizer.pad_token_id]
+    assert row.dtype == torch.bfloat16 and torch.allclose(row.float(), rows[0], atol=0.02)
 
 
 # --- What a tokenizer or a model cannot do -----------------------------------------------------------------
