@@ -262,12 +262,12 @@ def test_edits_of_another_tokenizer(stages, run, capsys):
 
 
 @pytest.mark.parametrize("stage", [3, 4])
-def test_problems_and_models_of_another_run(stages, run, capsys, stage):
+def test_problems_and_models_of_another_run(edit_data, stages, run, capsys, stage):
     config = LlamaConfig(vocab_size=7, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                          num_attention_heads=1, num_labels=1)
     auto_class = LlamaForTokenClassification if stage == 3 else LlamaForCausalLM
     auto_class(config).save_pretrained(run / "other")
-    stages[1].small_policy(["0123456789+-=;"], stages[1].Args(hidden_size=8))[1].save_pretrained(run / "other")
+    edit_data.small_policy(["xyz"], edit_data.Args())[1].save_pretrained(run / "other")
     other = {3: {"method": "ppo_token", "reward_model": run / "other"}, 4: {"policies": [str(run / "other")]}}
     stops(capsys, stages[stage], run, run / "other", "vocabulary", run=run, overwrite=True, **other[stage])
     change_rows(run / "problems.jsonl", prompt="1+1+1+1+1=")           # no word that the policy knows
