@@ -1001,6 +1001,7 @@ CHATTER = re.compile(rf"(?i){SURE}\n|({SURE})?(here(’s|'s| is)[^\n:]{{0,60}}|"
 REFUSAL = re.compile(r"(?i)(i['’]m|i am) (very )?sorry|sorry, |i (cannot|can['’]t|am unable)|as an ai")
 FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.S)
 QUOTES = re.compile(r"\"(.*)\"|“(.*)”|'(.*)'", re.S)
+WRITERS = ("llm", "model")
 UNKNOWN = "a word is not in the policy's vocabulary"
 WAITS = [1, 2, 4, 8, 16, 32]            # seconds before each new try of a request that failed
 
@@ -1028,6 +1029,11 @@ def check_editor(args):
         fail(f"--editor {args.editor}: write model:FOLDER or rules:FILE, and the others without a colon")
     if kind not in ("", "oracle", "nearest", "human", "llm", "model", "rules"):
         fail(f"--editor {args.editor}: choose oracle, nearest, human, llm, model:FOLDER or rules:FILE")
+    if args.data and not args.model:
+        fail("--data needs --model: the small policy knows only the words of the built-in tasks")
+    if args.editor == ("oracle" if args.data else "human"):
+        fail(f"--editor {args.editor} does not fit: oracle knows the built-in tasks only, human is the "
+             "column `edited` of --data")
     if kind == "rules" and not args.data:
         fail("--editor rules needs --data with a column `prompt`")
     if kind == "llm" and not (args.llm_model and re.match("https?://.", args.llm_url or "")):
@@ -1390,38 +1396,79 @@ def check_run_folder(args):
     return (Path(args.run) / "edits.jsonl").exists()
 
 
+def data_shape(args, kind):
+    """What --data holds: prompts (for rules), solutions or pairs; refuses an editor that does not fit."""
+    if kind == "rules":
+        return "prompts"
+    columns = {name for row in read_jsonl(args.data, {}) for name in row}
+    shape = "solutions" if columns & {"solution", "answer"} else "pairs"
+    if args.editor and kind not in WRITERS and (shape == "solutions") != (kind == "nearest"):
+        fail(f"{args.data} does not fit --editor {kind}: nearest needs the columns `solution` and `answer`,"
+             " human needs `edited`, or `chosen` and `rejected`")
+    return shape
+
+
+def encode_data(shape, problems, pairs, unedited, tokenizer, context, args, drop):
+    """Token ids of --data; what does not fit the context is dropped and counted. Returns problems, pairs and
+    demonstrations for SFT, (prompt ids, response ids): responses, or reference solutions."""
+    check_texts(read_jsonl(args.data, {}), tokenizer, args.data)
+    for problem in problems:
+        encode_prompt(tokenizer, problem["prompt"], f"{args.data}, {problem['id']}")
+    if shape == "pairs":
+        pairs = encode_pairs(pairs, tokenizer, context, drop, unedited)
+        kept = {json.dumps(pair["prompt"]) for pair in pairs}
+        problems = [problem for problem in problems if json.dumps(problem["prompt"]) in kept]
+        return problems, pairs, [(pair["prompt_ids"], pair["rejected_ids"])
+                                 for pair in pairs if pair["split"] == "train"]
+    problems = encode_samples(problems, tokenizer, context, drop)
+    demonstrations = []
+    for problem in problems:
+        prompt_ids = encode_prompt(tokenizer, problem["prompt"])
+        responses = problem["samples"]
+        if shape == "solutions":
+            responses = [encode_response(tokenizer, problem["solution"])]
+        demonstrations += [(prompt_ids, ids) for ids in responses if problem["split"] == "train"]
+    return problems, pairs, demonstrations
+
+
+def sample_pairs(shape, problems, editor, rules, model, tokenizer, args, drop):
+    """A1, B1: samples of the policy, or those of --data, and the pairs that they make with their edits; of
+    the training problems only the first args.pair_prompts."""
+    n = args.pair_prompts or (len(problems) if args.data else {"math": 10000, "qa": 5200}[args.task])
+    used = [problem for problem in problems if problem["split"] == "train"][:n]
+    used += [problem for problem in problems if problem["split"] != "train"]
+    sample_solutions([problem for problem in used if not problem.get("samples")], model, tokenizer, args)
+    if shape == "prompts":
+        return [pair for problem in used for pair in rule_pairs(problem, rules, editor, tokenizer, drop)]
+    is_right = [right(tokenizer.decode(ids, skip_special_tokens=True), problem)
+                for problem in used for ids in problem["samples"]]
+    print(f"{sum(is_right) / len(is_right):.1%} of {len(is_right)} solutions are right")
+    return [pair for problem in used for pair in pairs_of(problem, editor, tokenizer, drop)]
+
+
 def main(args):
     check_args(args)
-    if args.data and not args.model:
-        fail("--data needs --model: the small policy knows only the words of the built-in tasks")
     kind, source_of_edits, template = check_editor(args)
-    if args.editor == ("oracle" if args.data else "human"):
-        fail(f"--editor {args.editor} does not fit: oracle knows the built-in tasks only, human is the "
-             "column `edited` of --data")
     if check_run_folder(args):
         print(f"{args.run}/edits.jsonl is there already; --overwrite makes it again")
         return
-    data = read_jsonl(args.data, {}) if args.data else []
-    rules = read_rules(source_of_edits) if kind == "rules" else None
-    solved = not rules and any("solution" in row or "answer" in row for row in data)
-    writes = kind in ("llm", "model")
-    editor = args.editor or ("nearest" if solved else "human" if args.data else "oracle")
-    if args.data and not rules and not writes and solved != (editor == "nearest"):
-        fail(f"{args.data} does not fit --editor {editor}: nearest needs the columns `solution` and `answer`,"
-             " human needs `edited`, or `chosen` and `rejected`")
 
     # problems: from the built-in task, or the prompts of the data
     rng = random.Random(args.seed)
     drop = Counter()
-    if solved or rules:
-        problems = read_prompts(args.data, rules) if rules else read_solutions(args.data)
-        split_by_prompt(problems, args)
-    elif args.data:
-        pairs = read_pairs(args.data, writes)
-        problems = split_by_prompt(pairs, args)
-    else:
+    pairs = []
+    rules = read_rules(source_of_edits) if kind == "rules" else None
+    shape = data_shape(args, kind) if args.data else "task"
+    editor = args.editor or {"task": "oracle", "solutions": "nearest", "pairs": "human"}[shape]
+    if shape == "task":
         task = {"math": Math, "qa": Qa}[args.task](args.seed)
         problems = make_problems(task, args, rng)
+    elif shape == "pairs":
+        pairs = read_pairs(args.data, kind in WRITERS)
+        problems = split_by_prompt(pairs, args)
+    else:
+        problems = read_prompts(args.data, rules) if shape == "prompts" else read_solutions(args.data)
+        split_by_prompt(problems, args)
 
     # policy: fine-tuned on imperfect demonstrations, so that it errs as a real policy does
     path = Path(args.run) / "policy"
@@ -1430,30 +1477,11 @@ def main(args):
     if source:
         tokenizer = open_tokenizer(source, any(isinstance(problem["prompt"], list) for problem in problems))
         model = fit(open_model(AutoModelForCausalLM, source, args.dtype), tokenizer)
-    if data:
-        check_texts(data, tokenizer, args.data)
-        for row in problems:
-            encode_prompt(tokenizer, row["prompt"], f"{args.data}, {row['id']}")
-    if rules:
-        problems = encode_samples(problems, tokenizer, context_of(model), drop)
-        demonstrations = [(encode_prompt(tokenizer, problem["prompt"]), ids)
-                          for problem in problems if problem["split"] == "train"
-                          for ids in problem["samples"]]
-        if args.sft_steps and not demonstrations:
-            fail(f"{args.data}: --sft_steps needs the column `response`")
-    elif solved:
-        problems = encode_samples(problems, tokenizer, context_of(model), drop)
-        demonstrations = [(encode_prompt(tokenizer, problem["prompt"]),
-                           encode_response(tokenizer, problem["solution"]))
-                          for problem in problems if problem["split"] == "train"]
-    elif args.data:
-        pairs = encode_pairs(pairs, tokenizer, context_of(model), drop, writes)
-        demonstrations = [(pair["prompt_ids"], pair["rejected_ids"])
-                          for pair in pairs if pair["split"] == "train"]
-        kept = {json.dumps(pair["prompt"]) for pair in pairs}
-        problems = [problem for problem in problems if json.dumps(problem["prompt"]) in kept]
-    if args.data and not (problems if rules else demonstrations):
-        fail(f"{args.data}: no training row is left: {dict(drop)}")
+    if args.data:
+        problems, pairs, demonstrations = encode_data(shape, problems, pairs, kind in WRITERS, tokenizer,
+                                                      context_of(model), args, drop)
+        if not problems or not demonstrations and (args.sft_steps or shape != "prompts"):
+            fail(f"{args.data}: no training row is left: {dict(drop)}; --sft_steps needs responses")
     run = start_stage(args, "01")
     if args.overwrite:                              # models of the old pairs would pass for models of the new
         for name in ("reward_*", "ppo_*", "value_*", "rlmec*", "eval.json", "report.html"):
@@ -1477,26 +1505,16 @@ def main(args):
                                          for problem in problems])
 
     # pairs and their minimal edits
-    if writes:
+    if kind in WRITERS:
         torch.manual_seed(args.seed)                # a second call samples the responses of the first again
-    if rules or solved or not args.data:
-        n = args.pair_prompts or (len(problems) if args.data else {"math": 10000, "qa": 5200}[args.task])
-        train = [problem for problem in problems if problem["split"] == "train"][:n]
-        used = train + [problem for problem in problems if problem["split"] != "train"]
-        sample_solutions([problem for problem in used if not problem.get("samples")], model, tokenizer, args)
-    if rules:
-        pairs = [pair for problem in used for pair in rule_pairs(problem, rules, source_of_edits, tokenizer,
-                                                                 drop)]
-    elif solved or not args.data:
-        is_right = [right(tokenizer.decode(ids, skip_special_tokens=True), problem)
-                    for problem in used for ids in problem["samples"]]
-        print(f"{sum(is_right) / len(is_right):.1%} of {len(is_right)} solutions are right")
-        how = ("nearest" if solved else "oracle") if writes else editor
-        pairs = [pair for problem in used for pair in pairs_of(problem, how, tokenizer, drop)]
-    if writes:
-        answerer = LlmEditor(args, run) if kind == "llm" else ModelEditor(args, source_of_edits)
-        pairs = write_edits(pairs, answerer, template, tokenizer, context_of(model), args,
-                            drop)
+    if shape != "pairs":
+        first_editor = editor
+        if kind in WRITERS:                         # the pairs come with edits, which the writer replaces
+            first_editor = "nearest" if shape == "solutions" else "oracle"
+        pairs = sample_pairs(shape, problems, first_editor, rules, model, tokenizer, args, drop)
+    if kind in WRITERS:
+        writer = LlmEditor(args, run) if kind == "llm" else ModelEditor(args, source_of_edits)
+        pairs = write_edits(pairs, writer, template, tokenizer, context_of(model), args, drop)
     if args.worse_edits:
         tokens = sorted({token for pair in pairs for token in pair["rejected_ids"][:-1]})
         pairs = [spoil(pair, tokens, tokenizer, rng)
