@@ -1036,29 +1036,16 @@ def check_editor(args):
              "column `edited` of --data")
     if kind == "rules" and not args.data:
         fail("--editor rules needs --data with a column `prompt`")
-    if kind == "llm" and not (args.llm_model and re.match("https?://.", args.llm_url or "")):
-        fail("--editor llm needs --llm_url, which begins with http:// or https://, and --llm_model")
-    if args.llm_workers < 1 or args.llm_retries < 0:
-        fail("--llm_workers must be at least 1 and --llm_retries at least 0")
-    template = LLM_PROMPT
-    if args.llm_prompt:
-        try:
-            template = Path(args.llm_prompt).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            fail(f"{args.llm_prompt}: cannot be read ({error})")
-        if "{response}" not in template:
-            fail(f"{args.llm_prompt}: has no {{response}}, so the editor would not see the response")
-    return kind, path, template
+    if kind == "llm":
+        check_llm(args, "--editor llm")
+    return kind, path, read_template(args.llm_prompt, LLM_PROMPT, ["response"])
 
 
 def edit_request(pair, template):
     """The prompt that asks for the edit of a pair's rejected response."""
-    prompt, solution = pair["prompt"], pair.get("solution")
-    if not isinstance(prompt, str):
-        prompt = "\n".join(f"{message.get('role', 'user')}: {message['content']}" for message in prompt)
-    parts = {"goal": "right" if solution else "better", "prompt": prompt, "response": pair["rejected"],
-             "reference": f"A right solution, for reference:\n{solution}\n\n" if solution else ""}
-    return re.sub(r"\{(goal|prompt|reference|response)\}", lambda found: parts[found[1]], template)
+    solution = pair.get("solution")
+    return fill(template, pair["prompt"], goal="right" if solution else "better", response=pair["rejected"],
+                reference=f"A right solution, for reference:\n{solution}\n\n" if solution else "")
 
 
 def with_edit(pair, edited, name, tokenizer, whole):
@@ -1114,6 +1101,38 @@ def write_edits(pairs, editor, template, tokenizer, context, args, drop):
     return [edited[k] for k in sorted(edited)]
 
 
+# what follows, up to LlmClient, stands in 04_eval.py too
+
+def check_llm(args, flag):
+    """Refuse settings of a server that cannot work, before anything is done."""
+    if not (args.llm_model and re.match("https?://.", args.llm_url or "")):
+        fail(f"{flag} needs --llm_url, which begins with http:// or https://, and --llm_model")
+    if not (args.llm_timeout > 0 and args.llm_temperature >= 0):
+        fail("--llm_timeout must be above 0 and --llm_temperature at least 0")
+
+
+def read_template(path, template, places):
+    """The prompt for an LLM: of the file --llm_prompt, or the built-in one where path is None."""
+    if not path:
+        return template
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        fail(f"{path}: cannot be read ({error})")
+    for place in places:
+        if f"{{{place}}}" not in template:
+            fail(f"{path}: has no {{{place}}}, which the LLM must see")
+    return template
+
+
+def fill(template, prompt, **parts):
+    """A prompt for an LLM: texts in the places {name} of a template, all messages of a chat in {prompt}."""
+    if not isinstance(prompt, str):
+        prompt = "\n".join(f"{message.get('role', 'user')}: {message['content']}" for message in prompt)
+    parts["prompt"] = prompt
+    return re.sub(r"\{(\w+)\}", lambda found: parts.get(found[1], found[0]), template)
+
+
 class LlmError(Exception):
     """What ends the stage: its text is the one line that is shown."""
 
@@ -1140,12 +1159,12 @@ def retry_after(response):
         return 0.0
 
 
-class LlmEditor:
-    """An LLM behind an OpenAI-compatible server. Every answer is appended to RUN/llm_edits.jsonl as it comes,
-    under a hash of its request, and looked up there first: no edit is paid twice."""
+class LlmClient:
+    """An LLM behind an OpenAI-compatible server. Every answer is appended to the file `path` as it comes,
+    under a hash of its request, and looked up there first: no answer is paid twice. what: says the bar."""
 
-    def __init__(self, args, run):
-        self.args, self.name, self.path = args, args.llm_model, Path(run) / "llm_edits.jsonl"
+    def __init__(self, args, path, what):
+        self.args, self.name, self.path, self.what = args, args.llm_model, Path(path), what
         # without a key of its own, the client would send the machine's Hugging Face token to any server
         self.client = InferenceClient(base_url=args.llm_url, api_key=api_key(args.llm_url),
                                       timeout=args.llm_timeout)
@@ -1157,7 +1176,7 @@ class LlmEditor:
                 row = json.loads(line)
                 self.saved[row["key"]] = row["answer"], row["fault"]
             except (ValueError, KeyError, TypeError):
-                print(f"{self.path}: a line is not whole; its edit is asked for again")
+                print(f"{self.path}: a line is not whole; its answer is asked for again")
         if lines[-1]:                               # killed while it wrote a line
             self.path.write_bytes(b"\n".join(lines) + b"\n")
 
@@ -1172,7 +1191,7 @@ class LlmEditor:
         pool = ThreadPoolExecutor(self.args.llm_workers)
         futures = [pool.submit(self.ask, key, messages) for key, messages in missing.items()]
         try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc="LLM edits", unit="answer"):
+            for future in tqdm(as_completed(futures), total=len(futures), desc=self.what, unit="answer"):
                 future.result()
         except (LlmError, OSError, KeyboardInterrupt) as error:
             self.stop.set()
@@ -1513,7 +1532,10 @@ def main(args):
             first_editor = "nearest" if shape == "solutions" else "oracle"
         pairs = sample_pairs(shape, problems, first_editor, rules, model, tokenizer, args, drop)
     if kind in WRITERS:
-        writer = LlmEditor(args, run) if kind == "llm" else ModelEditor(args, source_of_edits)
+        if kind == "llm":
+            writer = LlmClient(args, run / "llm_edits.jsonl", "LLM edits")
+        else:
+            writer = ModelEditor(args, source_of_edits)
         pairs = write_edits(pairs, writer, template, tokenizer, context_of(model), args, drop)
     if args.worse_edits:
         tokens = sorted({token for pair in pairs for token in pair["rejected_ids"][:-1]})

@@ -24,9 +24,11 @@ Writes: RUN/eval.json  RUN/report.html  RUN/04_args.json; with --runs RUN/combin
 """
 
 import csv
+import hashlib
 import html
 import json
 import math
+import os
 import platform
 import random
 import re
@@ -34,16 +36,24 @@ import statistics
 import sys
 import textwrap
 import unicodedata
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
+from threading import Event, Lock
 from typing import List, Optional
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import OfflineModeIsEnabled
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers import AutoModelForTokenClassification, AutoTokenizer, GenerationConfig, HfArgumentParser
@@ -63,6 +73,19 @@ class Args:
     baseline: Optional[str] = field(default=None, metadata={
         "help": "another opponent: a policy folder, or a JSONL of reference responses (prompt, response)"})
     problems: Optional[str] = field(default=None, metadata={"help": "prompts; default RUN/problems.jsonl"})
+    judge: Optional[str] = field(default=None, metadata={
+        "help": "llm: an LLM on a server compares every pair in both orders; default: oracle, final answer "
+                "or reward model, the first that is there"})
+    llm_url: Optional[str] = field(default=None, metadata={
+        "help": "OpenAI-compatible server; the key comes from LLM_API_KEY (else HF_TOKEN for huggingface.co, "
+                "OPENAI_API_KEY for openai.com), and is never saved"})
+    llm_model: Optional[str] = field(default=None, metadata={"help": "the server's name of the judge"})
+    llm_workers: int = field(default=8, metadata={"help": "requests at once"})
+    llm_prompt: Optional[str] = field(default=None, metadata={
+        "help": "file with a prompt of your own: {a}, {b} (the responses) and, where wanted, {prompt}"})
+    llm_temperature: float = field(default=0.0, metadata={"help": "temperature of the verdicts; 0 is greedy"})
+    llm_max_tokens: int = field(default=1024, metadata={"help": "longest answer of the judge, in tokens"})
+    llm_timeout: float = field(default=120.0, metadata={"help": "seconds to wait for one answer"})
     split: str = field(default="test", metadata={"help": "prompts", "choices": ["train", "val", "test"]})
     batch: int = field(default=500, metadata={"help": "responses sampled at once"})
     temperature: float = field(default=1.0, metadata={"help": "sampling temperature"})
@@ -122,10 +145,14 @@ def preferences_of(scores, baseline_scores, texts, baseline_texts):
 
 
 def difference(a, b, seed):
-    """Win rate of one policy minus that of another, paired: both answered the same prompts."""
-    gaps = np.array(a, float) - np.array(b, float)
+    """Win rate of one policy minus that of another, paired, on the n prompts where both have a verdict (1
+    won, 0 lost, 0.5 a tie, None left out)."""
+    gaps = np.array([x - y for x, y in zip(a, b, strict=True) if None not in (x, y)], float)
+    if not len(gaps):
+        fail("two policies have no prompt with a usable verdict on both, so they cannot be compared")
     interval = bootstrap(gaps, seed)
-    return {"difference": float(gaps.mean()), "ci95": interval, "seen": not interval[0] <= 0 <= interval[1]}
+    return {"difference": float(gaps.mean()), "ci95": interval, "seen": not interval[0] <= 0 <= interval[1],
+            "n": len(gaps)}
 
 
 def paired_t_test(gaps):
@@ -653,6 +680,238 @@ def token_texts(ids, tokenizer):
     return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
 
 
+WAITS = [1, 2, 4, 8, 16, 32]            # seconds before each new try of a request that failed
+
+
+def check_llm(args, flag):
+    """Refuse settings of a server that cannot work, before anything is done."""
+    if not (args.llm_model and re.match("https?://.", args.llm_url or "")):
+        fail(f"{flag} needs --llm_url, which begins with http:// or https://, and --llm_model")
+    if not (args.llm_timeout > 0 and args.llm_temperature >= 0):
+        fail("--llm_timeout must be above 0 and --llm_temperature at least 0")
+
+
+def read_template(path, template, places):
+    """The prompt for an LLM: of the file --llm_prompt, or the built-in one where path is None."""
+    if not path:
+        return template
+    try:
+        template = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        fail(f"{path}: cannot be read ({error})")
+    for place in places:
+        if f"{{{place}}}" not in template:
+            fail(f"{path}: has no {{{place}}}, which the LLM must see")
+    return template
+
+
+def fill(template, prompt, **parts):
+    """A prompt for an LLM: texts in the places {name} of a template, all messages of a chat in {prompt}."""
+    if not isinstance(prompt, str):
+        prompt = "\n".join(f"{message.get('role', 'user')}: {message['content']}" for message in prompt)
+    parts["prompt"] = prompt
+    return re.sub(r"\{(\w+)\}", lambda found: parts.get(found[1], found[0]), template)
+
+
+class LlmError(Exception):
+    """What ends the stage: its text is the one line that is shown."""
+
+
+def api_key(url):
+    """The key of a server, from the environment alone; a key never goes to another company's server."""
+    host = f".{urlparse(url).hostname or ''}"
+    names = ["LLM_API_KEY"]
+    names += ["HF_TOKEN"] if host.endswith(".huggingface.co") else []
+    names += ["OPENAI_API_KEY"] if host.endswith(".openai.com") else []
+    key = next((os.environ[name].strip() for name in names if os.environ.get(name, "").strip()), "none")
+    if not re.fullmatch("[!-~]+", key):
+        fail("the key in the environment has characters that no key has")
+    return key
+
+
+def retry_after(response):
+    """Seconds that a server asks to wait, as a number or a date; 0 where it does not say."""
+    value = response.headers.get("Retry-After", "") if response is not None else ""
+    try:
+        return float(value) if re.fullmatch(r"[\d.]+", value) else (
+            parsedate_to_datetime(value) - datetime.now(timezone.utc)).total_seconds()
+    except (TypeError, ValueError):
+        return 0.0
+
+
+class LlmClient:
+    """An LLM behind an OpenAI-compatible server. Every answer is appended to the file `path` as it comes,
+    under a hash of its request, and looked up there first: no answer is paid twice. what: says the bar."""
+
+    def __init__(self, args, path, what):
+        self.args, self.name, self.path, self.what = args, args.llm_model, Path(path), what
+        # without a key of its own, the client would send the machine's Hugging Face token to any server
+        self.client = InferenceClient(base_url=args.llm_url, api_key=api_key(args.llm_url),
+                                      timeout=args.llm_timeout)
+        self.saved, self.tokens = {}, Counter()
+        self.lock, self.stop = Lock(), Event()
+        lines = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+        for line in filter(None, lines):
+            try:
+                row = json.loads(line)
+                self.saved[row["key"]] = row["answer"], row["fault"]
+            except (ValueError, KeyError, TypeError):
+                print(f"{self.path}: a line is not whole; its answer is asked for again")
+        if lines[-1]:                               # killed while it wrote a line
+            self.path.write_bytes(b"\n".join(lines) + b"\n")
+
+    def key(self, messages):
+        request = [self.name, self.args.llm_temperature, self.args.llm_max_tokens, messages]
+        return hashlib.sha256(json.dumps(request).encode()).hexdigest()
+
+    def ask_all(self, conversations):
+        """(answer, fault) of every conversation, those on disk from there."""
+        keys = [self.key(messages) for messages in conversations]
+        missing = {key: messages for key, messages in zip(keys, conversations) if key not in self.saved}
+        pool = ThreadPoolExecutor(self.args.llm_workers)
+        futures = [pool.submit(self.ask, key, messages) for key, messages in missing.items()]
+        try:
+            for future in tqdm(as_completed(futures), total=len(futures), desc=self.what, unit="answer"):
+                future.result()
+        except (LlmError, OSError, KeyboardInterrupt) as error:
+            self.stop.set()
+            pool.shutdown(cancel_futures=True)      # answers under way are paid for: wait for them
+            fail(f"{str(error) or 'interrupted'}; {len(self.saved)} answers are kept in {self.path}, and the "
+                 "same command goes on from there")
+        pool.shutdown()
+        return [self.saved[key] for key in keys]
+
+    def ask(self, key, messages):
+        """One answer to `saved` and to disk; tries again where that can help, else raises LlmError."""
+        args = self.args
+        for wait in [*WAITS, None]:
+            if self.stop.is_set():
+                return
+            try:
+                answer = self.client.chat_completion(
+                    messages, model=args.llm_model, max_tokens=args.llm_max_tokens,
+                    temperature=args.llm_temperature)
+                choice, usage = answer.choices[0], answer.usage
+                text = choice.message.content or ""
+                row = {"answer": text.strip(), "fault": None}
+                used = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
+                break
+            except OfflineModeIsEnabled:
+                raise LlmError("HF_HUB_OFFLINE stops every request of the client: unset it")
+            except Exception as error:              # the client and its transport raise many kinds
+                response = getattr(error, "response", None)
+                status = getattr(response, "status_code", None)
+                malformed = status is None and isinstance(
+                    error, (ValueError, LookupError, TypeError, AttributeError))
+                problem = f"answers {status}" if status else f"does not answer ({type(error).__name__})"
+            if status in (401, 403):
+                raise LlmError(f"{args.llm_url} refuses the key ({status}): set LLM_API_KEY")
+            if status == 404:
+                raise LlmError(f"{args.llm_url} does not know the model {args.llm_model} (404): check "
+                               "--llm_model and --llm_url")
+            if status in (400, 413, 422):           # this request, not the server
+                self.saved[key] = "", f"the server refuses the request ({status})"
+                return
+            if status and status not in (408, 409, 425, 429) and status < 500:
+                raise LlmError(f"{args.llm_url} {problem}")
+            if wait is None and malformed:
+                self.saved[key] = "", "the answer is not in the format of OpenAI"
+                return
+            if wait is None:
+                raise LlmError(f"{args.llm_url} {problem}, {len(WAITS) + 1} times")
+            self.stop.wait(max(wait, retry_after(response)))
+        if choice.finish_reason == "content_filter" or getattr(choice.message, "refusal", None):
+            row["fault"] = "it refuses"
+        elif choice.finish_reason == "length":
+            row["fault"] = "the answer is cut off (--llm_max_tokens)"
+        row.update(prompt_tokens=used[0] or 0, answer_tokens=used[1] or 0)
+        with self.lock:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "model": self.name, **row}) + "\n")
+            self.saved[key] = row["answer"], row["fault"]
+            self.tokens += Counter(prompt=row["prompt_tokens"], answer=row["answer_tokens"])
+
+
+# --- An LLM as the judge -----------------------------------------------------------------------------------
+
+JUDGE_PROMPT = """\
+Below are two responses, A and B, to the same prompt. Which of them is better? Answer with A or B alone, or \
+with tie if neither is better.
+
+Prompt:
+{prompt}
+
+Response A:
+{a}
+
+Response B:
+{b}"""
+LEAD = ("the my final better best preferred answer verdict judgement judgment choice winner preference "
+        "response option output assistant is i prefer choose pick it it's").replace(" ", "|")
+VERDICT = re.compile(
+    rf"(?i:(?:(?:{LEAD})\b *:? *)*)((?i:(?:a )?(?:tie|draw))|[AB])"
+    r"(?i: (?:is|was)(?: clearly| slightly| much)?(?: the)? (?:better|best|winner)(?: one| response)?)?"
+    r"(?:[.!]*|(?i: (?:because|since|as|than) .*)|[.,:;!] (?!.*\b[AB]\b).*)")
+
+
+def parse_verdict(answer):
+    """A, B, tie or None of a judge's answer. The first line or the last has to say it, plainly and without
+    the other one contradicting; markup around it, and a reason behind it, do no harm."""
+    text = re.sub(r"[*_`#\"“”()\[\]{}<>]+", " ", answer.split("</think>")[-1].replace("’", "'"))
+    lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
+    lines = [line.strip("' ") for line in lines]
+    said = set()
+    for line in lines[:1] + lines[-1:]:
+        found = VERDICT.fullmatch(line.upper() if len(line) == 1 else line)
+        if found:
+            said.add(found[1] if found[1] in "AB" else "tie")
+    return said.pop() if len(said) == 1 else None
+
+
+def llm_verdicts(client, template, problems, texts, opponents):
+    """Verdicts of the LLM prompt by prompt: 2 for the policy, 1 for the opponent, 1.5 for a tie, None for
+    what is left out. Each pair is shown in both orders and the two verdicts have to agree, or the pair is a
+    tie; equal responses tie unasked. Also counts: pairs asked, pairs judged (in both orders), disagreements,
+    verdicts for the `first` and the `second` shown, pairs with a verdict in one order or in none."""
+    asked = [k for k, (text, other) in enumerate(zip(texts, opponents, strict=True)) if text != other]
+    requests = []
+    for k in asked:
+        for a, b in ((opponents[k], texts[k]), (texts[k], opponents[k])):
+            content = fill(template, problems[k]["prompt"], a=a, b=b)
+            requests.append([{"role": "user", "content": content}])
+    said = [None if fault else parse_verdict(answer) for answer, fault in client.ask_all(requests)]
+    verdicts = [1.5] * len(texts)
+    counts = Counter(asked=len(asked), first=said.count("A"), second=said.count("B"))
+    for k, first, second in zip(asked, said[::2], said[1::2]):
+        pair = {"A": 1, "B": 2, "tie": 1.5}.get(first), {"A": 2, "B": 1, "tie": 1.5}.get(second)
+        if None in pair:
+            verdicts[k] = None
+            counts["none" if pair == (None, None) else "one"] += 1
+            continue
+        verdicts[k] = pair[0] if pair[0] == pair[1] else 1.5
+        counts.update(judged=1, disagreed=pair[0] != pair[1])
+    return verdicts, counts
+
+
+def judge_report(name, counts, agreed, compared, known):
+    """The numbers of eval.json on an LLM judge, and the sentences that say them. agreed of compared pairs
+    have the same verdict by the LLM and by what is known, the oracle or the final answer (None: nothing)."""
+    share = lambda part, whole: part / whole if whole else None
+    numbers = {"model": name, **{key: counts[key] for key in ("asked", "judged", "disagreed", "one", "none")},
+               "position_bias": share(counts["disagreed"], counts["judged"]),
+               "first_shown": share(counts["first"], counts["first"] + counts["second"]),
+               "agreement": share(agreed, compared)}
+    text = (f"the LLM {name}, asked in both orders. Position bias: {percent(numbers['position_bias'])} of "
+            f"{counts['judged']} pairs hang on the order and count as ties; the response shown first was "
+            f"preferred in {percent(numbers['first_shown'])} of the verdicts")
+    if counts["one"] or counts["none"]:
+        text += (f". Left out: {counts['one']} pairs with a verdict in one order only, {counts['none']} in "
+                 "none")
+    if known:
+        text += f". It agrees with {known} on {percent(numbers['agreement'])} of {compared} pairs"
+    return numbers, text
+
+
 # --- Evaluation --------------------------------------------------------------------------------------------
 
 @torch.no_grad()
@@ -809,6 +1068,8 @@ def open_judge(run, problems, reward_models, tokenizer, args):
         return "oracle", None, "the oracle: fewer wrong steps wins, then the right answer"
     if all(problem.get("answer") for problem in problems):
         return "answer", None, "the final answer: right wins"
+    if args.judge:
+        return None, None, None
     kind = "sequence" if "sequence" in reward_models else "token"
     if kind not in reward_models:
         fail(f"{run}: no oracle for these problems and no reward model: run 02_reward_model.py first")
@@ -1147,14 +1408,14 @@ def before_after(problems, responses, results, opponent, tokenizer, most):
     names = [name for name in ("ppo_sequence", "ppo_token", "rlmec") if name in responses]
     names = names or [name for name in responses if name not in ("sft", "baseline")][:3]
     order = sorted(range(len(problems)), key=lambda k: (
-        responses[names[-1]][k] == responses[opponent][k], abs(results[names[-1]][k] - 0.5) < 0.1, k))
+        responses[names[-1]][k] == responses[opponent][k], results[names[-1]][k] in (None, 0.5), k))
     out = []
     for k in sorted(order[:most]):
         lines = [f"<b>prompt</b><span class=r>{safe(plain(problems[k]['prompt']))}</span>",
                  f"<b>{opponent}</b><span class=r>"
                  f"{safe(''.join(token_texts(responses[opponent][k], tokenizer)))}</span>"]
         for name in names:
-            won = {1.0: " wins", 0.0: " loses"}.get(results[name][k], " ties")
+            won = {1.0: " wins", 0.0: " loses", None: ": no verdict"}.get(results[name][k], " ties")
             marked = edit_marked(responses[opponent][k], responses[name][k], tokenizer)
             lines.append(f"<b>{html.escape(name)}{won}</b><span class=r>{marked}</span>")
         out.append(f"<div class=card>{''.join(f'<p>{line}</p>' for line in lines)}</div>")
@@ -1277,7 +1538,7 @@ def combine(args):
             if not all(map(math.isfinite, rates)):
                 raise ValueError
             first = read_json(run / "01_args.json", "arguments") if (run / "01_args.json").exists() else {}
-            tasks.append((first.get("task"), first.get("data"), result["judge"].split(".")[0]))
+            tasks.append((first.get("task"), first.get("data"), result["judge"].split(". ")[0]))
         except (KeyError, TypeError, ValueError, AttributeError):
             fail(f"{run}/eval.json: not what 04_eval.py writes; make it again with --overwrite")
         results.append(result["policies"])
@@ -1348,6 +1609,11 @@ def read_baseline(path, problems):
 
 def main(args):
     check_args(args)
+    if args.judge not in (None, "llm"):
+        fail(f"--judge {args.judge}: llm is the only one to name")
+    if args.judge:
+        check_llm(args, "--judge llm")
+    template = read_template(args.llm_prompt, JUDGE_PROMPT, ["a", "b"])
     if args.verdicts or args.human_verdicts:
         path = args.verdicts or args.human_verdicts
         show_verdicts(path, read_verdicts(path) if args.verdicts else read_sheet(path))
@@ -1415,7 +1681,8 @@ def main(args):
             texts = tokenizer.batch_decode(responses[name], skip_special_tokens=True)
         rights = list(map(right, texts, problems)) if kind in ("oracle", "answer") else None
         scores[name] = oracle_scores(texts, problems) if kind == "oracle" else (
-            rights or reward_scores(kind, judge_model, prompts, responses[name], tokenizer, args))
+            rights or args.judge is None and
+            reward_scores(kind, judge_model, prompts, responses[name], tokenizer, args))
         wrong = [-score[0] for score in scores[name]] if kind == "oracle" else None
         words = sum(len(text.split()) for text in texts)
         all_texts[name] = texts
@@ -1431,18 +1698,6 @@ def main(args):
             "seconds": logs[name][-1]["seconds"] if logs[name] else 0.0,
             "best_accuracy": max(accuracy, default=None),
             "largest_drop": largest_drop(accuracy)}
-    best_baseline = policies.get("ppo_sequence", {}).get("best_accuracy")
-    horizon = max((log[-1]["episodes"] for log in logs.values() if log), default=1)
-    for name, row in policies.items():
-        verdicts = preferences_of(scores[name], scores[opponent], all_texts[name], all_texts[opponent])
-        results[name] = [verdict - 1 for verdict in verdicts]
-        reached = [best_baseline is not None and first_update_at(logs[name], best_baseline),
-                   first_update_at(logs[name], args.threshold)]
-        policies[name] = {
-            **win_rate(verdicts, args.seed), **row,
-            "accuracy_area": accuracy_area(logs[name], policies["sft"]["accuracy"], horizon),
-            "episodes_to_best_baseline": int(reached[0]["episodes"]) if reached[0] else None,
-            "episodes_to_threshold": int(reached[1]["episodes"]) if reached[1] else None}
     if args.human_eval:
         name = paths[0].name
         rows = sorted(random.Random(args.seed).sample(range(len(problems)),
@@ -1452,6 +1707,45 @@ def main(args):
         print(f"{target}: fill in `preference` (1 = output_a, 2 = output_b, 1.5 = tie), then "
               f"--human_verdicts {target}")
         return
+
+    # who wins: verdicts prompt by prompt against the opponent
+    client = LlmClient(args, run / "llm_verdicts.jsonl", "LLM verdicts") if args.judge else None
+    counts, agreed = Counter(), []
+    best_baseline = policies.get("ppo_sequence", {}).get("best_accuracy")
+    horizon = max((log[-1]["episodes"] for log in logs.values() if log), default=1)
+    for name, row in policies.items():
+        texts, others = all_texts[name], all_texts[opponent]
+        known = preferences_of(scores[name], scores[opponent], texts, others) if scores[name] else None
+        verdicts = known
+        if client:
+            verdicts, counted = llm_verdicts(client, template, problems, texts, others)
+            counts += counted
+            agreed += [x == y for x, y, text, other in zip(verdicts, known or [], texts, others)
+                       if x is not None and text != other]
+            row["position_bias"] = counted["disagreed"] / counted["judged"] if counted["judged"] else None
+            columns = ("instruction", "output_1", "output_2", "preference")
+            rows = [dict(zip(columns, (plain(problem["prompt"]), other, text, x)))
+                    for problem, other, text, x in zip(problems, others, texts, verdicts)]
+            write_text(run / f"verdicts_{name}.json", json.dumps(rows, indent=1) + "\n")
+            if counted["asked"] == len(texts) and counted["judged"] == 0:
+                fail(f"{client.path}: no answer on {name} is a verdict; see --llm_prompt, --llm_max_tokens")
+        results[name] = [None if verdict is None else verdict - 1 for verdict in verdicts]
+        reached = [best_baseline is not None and first_update_at(logs[name], best_baseline),
+                   first_update_at(logs[name], args.threshold)]
+        policies[name] = {
+            **win_rate(verdicts, args.seed), **row,
+            "accuracy_area": accuracy_area(logs[name], policies["sft"]["accuracy"], horizon),
+            "episodes_to_best_baseline": int(reached[0]["episodes"]) if reached[0] else None,
+            "episodes_to_threshold": int(reached[1]["episodes"]) if reached[1] else None}
+    llm_judge = {}
+    if client:
+        if counts["asked"] and not counts["judged"]:
+            fail(f"{client.path}: no pair has verdicts in both orders; see --llm_prompt, --llm_max_tokens")
+        known = {"oracle": "the oracle", "answer": "the final answer"}.get(kind)
+        numbers, judge_text = judge_report(args.llm_model, counts, sum(agreed), len(agreed), known)
+        llm_judge = {"llm_judge": {**numbers, "tokens": client.tokens}}
+        print(f"verdicts by {args.llm_model}: {client.tokens['prompt']} prompt tokens and "
+              f"{client.tokens['answer']} answer tokens used")
     differences = [{"a": a, "b": b, **difference(results[a], results[b], args.seed)}
                    for a, b in combinations([path.name for path in paths], 2)]
 
@@ -1472,7 +1766,8 @@ def main(args):
         sentences.append(rules_kept(policies))
     models = {kind: {name: value for name, value in row.items() if name not in ("pairs", "scale", "seconds")}
               for kind, row in reward_models.items()}
-    result = {"judge": judge_text, "baseline": args.baseline or str(policy_path), "policies": policies,
+    result = {"judge": judge_text, **llm_judge, "baseline": args.baseline or str(policy_path),
+              "policies": policies,
               "differences": differences, "threshold": args.threshold, "reward_models": models,
               "errors": errors, "checks": sentences, "warnings": warnings}
     answers = headline(policies, differences, "the SFT policy" if opponent == "sft" else args.baseline)

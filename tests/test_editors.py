@@ -6,83 +6,21 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from conftest import KEY
 
 ROOT = Path(__file__).resolve().parent.parent
-KEY = "sk-very-secret"
 ROWS = [{"prompt": "Q: What do Ada and Bob send to Cleo, and where?\nA:", "chosen": " Ada makes tea.",
          "rejected": f" {name} makes soap."} for name in "Bob Cleo Dan Eva Finn Gus Hana Ivo Jane Kit".split()]
 ROWS = [{**row, "prompt": row["prompt"].replace("Ada", row["rejected"].split()[0])} for row in ROWS]
 
 
-class Server(ThreadingHTTPServer):
-    """answer(n, body) of request n (from 0): a text, (status, headers), bytes sent as they are, or None to hang up."""
-    daemon_threads = True
-
-    def __init__(self, answer):
-        self.answer, self.bodies, self.keys, self.lock = answer, [], [], threading.Lock()
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/v1"
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    def handle_error(self, request, address):
-        pass
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            n = len(self.server.bodies)
-            self.server.bodies.append(body)
-            self.server.keys.append(self.headers["Authorization"])
-        answer = self.server.answer(n, body)
-        if answer is None:
-            return self.connection.close()
-        status, headers = answer if isinstance(answer, tuple) else (200, {})
-        if isinstance(answer, dict):
-            answer = {"message": {"role": "assistant", "content": ""}, "finish_reason": "stop", **answer}
-        elif isinstance(answer, str):
-            answer = {"message": {"role": "assistant", "content": answer}, "finish_reason": "stop"}
-        if not isinstance(answer, (bytes, tuple)):
-            answer = json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": "m",
-                                 "choices": [{"index": 0, **answer}], "system_fingerprint": "",
-                                 "usage": {"prompt_tokens": 10, "completion_tokens": 3, "total_tokens": 13}}).encode()
-        data = answer if isinstance(answer, bytes) else b'{"error": "no"}'
-        self.send_response(status)
-        for name, value in {"Content-Length": len(data), **headers}.items():
-            self.send_header(name, str(value))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args):
-        pass
-
-
 def edit(n, body):
     """A good edit: soap becomes tea."""
     return body["messages"][0]["content"].split("Response:\n")[1].replace("soap", "tea")
-
-
-@pytest.fixture
-def serve(edit_data, monkeypatch):
-    servers = []
-
-    def start(answer):
-        servers.append(Server(answer))
-        return servers[-1]
-
-    monkeypatch.setattr(edit_data, "WAITS", [0.01, 0.02])
-    monkeypatch.setenv("LLM_API_KEY", KEY)
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
 
 
 def write(path, rows):
@@ -234,8 +172,7 @@ def test_faults_that_pass(serve, stage, fault):
 def test_waits_grow_and_honour_retry_after(serve, edit_data):
     waits = []
     server = serve(lambda n, body: [(429, {"Retry-After": "7"}), (500, {}), edit(n, body)][min(n, 2)])
-    client = edit_data.LlmEditor(edit_data.Args(llm_url=server.url, llm_model="m"), "/nonexistent")
-    client.path = Path(os.devnull)
+    client = edit_data.LlmClient(edit_data.Args(llm_url=server.url, llm_model="m"), os.devnull, "edits")
     client.stop.wait = waits.append
     client.ask("key", [{"role": "user", "content": "Response:\nsoap"}])
     assert waits == [7.0, 0.02] and client.saved["key"] == ("tea", None)
