@@ -36,8 +36,6 @@ from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
 from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -46,8 +44,7 @@ from typing import Optional
 from urllib.parse import urlparse
 
 import torch
-from huggingface_hub import InferenceClient
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub import InferenceClient, is_offline_mode
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm, trange
@@ -1009,7 +1006,7 @@ WAITS = [1, 2, 4, 8, 16, 32]            # seconds before each new try of a reque
 def clean_answer(answer, original):
     """The edited text of an answer, without chatter before it, code fences and quotes around it, unless the
     original has them too; white space at both ends as in the original."""
-    text = answer.encode("utf-8", "ignore").decode("utf-8").strip()
+    text = answer.strip()
     chatter = CHATTER.match(text)
     if chatter and not CHATTER.match(original.strip()):
         text = text[chatter.end():].strip()
@@ -1109,6 +1106,9 @@ def check_llm(args, flag):
         fail(f"{flag} needs --llm_url, which begins with http:// or https://, and --llm_model")
     if not (args.llm_timeout > 0 and args.llm_temperature >= 0):
         fail("--llm_timeout must be above 0 and --llm_temperature at least 0")
+    if is_offline_mode():
+        fail(f"{flag}: HF_HUB_OFFLINE stops every request of the client: unset it")
+    api_key(args.llm_url)
 
 
 def read_template(path, template, places):
@@ -1133,10 +1133,6 @@ def fill(template, prompt, **parts):
     return re.sub(r"\{(\w+)\}", lambda found: parts.get(found[1], found[0]), template)
 
 
-class LlmError(Exception):
-    """What ends the stage: its text is the one line that is shown."""
-
-
 def api_key(url):
     """The key of a server, from the environment alone; a key never goes to another company's server."""
     host = f".{urlparse(url).hostname or ''}"
@@ -1147,16 +1143,6 @@ def api_key(url):
     if not re.fullmatch("[!-~]+", key):
         fail("the key in the environment has characters that no key has")
     return key
-
-
-def retry_after(response):
-    """Seconds that a server asks to wait, as a number or a date; 0 where it does not say."""
-    value = response.headers.get("Retry-After", "") if response is not None else ""
-    try:
-        return float(value) if re.fullmatch(r"[\d.]+", value) else (
-            parsedate_to_datetime(value) - datetime.now(timezone.utc)).total_seconds()
-    except (TypeError, ValueError):
-        return 0.0
 
 
 class LlmClient:
@@ -1188,21 +1174,20 @@ class LlmClient:
         """(answer, fault) of every conversation, those on disk from there."""
         keys = [self.key(messages) for messages in conversations]
         missing = {key: messages for key, messages in zip(keys, conversations) if key not in self.saved}
-        pool = ThreadPoolExecutor(self.args.llm_workers)
-        futures = [pool.submit(self.ask, key, messages) for key, messages in missing.items()]
-        try:
-            for future in tqdm(as_completed(futures), total=len(futures), desc=self.what, unit="answer"):
-                future.result()
-        except (LlmError, OSError, KeyboardInterrupt) as error:
-            self.stop.set()
-            pool.shutdown(cancel_futures=True)      # answers under way are paid for: wait for them
-            fail(f"{str(error) or 'interrupted'}; {len(self.saved)} answers are kept in {self.path}, and the "
-                 "same command goes on from there")
-        pool.shutdown()
+        with ThreadPoolExecutor(self.args.llm_workers) as pool:
+            futures = [pool.submit(self.ask, key, messages) for key, messages in missing.items()]
+            try:
+                for future in tqdm(as_completed(futures), total=len(futures), desc=self.what, unit="answer"):
+                    future.result()
+            except (OSError, KeyboardInterrupt) as error:
+                self.stop.set()
+                pool.shutdown(cancel_futures=True)  # answers under way are paid for: wait for them
+                fail(f"{str(error) or 'interrupted'}; {len(self.saved)} answers are kept in {self.path}, and "
+                     "the same command goes on from there")
         return [self.saved[key] for key in keys]
 
     def ask(self, key, messages):
-        """One answer to `saved` and to disk; tries again where that can help, else raises LlmError."""
+        """One answer to `saved` and to disk; tries again where that can help, else stops all requests."""
         args = self.args
         for wait in [*WAITS, None]:
             if self.stop.is_set():
@@ -1212,34 +1197,29 @@ class LlmClient:
                     messages, model=args.llm_model, max_tokens=args.llm_max_tokens,
                     temperature=args.llm_temperature)
                 choice, usage = answer.choices[0], answer.usage
-                text = choice.message.content or ""
-                row = {"answer": text.strip(), "fault": None}
+                text = (choice.message.content or "").strip()
+                row = {"answer": text.encode("utf-8", "ignore").decode(), "fault": None}  # no half surrogates
                 used = (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0)
                 break
-            except OfflineModeIsEnabled:
-                raise LlmError("HF_HUB_OFFLINE stops every request of the client: unset it")
             except Exception as error:              # the client and its transport raise many kinds
                 response = getattr(error, "response", None)
                 status = getattr(response, "status_code", None)
                 malformed = status is None and isinstance(
                     error, (ValueError, LookupError, TypeError, AttributeError))
                 problem = f"answers {status}" if status else f"does not answer ({type(error).__name__})"
-            if status in (401, 403):
-                raise LlmError(f"{args.llm_url} refuses the key ({status}): set LLM_API_KEY")
-            if status == 404:
-                raise LlmError(f"{args.llm_url} does not know the model {args.llm_model} (404): check "
-                               "--llm_model and --llm_url")
             if status in (400, 413, 422):           # this request, not the server
                 self.saved[key] = "", f"the server refuses the request ({status})"
                 return
-            if status and status not in (408, 409, 425, 429) and status < 500:
-                raise LlmError(f"{args.llm_url} {problem}")
             if wait is None and malformed:
                 self.saved[key] = "", "the answer is not in the format of OpenAI"
                 return
-            if wait is None:
-                raise LlmError(f"{args.llm_url} {problem}, {len(WAITS) + 1} times")
-            self.stop.wait(max(wait, retry_after(response)))
+            passes = status is None or status in (408, 409, 425, 429) or status >= 500
+            if wait is None or not passes:
+                self.stop.set()
+                advice = "" if passes else f": check the key (LLM_API_KEY) and the model {args.llm_model}"
+                raise ConnectionError(f"{args.llm_url} {problem}{advice}")
+            asked = re.fullmatch(r"\d{1,4}", response.headers.get("Retry-After", "")) if status else None
+            self.stop.wait(max(wait, int(asked[0]) if asked else 0))
         if choice.finish_reason == "content_filter" or getattr(choice.message, "refusal", None):
             row["fault"] = "it refuses"
         elif choice.finish_reason == "length":

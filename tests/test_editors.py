@@ -125,12 +125,22 @@ def test_a_pair_is_counted_once_whatever_its_retries_bring(serve, stage):
     assert len(rows) == 9 and dropped == [1]
 
 
-def test_offline_mode_of_the_client_is_said_at_once(edit_data, serve, stage, monkeypatch):
-    def refuse(*args, **options):
-        raise edit_data.OfflineModeIsEnabled("offline")
-
-    monkeypatch.setattr(edit_data.InferenceClient, "chat_completion", refuse)
+def test_offline_mode_of_the_client_is_said_at_once(serve, stage, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "HF_HUB_OFFLINE" in stage(server=serve(edit), stops=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_key_that_is_none_is_said_at_once(serve, stage, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLM_API_KEY", "sk two words")
+    error = stage(server=serve(edit), stops=True)
+    assert "characters that no key has" in error and "two" not in error and not (tmp_path / "run").exists()
+
+
+def test_half_a_surrogate_pair_is_dropped_from_an_answer(serve, stage):
+    """Or the request that sends the answer back, with what was wrong, could not be encoded."""
+    server = serve(lambda n, body: edit(n, body) if len(body["messages"]) > 1 else "Tokyo Oslo Rome Bern\ud83d")
+    assert len(stage(server=server)[0]) == 10
 
 
 def test_retries_end_and_the_gate_drops(serve, stage):
@@ -202,6 +212,17 @@ def test_a_wrong_key_or_model_fails_at_once(serve, stage, status, needle):
     server = serve(lambda n, body: (status, {}))
     error = stage(server=server, stops=True, llm_workers=1)
     assert needle in error and KEY not in error and len(server.bodies) <= 2
+
+
+def test_a_fatal_answer_stops_all_workers(serve, edit_data, monkeypatch, tmp_path):
+    """No worker sends another request once one of them was told that the key is wrong."""
+    server = serve(lambda n, body: (401, {}))
+    args = edit_data.Args(llm_url=server.url, llm_model="m", llm_workers=1)
+    client = edit_data.LlmClient(args, tmp_path / "edits.jsonl", "edits")
+    with pytest.raises(ConnectionError):
+        client.ask("one", [{"role": "user", "content": "a"}])
+    client.ask("two", [{"role": "user", "content": "b"}])
+    assert len(server.bodies) == 1
 
 
 def test_a_server_that_dies_and_comes_back(serve, stage, tmp_path):
