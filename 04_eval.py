@@ -44,7 +44,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, groupby
 from pathlib import Path
 from threading import Event, Lock
 from typing import List, Optional
@@ -851,7 +851,7 @@ Response B:
 LEAD = ("the my final better best preferred answer verdict judgement judgment choice winner preference "
         "response option output assistant is i prefer choose pick it it's").replace(" ", "|")
 VERDICT = re.compile(
-    rf"(?i:(?:(?:{LEAD})\b *:? *)*)((?i:(?:a )?(?:tie|draw))|[AB])"
+    rf"(?i:(?:(?:{LEAD})\b[ :]*)*)((?i:(?:a )?(?:tie|draw))|[AB])"
     r"(?i: (?:is|was)(?: clearly| slightly| much)?(?: the)? (?:better|best|winner)(?: one| response)?)?"
     r"(?:[.!]*|(?i:,? (?:because|since|as|than) .*)|[.,:;!] (?!.*\b[AB]\b).*)")
 
@@ -1227,7 +1227,7 @@ h3{font-size:1rem}p{margin:.4rem 0}.soft,figcaption{opacity:.75;font-size:.9rem}
 .answer{font-size:1.1rem}.answer,.card{background:var(--panel);border-radius:.5rem;padding:.5rem .8rem;
 margin:.7rem 0;break-inside:avoid}.warn{border-left:.3rem solid #d55e00;padding-left:.7rem}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
-td,th{padding:.2rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--line)}
+td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid var(--line)}td{white-space:nowrap}
 td:first-child,th:first-child{text-align:left}figure{margin:.5rem 0}
 svg{width:100%;max-width:46rem;height:auto;font:12px system-ui,sans-serif;fill:currentColor}
 .card p{display:grid;grid-template-columns:8rem 1fr;gap:.6rem}.card b{font-size:.85rem}
@@ -1314,8 +1314,7 @@ def learning_curves(runs):
         shown = html.escape(name if len(name) < 17 else name[:15] + "…")
         drawn += (f'<polyline points="{" ".join(place(x, y) for x, y, sd in curve)}" fill="none" '
                   f'stroke="{colour}" stroke-width="2"><title>{html.escape(name)}</title></polyline>'
-                  + "".join(f'<circle cx="{x_of(x):.1f}" cy="{limit(y):.1f}" r="2.5" fill="{colour}"><title>'
-                            f'{html.escape(name)}: {y:.3f} after {x:,.0f} episodes</title></circle>'
+                  + "".join(f'<circle cx="{x_of(x):.1f}" cy="{limit(y):.1f}" r="2.5" fill="{colour}"/>'
                             for x, y, sd in curve)
                   + f'<path d="M{x_of(x_end):.1f} {limit(y_end):.1f}H392L402 {height:.1f}" fill="none" '
                     f'stroke="{colour}" stroke-dasharray="2 3"/><path d="M403 {height:.1f}h10" '
@@ -1330,28 +1329,21 @@ def learning_curves(runs):
 
 def histogram(kind, split):
     """Rewards of kept and changed tokens of held-out responses, each as shares of its own number."""
-    values = np.array(split["kept"] + split["changed"])
-    low, high = np.percentile(values, [0.5, 99.5]) + np.array([-1e-3, 1e-3])
-    parts, top = "", 0.0
-    for name, colour in (("kept", "#0072B2"), ("changed", "#D55E00")):
+    low, high = np.percentile(split["kept"] + split["changed"], [0.5, 99.5]) + np.array([-1e-3, 1e-3])
+    parts = ""
+    for place, (name, colour) in enumerate((("kept", "#0072B2"), ("changed", "#D55E00"))):
         counts = np.histogram(np.clip(split[name], low, high), 40, (low, high))[0] / max(len(split[name]), 1)
-        heights = np.sqrt(counts)                             # a root scale keeps the small bars visible
-        top = max(top, counts.max())
-        parts += "".join(f'<rect x="{30 + 11.5 * k:.1f}" y="{130 - 110 * h:.1f}" width="11" '
-                         f'height="{110 * h:.1f}" fill="{colour}" opacity=".6"><title>'
-                         f'{name}: {100 * c:.1f} % near '
-                         f'{low + (k + 0.5) * (high - low) / 40:.2f}</title></rect>'
-                         for k, (h, c) in enumerate(zip(heights, counts)) if c)
-    ticks = "".join(f'<text x="{30 + 460 * k / 4:.0f}" y="146" text-anchor="middle">'
-                    f'{low + (high - low) * k / 4:.2f}</text>' for k in range(5))
+        heights = 110 * np.sqrt(counts)                       # a root scale keeps the small bars visible
+        parts += "".join(f'<rect x="{30 + 11.5 * k:.1f}" y="{130 - h:.1f}" width="11" height="{h:.1f}" '
+                         f'fill="{colour}" opacity=".6"/>' for k, h in enumerate(heights) if h)
+        parts += (f'<text x="{330 + 90 * place}" y="12" fill="{colour}">■ {name} '
+                  f'{len(split[name]):,}</text>')
+    parts += "".join(f'<text x="{30 + 115 * k}" y="146" text-anchor="middle">{low + (high - low) * k / 4:.2f}'
+                     '</text>' for k in range(5))
     title = "token model, reward of a token" if kind == "token" else "GRM, p − 0.5 of a token"
-    return (f'<figure><svg viewBox="0 0 520 165" role="img" aria-label="rewards, {kind}">{parts}{ticks}'
-            f'<path d="M30 130h460" stroke="currentColor"/><text x="30" y="12">'
-            f'share of tokens, root scale</text>'
-            f'<text x="260" y="162" text-anchor="middle">{title}</text><text x="330" y="12">■ kept '
-            f'{len(split["kept"]):,}</text><path d="M330 3h9v9h-9z" fill="#0072B2"/>'
-            f'<text x="420" y="12">■ changed '
-            f'{len(split["changed"]):,}</text><path d="M420 3h9v9h-9z" fill="#D55E00"/></svg></figure>')
+    return (f'<figure><svg viewBox="0 0 520 165" role="img" aria-label="rewards, {kind}">{parts}'
+            '<path d="M30 130h460" stroke="currentColor"/><text x="30" y="12">share of tokens, root scale'
+            f'</text><text x="260" y="162" text-anchor="middle">{title}</text></svg></figure>')
 
 
 def heat_map(rows, rewards, most):
@@ -1391,19 +1383,15 @@ def heat_map(rows, rewards, most):
 def edit_marked(before, after, tokenizer):
     """The minimal edit (E1) that leads from one response to another, ids, as HTML."""
     old, new = token_texts(before, tokenizer), token_texts(after, tokenizer)
-    groups = []
-    for op, i, j in align(before, after):
-        for tag, text in {"keep": [("", new[j:j + 1])], "delete": [("del", old[i:i + 1])],
-                          "insert": [("ins", new[j:j + 1])],
-                          "replace": [("del", old[i:i + 1]), ("ins", new[j:j + 1])]}[op]:
-            # of a run of replacements first all that goes, then all that comes
-            same = next((g for g in groups[-2:] if g[0] == tag and (tag or g is groups[-1])), None)
-            if same and not (groups[-1][0] == "" and same is not groups[-1]):
-                same[1].extend(text)
-            else:
-                groups.append((tag, list(text)))
-    return "".join(f"<{tag}>{safe(''.join(text))}</{tag}>" if tag else safe("".join(text))
-                   for tag, text in groups)
+    shown = []
+    for kept, steps in groupby(align(before, after), lambda step: step[0] == "keep"):
+        steps = list(steps)
+        deleted = safe("".join(old[i] for op, i, j in steps if op != "insert"))
+        inserted = safe("".join(new[j] for op, i, j in steps if op != "delete"))
+        ops = {op for op, i, j in steps}
+        shown.append(inserted if kept else (f"<del>{deleted}</del>" if ops != {"insert"} else "")
+                     + (f"<ins>{inserted}</ins>" if ops != {"delete"} else ""))
+    return "".join(shown)
 
 
 def before_after(problems, responses, results, opponent, tokenizer, most):

@@ -22,7 +22,8 @@ from conftest import KEY
     ("", None), ("A or B", None), ("both", None), ("AB", None), ("A/B", None), ("A B", None), ("A, B", None),
     ("Answer: A or B", None), ("A and B", None), ("A\nB", None), ("Neither is better.", None), ("A is not better.", None),
     ("Is A better?", None), ("I'm sorry, but I can't compare A and B.", None), ("I cannot say that A is better.", None),
-    ("A good answer would name the town.", None), ("Apples", None), ("C", None), ("The answer is a matter of taste", None)])
+    ("A good answer would name the town.", None), ("Apples", None), ("C", None), ("The answer is a matter of taste", None),
+    ("the answer is " * 200 + "x", None)])                            # a model in a loop must not hang the parser
 def test_a_verdict_is_read_or_refused(evaluation, answer, verdict):
     assert evaluation.parse_verdict(answer) == verdict
 
