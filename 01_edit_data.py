@@ -1483,7 +1483,7 @@ def main(args):
             fail(f"{args.data}: no training row is left: {dict(drop)}; --sft_steps needs responses")
     run = start_stage(args, "01")
     if args.overwrite:                              # models of the old pairs would pass for models of the new
-        for name in ("reward_*", "ppo_*", "value_*", "rlmec*", "eval.json", "report.html"):
+        for name in ("reward_*", "ppo_*", "value_*", "rlmec*", "eval.json", "report.html", "verdicts_*.json"):
             for old in run.glob(name):
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
     if not source:

@@ -11,14 +11,16 @@ Simplified against the papers:
   1. The judge is the oracle of the built-in tasks (E1 on steps): fewer wrong steps wins, then the right
      answer, a tie counts one half. Paper A asks a simulated human (AlpacaFarm). Without an oracle the final
      answer decides; without answers a reward model of stage 2, and its own accuracy is printed beside it.
-     --human_eval asks people.
+     --human_eval asks people, --judge llm an LLM on a server, in both orders of a pair.
   2. The opponent is the SFT policy, answering the same prompts, unless --baseline names another.
 
 Reads:  RUN/policy/  RUN/ppo_*/  RUN/rlmec*/  RUN/*.csv  RUN/problems.jsonl  RUN/reward_*/  RUN/edits.jsonl
-Writes: RUN/eval.json  RUN/report.html  RUN/04_args.json; with --runs RUN/combined.json  RUN/combined.html
+Writes: RUN/eval.json  RUN/report.html  RUN/04_args.json; with --runs RUN/combined.json  RUN/combined.html;
+        with --judge llm RUN/llm_verdicts.jsonl  RUN/verdicts_*.json
 
     python 04_eval.py                                          about 15 seconds on two CPU cores
     python 04_eval.py --runs runs/math1 runs/math2 runs/math3 --run runs/math          several seeds together
+    ... --judge llm --llm_url http://localhost:8000/v1 --llm_model NAME         the key in LLM_API_KEY
     python 04_eval.py --verdicts verdicts.json                 the win rate of a saved list of verdicts
     python 04_eval.py --human_eval 50 --policies runs/default/ppo_token           a blind sheet for people
 """
@@ -40,7 +42,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from itertools import combinations
+from itertools import combinations, groupby
 from pathlib import Path
 from threading import Event, Lock
 from typing import List, Optional
@@ -829,9 +831,9 @@ Response B:
 LEAD = ("the my final better best preferred answer verdict judgement judgment choice winner preference "
         "response option output assistant is i prefer choose pick it it's").replace(" ", "|")
 VERDICT = re.compile(
-    rf"(?i:(?:(?:{LEAD})\b *:? *)*)((?i:(?:a )?(?:tie|draw))|[AB])"
+    rf"(?i:(?:(?:{LEAD})\b[ :]*)*)((?i:(?:a )?(?:tie|draw))|[AB])"
     r"(?i: (?:is|was)(?: clearly| slightly| much)?(?: the)? (?:better|best|winner)(?: one| response)?)?"
-    r"(?:[.!]*|(?i: (?:because|since|as|than) .*)|[.,:;!] (?!.*\b[AB]\b).*)")
+    r"(?:[.!]*|(?i:,? (?:because|since|as|than) .*)|[.,:;!] (?!.*\b[AB]\b).*)")
 
 
 def parse_verdict(answer):
@@ -973,6 +975,17 @@ def points(x):
     return f"{100 * x:+.1f}"
 
 
+def both_ways(differences):
+    """(a, b) -> their paired difference, and (b, a) -> the same seen from b."""
+    gaps = {}
+    for row in differences:
+        turned = {**row, "difference": -row["difference"]}
+        if "ci95" in row:
+            turned["ci95"] = [-x for x in row["ci95"][::-1]]
+        gaps[row["a"], row["b"]], gaps[row["b"], row["a"]] = row, turned
+    return gaps
+
+
 def verdict_on(row):
     """A paired difference in words, never more sure than its interval (or, over seeds, its test)."""
     how = (f"95 % interval {points(row['ci95'][0])} to {points(row['ci95'][1])}" if "ci95" in row else
@@ -990,11 +1003,11 @@ def checks(reward_models, policies, logs, differences):
         sentences.append(f"1. Reward accuracy on held-out (edited, original) pairs: token model "
                          f"{percent(token_model['pair_accuracy'])}, sequence model "
                          f"{percent(sequence_model['pair_accuracy'])}.")
-    gap = {(row["a"], row["b"]): row for row in differences}
+    gaps = both_ways(differences)
     token, sequence = policies.get("ppo_token"), policies.get("ppo_sequence")
     if token and sequence:
         sentences.append(f"2. Win rate: ppo_token {percent(token['win_rate'])}, ppo_sequence "
-                         f"{percent(sequence['win_rate'])}: {verdict_on(gap['ppo_token', 'ppo_sequence'])}.")
+                         f"{percent(sequence['win_rate'])}: {verdict_on(gaps['ppo_token', 'ppo_sequence'])}.")
         best, row = sequence["best_accuracy"], None
         if best is not None:
             row = first_update_at(logs["ppo_token"], best)
@@ -1010,7 +1023,7 @@ def checks(reward_models, policies, logs, differences):
     if rlmec and imitation and rlmec["accuracy"] is not None:
         sentences.append(f"4. RLMEC (it saw reference solutions): {percent(rlmec['accuracy'])} right, "
                          f"imitation alone {percent(imitation['accuracy'])}. Win rate "
-                         f"{verdict_on(gap['rlmec', 'rlmec_imitation'])}.")
+                         f"{verdict_on(gaps['rlmec', 'rlmec_imitation'])}.")
     drops = {name: row["largest_drop"] for name, row in policies.items()
              if row["largest_drop"] is not None and name in ("ppo_token", "ppo_sequence", "rlmec")}
     if drops:
@@ -1186,36 +1199,26 @@ def reward_errors(rows, rewards, tokenizer):
 # --- The report: one file of HTML and SVG ------------------------------------------------------------------
 
 STYLE = """
-:root{color-scheme:light dark;--ink:#1b1b1b;--soft:#667;--line:#d5d8dd;--page:#fff;--panel:#f5f6f8}
-@media(prefers-color-scheme:dark){:root{--ink:#e8e8e8;--soft:#a3a8b3;--line:#3a3f47;--page:#15171a;
---panel:#1e2126}}
-*{box-sizing:border-box}body{margin:0 auto;padding:1rem;max-width:56rem;background:var(--page);
-color:var(--ink);
-font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
-h1{font-size:1.5rem;line-height:1.25}h2{font-size:1.2rem;margin:2.2rem 0 .4rem;
-border-top:1px solid var(--line);
-padding-top:1rem}h3{font-size:1rem;margin:1rem 0 .2rem}p{margin:.4rem 0}.soft,figcaption{color:var(--soft);
-font-size:.9rem}.answer{font-size:1.1rem;background:var(--panel);padding:.6rem 1rem;border-radius:.5rem}
-.warn{border-left:.3rem solid #d55e00;padding-left:.7rem}.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:.9rem;overflow-wrap:normal;font-variant-numeric:tabular-nums}
-td{white-space:nowrap}td,th{padding:.2rem .6rem;text-align:right;
-border-bottom:1px solid var(--line)}td:first-child,th:first-child
-{text-align:left}figure{margin:.5rem 0}svg{width:100%;max-width:46rem;height:auto;display:block;
-font:12px system-ui,sans-serif;fill:currentColor}.card{background:var(--panel);border-radius:.5rem;
-padding:.5rem .8rem;margin:.7rem 0;break-inside:avoid;overflow:hidden}.card p{display:grid;
-grid-template-columns:8rem 1fr;gap:.6rem}.card b{font-size:.85rem;font-weight:600}
-.r,del,ins,mark{white-space:pre-wrap;font-family:ui-monospace,monospace;font-size:.9rem}
-.t{border-radius:.15rem;padding:.1rem .03rem;print-color-adjust:exact;-webkit-print-color-adjust:exact}
-.t:focus::after{content:" " attr(title);color:var(--soft);font-size:.75rem}
-.e{outline:1.5px solid currentColor;
-outline-offset:-1px}.bar{display:inline-block;width:7rem;height:.7rem;border-radius:.2rem;
-background:linear-gradient(90deg,rgb(213 94 0/.75),transparent,rgb(0 114 178/.75));print-color-adjust:exact}
-del{color:#c04a00;background:rgb(213 94 0/.14)}ins{color:#00659c;background:rgb(0 114 178/.14);
-font-weight:600;
-text-decoration:none}@media(prefers-color-scheme:dark){del{color:#ff9a5c}ins{color:#6cc3f5}}
-mark{background:rgb(240 228 66/.6);color:inherit}pre{white-space:pre-wrap;font-size:.8rem}
-@media(max-width:34rem){.card p{grid-template-columns:1fr;gap:0}}@media print{body{max-width:none;
-font-size:11pt}}
+:root{color-scheme:light dark;--line:#8886;--panel:#8881;--orange:#c04a00;--blue:#00659c}
+@media(prefers-color-scheme:dark){:root{--orange:#ff9a5c;--blue:#6cc3f5}}
+body{margin:0 auto;padding:1rem;max-width:56rem;font:16px/1.5 system-ui,sans-serif;overflow-wrap:anywhere}
+h1{font-size:1.5rem}h2{font-size:1.2rem;margin-top:2.2rem;border-top:1px solid var(--line);padding-top:1rem}
+h3{font-size:1rem}p{margin:.4rem 0}.soft,figcaption{opacity:.75;font-size:.9rem}
+.answer{font-size:1.1rem}.answer,.card{background:var(--panel);border-radius:.5rem;padding:.5rem .8rem;
+margin:.7rem 0;break-inside:avoid}.warn{border-left:.3rem solid #d55e00;padding-left:.7rem}
+.scroll{overflow-x:auto}table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums}
+td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid var(--line)}td{white-space:nowrap}
+td:first-child,th:first-child{text-align:left}figure{margin:.5rem 0}
+svg{width:100%;max-width:46rem;height:auto;font:12px system-ui,sans-serif;fill:currentColor}
+.card p{display:grid;grid-template-columns:8rem 1fr;gap:.6rem}.card b{font-size:.85rem}
+.r,del,ins,mark,pre{white-space:pre-wrap;font:.9rem ui-monospace,monospace}
+.t,.bar{print-color-adjust:exact;-webkit-print-color-adjust:exact}.e{outline:1.5px solid;outline-offset:-1px}
+.t:focus::after{content:" " attr(title);font-size:.75rem}
+.bar{display:inline-block;width:7rem;height:.7rem;
+background:linear-gradient(90deg,rgb(213 94 0/.75),transparent,rgb(0 114 178/.75))}
+del{color:var(--orange);background:rgb(213 94 0/.14)}mark{background:rgb(240 228 66/.6);color:inherit}
+ins{color:var(--blue);background:rgb(0 114 178/.14);font-weight:600;text-decoration:none}
+@media(max-width:34rem){.card p{grid-template-columns:1fr;gap:0}}@media print{body{max-width:none}}
 """
 COLOURS = {"ppo_token": "#0072B2", "ppo_sequence": "#D55E00", "rlmec": "#009E73",
            "rlmec_imitation": "#CC79A7", "rlmec_reward": "#E69F00", "rlmec_uniform": "#56B4E9",
@@ -1291,8 +1294,7 @@ def learning_curves(runs):
         shown = html.escape(name if len(name) < 17 else name[:15] + "…")
         drawn += (f'<polyline points="{" ".join(place(x, y) for x, y, sd in curve)}" fill="none" '
                   f'stroke="{colour}" stroke-width="2"><title>{html.escape(name)}</title></polyline>'
-                  + "".join(f'<circle cx="{x_of(x):.1f}" cy="{limit(y):.1f}" r="2.5" fill="{colour}"><title>'
-                            f'{html.escape(name)}: {y:.3f} after {x:,.0f} episodes</title></circle>'
+                  + "".join(f'<circle cx="{x_of(x):.1f}" cy="{limit(y):.1f}" r="2.5" fill="{colour}"/>'
                             for x, y, sd in curve)
                   + f'<path d="M{x_of(x_end):.1f} {limit(y_end):.1f}H392L402 {height:.1f}" fill="none" '
                     f'stroke="{colour}" stroke-dasharray="2 3"/><path d="M403 {height:.1f}h10" '
@@ -1307,28 +1309,21 @@ def learning_curves(runs):
 
 def histogram(kind, split):
     """Rewards of kept and changed tokens of held-out responses, each as shares of its own number."""
-    values = np.array(split["kept"] + split["changed"])
-    low, high = np.percentile(values, [0.5, 99.5]) + np.array([-1e-3, 1e-3])
-    parts, top = "", 0.0
-    for name, colour in (("kept", "#0072B2"), ("changed", "#D55E00")):
+    low, high = np.percentile(split["kept"] + split["changed"], [0.5, 99.5]) + np.array([-1e-3, 1e-3])
+    parts = ""
+    for place, (name, colour) in enumerate((("kept", "#0072B2"), ("changed", "#D55E00"))):
         counts = np.histogram(np.clip(split[name], low, high), 40, (low, high))[0] / max(len(split[name]), 1)
-        heights = np.sqrt(counts)                             # a root scale keeps the small bars visible
-        top = max(top, counts.max())
-        parts += "".join(f'<rect x="{30 + 11.5 * k:.1f}" y="{130 - 110 * h:.1f}" width="11" '
-                         f'height="{110 * h:.1f}" fill="{colour}" opacity=".6"><title>'
-                         f'{name}: {100 * c:.1f} % near '
-                         f'{low + (k + 0.5) * (high - low) / 40:.2f}</title></rect>'
-                         for k, (h, c) in enumerate(zip(heights, counts)) if c)
-    ticks = "".join(f'<text x="{30 + 460 * k / 4:.0f}" y="146" text-anchor="middle">'
-                    f'{low + (high - low) * k / 4:.2f}</text>' for k in range(5))
+        heights = 110 * np.sqrt(counts)                       # a root scale keeps the small bars visible
+        parts += "".join(f'<rect x="{30 + 11.5 * k:.1f}" y="{130 - h:.1f}" width="11" height="{h:.1f}" '
+                         f'fill="{colour}" opacity=".6"/>' for k, h in enumerate(heights) if h)
+        parts += (f'<text x="{330 + 90 * place}" y="12" fill="{colour}">■ {name} '
+                  f'{len(split[name]):,}</text>')
+    parts += "".join(f'<text x="{30 + 115 * k}" y="146" text-anchor="middle">{low + (high - low) * k / 4:.2f}'
+                     '</text>' for k in range(5))
     title = "token model, reward of a token" if kind == "token" else "GRM, p − 0.5 of a token"
-    return (f'<figure><svg viewBox="0 0 520 165" role="img" aria-label="rewards, {kind}">{parts}{ticks}'
-            f'<path d="M30 130h460" stroke="currentColor"/><text x="30" y="12">'
-            f'share of tokens, root scale</text>'
-            f'<text x="260" y="162" text-anchor="middle">{title}</text><text x="330" y="12">■ kept '
-            f'{len(split["kept"]):,}</text><path d="M330 3h9v9h-9z" fill="#0072B2"/>'
-            f'<text x="420" y="12">■ changed '
-            f'{len(split["changed"]):,}</text><path d="M420 3h9v9h-9z" fill="#D55E00"/></svg></figure>')
+    return (f'<figure><svg viewBox="0 0 520 165" role="img" aria-label="rewards, {kind}">{parts}'
+            '<path d="M30 130h460" stroke="currentColor"/><text x="30" y="12">share of tokens, root scale'
+            f'</text><text x="260" y="162" text-anchor="middle">{title}</text></svg></figure>')
 
 
 def heat_map(rows, rewards, most):
@@ -1368,19 +1363,15 @@ def heat_map(rows, rewards, most):
 def edit_marked(before, after, tokenizer):
     """The minimal edit (E1) that leads from one response to another, ids, as HTML."""
     old, new = token_texts(before, tokenizer), token_texts(after, tokenizer)
-    groups = []
-    for op, i, j in align(before, after):
-        for tag, text in {"keep": [("", new[j:j + 1])], "delete": [("del", old[i:i + 1])],
-                          "insert": [("ins", new[j:j + 1])],
-                          "replace": [("del", old[i:i + 1]), ("ins", new[j:j + 1])]}[op]:
-            # of a run of replacements first all that goes, then all that comes
-            same = next((g for g in groups[-2:] if g[0] == tag and (tag or g is groups[-1])), None)
-            if same and not (groups[-1][0] == "" and same is not groups[-1]):
-                same[1].extend(text)
-            else:
-                groups.append((tag, list(text)))
-    return "".join(f"<{tag}>{safe(''.join(text))}</{tag}>" if tag else safe("".join(text))
-                   for tag, text in groups)
+    shown = []
+    for kept, steps in groupby(align(before, after), lambda step: step[0] == "keep"):
+        steps = list(steps)
+        deleted = safe("".join(old[i] for op, i, j in steps if op != "insert"))
+        inserted = safe("".join(new[j] for op, i, j in steps if op != "delete"))
+        ops = {op for op, i, j in steps}
+        shown.append(inserted if kept else (f"<del>{deleted}</del>" if ops != {"insert"} else "")
+                     + (f"<ins>{inserted}</ins>" if ops != {"delete"} else ""))
+    return "".join(shown)
 
 
 def before_after(problems, responses, results, opponent, tokenizer, most):
@@ -1454,24 +1445,16 @@ def page(title, answers, warnings, sections):
 
 def headline(policies, differences, opponent):
     """Which policy wins, by how much, how sure: the answer, in sentences."""
-    main_names = [name for name in ("ppo_token", "ppo_sequence", "rlmec") if name in policies]
-    names = main_names or [name for name in policies if name not in ("sft", "baseline")]
+    names = [name for name in ("ppo_token", "ppo_sequence", "rlmec") if name in policies]
+    names = names or [name for name in policies if name not in ("sft", "baseline")]
     names = sorted(names, key=lambda name: -policies[name]["win_rate"])
-    gap = {pair: row for row in differences for pair in [(row["a"], row["b"])]}
-    sentences = []
+    gaps, sentences = both_ways(differences), []
     for name in names:
         row = policies[name]
-        how = "95 % interval {:.1f} to {:.1f}".format(*(100 * x for x in row["win_rate_ci95"])) \
-            if "win_rate_ci95" in row else f"± {100 * row['sd']:.1f} over seeds"
+        how = f"± {100 * row['sd']:.1f} over seeds" if "sd" in row else (
+            "95 % interval {:.1f} to {:.1f}".format(*(100 * x for x in row["win_rate_ci95"])))
         sentences.append(f"{name} wins {percent(row['win_rate'])} against {opponent} ({how}).")
-    for name in names[1:]:
-        row, sign = gap.get((names[0], name)), 1
-        if row is None:
-            row, sign = gap[name, names[0]], -1
-        turned = {**row, "difference": sign * row["difference"]}
-        if "ci95" in row:
-            turned["ci95"] = sorted(sign * x for x in row["ci95"])
-        sentences.append(f"{names[0]} against {name}: {verdict_on(turned)}.")
+    sentences += [f"{names[0]} against {name}: {verdict_on(gaps[names[0], name])}." for name in names[1:]]
     return sentences
 
 

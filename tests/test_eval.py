@@ -79,3 +79,13 @@ def test_the_reference_against_itself_has_no_kl(evaluation, tiny_run):
         logprobs = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
         total += logprobs[range(len(response)), response].sum().item()
     assert ref_logprob == pytest.approx(total / sum(map(len, responses)), rel=1e-4)
+
+
+def test_a_difference_reads_from_both_sides(evaluation):
+    row = {"a": "ppo_sequence", "b": "ppo_token", "difference": -0.2, "ci95": [-0.3, -0.1], "seen": True}
+    gaps = evaluation.both_ways([row])
+    assert gaps["ppo_sequence", "ppo_token"] == row
+    assert (gaps["ppo_token", "ppo_sequence"]["difference"], gaps["ppo_token", "ppo_sequence"]["ci95"]) == (0.2, [0.1, 0.3])
+    rates = {name: {"win_rate": rate, "win_rate_ci95": [0.1, 0.9], "best_accuracy": None, "largest_drop": None}
+             for name, rate in (("ppo_sequence", 0.5), ("ppo_token", 0.7))}
+    assert "+20.0 points" in evaluation.headline(rates, [row], "x")[2] and "+20.0" in evaluation.checks({}, rates, {}, [row])[0]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from conftest import KEY
     ("The better response is B.", "B"), ("My final verdict is: [[B]]", "B"), ("I prefer response A.", "A"),
     ('{"answer": "B"}', "B"), ("A is better than B.", "A"), ("A\n\nIt is more polite than B.", "A"),
     ("B is shorter.\nA names the town.\n\nFinal answer: A", "A"), ("A. It names the town.", "A"),
-    ("B, because A is rude", None), ("<think>Is it A? It is A.</think>\nB", "B"), ("tie", "tie"), ("It's a tie.", "tie"),
+    ("B, because A is rude", "B"),
+    ("<think>Is it A? It is A.</think>\nB", "B"), ("tie", "tie"), ("It's a tie.", "tie"),
     ("A tie", "tie"), ("Draw!", "tie"),
     ("", None), ("A or B", None), ("both", None), ("AB", None), ("A/B", None), ("A B", None), ("A, B", None),
     ("Answer: A or B", None), ("A and B", None), ("A\nB", None), ("Neither is better.", None), ("A is not better.", None),
     ("Is A better?", None), ("I'm sorry, but I can't compare A and B.", None), ("I cannot say that A is better.", None),
-    ("A good answer would name the town.", None), ("Apples", None), ("C", None), ("The answer is a matter of taste", None)])
+    ("A good answer would name the town.", None), ("Apples", None), ("C", None), ("The answer is a matter of taste", None),
+    ("the answer is " * 200 + "x", None)])                            # a model in a loop must not hang the parser
 def test_a_verdict_is_read_or_refused(evaluation, answer, verdict):
     assert evaluation.parse_verdict(answer) == verdict
 
@@ -134,8 +137,8 @@ def test_agreement_with_the_oracle_by_hand(serve, judge, run, evaluation):
     same = []
     for x in json.loads((run / "verdicts_ppo_token.json").read_text()):
         if x["output_1"] != x["output_2"]:
-            solutions = problems[json.dumps(x["instruction"])]["solutions"]
-            old, new = (evaluation.judge(x[side], solutions) for side in ("output_1", "output_2"))
+            problem = problems[json.dumps(x["instruction"])]
+            old, new = (evaluation.judge(x[side], problem) for side in ("output_1", "output_2"))
             oracle = evaluation.preferences_of([(-new[0], new[1])], [(-old[0], old[1])], ["new"], ["old"])[0]
             same.append(oracle == x["preference"])
     assert result["llm_judge"]["agreement"] == pytest.approx(sum(same) / len(same))
@@ -149,26 +152,27 @@ def test_a_judge_that_always_says_a(serve, judge):
 
 
 def test_what_is_no_verdict_is_left_out_and_counted(serve, judge, run):
+    first = serve(longer)
+    judge(first, policies=[str(run / "ppo_token")])
+    shown_pairs = sorted(body["messages"][0]["content"] for body in first.bodies)
+    refused, (a, b) = shown_pairs[0], responses_of({"messages": [{"content": shown_pairs[-1]}]})
+    both = {shown_pairs[-1], shown_pairs[-1].replace(f"{a}\n\nResponse B:\n{b}", f"{b}\n\nResponse B:\n{a}")}
+    assert len(both & set(shown_pairs)) == 2 and refused not in both
+
     def answer(n, body):
-        a, b = responses_of(body)
-        return "A or B" if max(a, b) == longest else "I'm sorry, I can't." if a == longest2 else longer(n, body)
+        text = body["messages"][0]["content"]
+        return "A or B" if text in both else "I'm sorry, I can't." if text == refused else longer(n, body)
 
-    judge(serve(longer))
-    texts = [x for x in json.loads((run / "verdicts_ppo_token.json").read_text()) if x["output_1"] != x["output_2"]]
-    longest = max(text.strip() for x in texts for text in (x["output_1"], x["output_2"]))
-    longest2 = next(x["output_2"].strip() for x in texts if longest not in (x["output_1"].strip(), x["output_2"].strip()))
-    result, shown = judge(serve(answer), llm_model="other")
+    result, shown = judge(serve(answer), llm_model="other", policies=[str(run / "ppo_token")])
     row, asked = result["policies"]["ppo_token"], result["llm_judge"]
-    assert row["left_out"] >= 2 and row["n"] + row["left_out"] == 20 and asked["one"] >= 1 and asked["none"] >= 1
-    assert asked["asked"] == asked["judged"] + asked["one"] + asked["none"]
-    assert f"{asked['one']} pairs with a verdict in one order only" in " ".join(shown.split())
+    assert (row["left_out"], row["n"], asked["one"], asked["none"]) == (2, 18, 1, 1)
+    assert asked["asked"] == asked["judged"] + 2 == len(shown_pairs) // 2
+    assert "1 pairs with a verdict in one order only, 1 in none" in " ".join(shown.split())
     verdicts = [x["preference"] for x in json.loads((run / "verdicts_ppo_token.json").read_text())]
-    assert verdicts.count(None) == row["left_out"] and "no verdict" in (run / "report.html").read_text()
-    assert result["differences"][0]["n"] <= row["n"]
+    assert verdicts.count(None) == 2
 
 
-@pytest.mark.parametrize("bad", ["", "both", {"finish_reason": "length"}, {"finish_reason": "content_filter"},
-                                 b"{not json", (400, {})])
+@pytest.mark.parametrize("bad", ["both", {"finish_reason": "length"}, (400, {})])
 def test_a_judge_without_verdicts(serve, judge, bad):
     error = judge(serve(lambda n, body: bad), stops=True)
     assert "verdict" in error and "llm_verdicts.jsonl" in error and "--llm_prompt" in error
@@ -194,11 +198,12 @@ def test_an_interrupted_judge_goes_on(serve, judge, run):
     assert again.bodies == []
 
 
-@pytest.mark.parametrize("fault", [(429, {"Retry-After": "0.01"}), (500, {}), b"{not json", b'{"choices": []}', None])
-def test_faults_that_pass(serve, judge, fault):
-    server = serve(lambda n, body: fault if n < 2 else longer(n, body))
-    result, _ = judge(server)
-    assert result["policies"]["ppo_token"]["left_out"] == 0
+def test_faults_that_pass(serve, judge):
+    faults = [(429, {"Retry-After": "0.01"}), (500, {}), b"{not json", b'{"choices": []}', None]
+    server = serve(lambda n, body: faults[n // 2] if n % 2 == 0 and n < 10 else longer(n, body))
+    result, _ = judge(server, llm_workers=1)
+    assert result["policies"]["ppo_token"]["left_out"] == result["llm_judge"]["none"] == 0
+    assert len(server.bodies) == 2 * result["llm_judge"]["asked"] + 5
 
 
 def test_waits_and_time_outs(serve, judge, evaluation, monkeypatch):
@@ -208,12 +213,13 @@ def test_waits_and_time_outs(serve, judge, evaluation, monkeypatch):
     client.stop.wait = waits.append
     client.ask("key", [{"role": "user", "content": "A or B?"}])
     assert waits == [7.0, 0.02] and client.saved["key"] == ("A", None)
-    slow = serve(lambda n, body: __import__("time").sleep(0.4) or "A" if n == 0 else "A")
-    judge(slow, llm_timeout=0.2)
-    assert len(slow.bodies) % 2 == 1                       # one request twice
+    slow = serve(lambda n, body: time.sleep(0.4) or "B" if n == 0 else "A")
+    client = evaluation.LlmClient(evaluation.Args(llm_url=slow.url, llm_model="m", llm_timeout=0.2), "/dev/null", "")
+    client.ask("key", [{"role": "user", "content": "A or B?"}])
+    assert client.saved["key"] == ("A", None) and len(slow.bodies) == 2
 
 
-@pytest.mark.parametrize("status, needle", [(401, "key"), (403, "key"), (404, "model m"), (402, "402")])
+@pytest.mark.parametrize("status, needle", [(401, "key"), (404, "model m")])
 def test_a_wrong_key_or_model_fails_at_once(serve, judge, run, status, needle):
     server = serve(lambda n, body: (status, {}))
     error = judge(server, stops=True, llm_workers=1)

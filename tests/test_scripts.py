@@ -103,3 +103,9 @@ def test_ci_runs_the_commands_of_the_readme():
     commands = [line for line in (ROOT / ".ci" / "run").read_text().splitlines() if line.startswith("python3 -m venv")]
     assert len(commands) == 2
     assert all(line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() for line in commands)
+
+
+def test_readme_shows_the_prompts(edit_data, evaluation):
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    for prompt in (edit_data.LLM_PROMPT, evaluation.JUDGE_PROMPT):
+        assert " ".join(prompt.split()) in readme
