@@ -671,17 +671,16 @@ def last_text(text):
     return text if isinstance(text, str) and text.strip() else None
 
 
-def fault_of_messages(row, names):
-    """What is wrong with the columns of a row that are lists of chat messages, or None."""
-    for name in names:
-        value = row[name]
-        if isinstance(value, list) and (name != "edited" or value):
-            if not all(isinstance(m, dict) and isinstance(m.get("role"), str)
-                       and isinstance(m.get("content"), str) for m in value):
-                return f"column `{name}` is no list of chat messages with `role` and `content`"
-            if not value[-1]["content"].strip() and name != "edited":
-                return f"column `{name}` is empty"
-    return None
+def message_fault(name, value):
+    """What is wrong with a text, or None: it is a string, a list of chat messages, or absent."""
+    if not isinstance(value, (str, list, type(None))):
+        return f"column `{name}` has the wrong type, {type(value).__name__}"
+    if not isinstance(value, list) or name == "edited" and not value:
+        return None
+    if not all(isinstance(message, dict) and isinstance(message.get("role"), str)
+               and isinstance(message.get("content"), str) for message in value):
+        return f"column `{name}` is no list of chat messages with `role` and `content`"
+    return f"column `{name}` is empty" if name != "edited" and not last_text(value) else None
 
 
 def part_prompt(row):
@@ -710,89 +709,84 @@ def part_prompt(row):
     return prompt, chosen, rejected
 
 
-def read_pairs(path, unedited=False):
-    """Pairs of your own in two shapes: prompt, chosen, rejected[, edited], or prompt, response, edited (then
-    the edit is the preferred one). Texts are strings or lists of chat messages, whose last one counts.
-    Without the column prompt, chosen and rejected begin with it, as in TRL's implicit format.
-    unedited: an editor will write the column `edited`, so it must not be there."""
-    text, maybe = (str, list), (str, list, type(None))
+def columns_of(path, kind):
+    """(shape, columns with their types) of --data. Shapes: `prompts` (prompt[, response], for rules),
+    `solutions` (prompt, solution, answer[, response]), `pairs` (prompt, chosen, rejected[, edited], or
+    prompt, response, edited; an editor that writes does without `edited`)."""
     present = {name for row in read_jsonl(path, {}) for name in row}
-    better, worse = "chosen", "rejected"
-    if unedited and "edited" in present:
+    text = (str, list)
+    if kind == "rules":
+        return "prompts", {"prompt": text}
+    if present & {"solution", "answer"}:
+        shape, columns = "solutions", {"prompt": text, "solution": str, "answer": (str, int, float)}
+    elif "chosen" in present or not present & {"response", "edited"}:
+        shape, columns = "pairs", {"prompt": text, "chosen": text, "rejected": text}
+        if "prompt" not in present and "edited" not in present:
+            del columns["prompt"]                   # TRL's implicit format: both texts begin with it
+    else:
+        shape, columns = "pairs", {"prompt": text, "response": text}
+        if kind not in WRITERS:
+            columns["edited"] = (*text, type(None))
+    if kind in ("nearest", "human") and (shape == "solutions") != (kind == "nearest"):
+        fail(f"{path} does not fit --editor {kind}: nearest needs the columns `solution` and `answer`, human "
+             "needs `edited`, or `chosen` and `rejected`")
+    if kind in WRITERS and shape == "pairs" and "edited" in present:
         fail(f"{path}: has edits in column `edited` already, which --editor human takes")
-    if "chosen" not in present and ("edited" in present or unedited):
-        better, worse = "edited", "response"
-    columns = {"prompt": text, better: text, worse: text}
-    if "prompt" not in present and {"chosen", "rejected"} <= present and "edited" not in present:
-        del columns["prompt"]
-    if "edited" in present:
-        columns["edited"] = maybe
-    elif better == "edited":
-        del columns["edited"]
+    return shape, columns
+
+
+def read_data(path, kind, drop, rules=()):
+    """(shape, rows) of --data. A row has id and prompt, the response as `rejected`, and what its shape has:
+    solution and answer, the patterns of the rules as its oracle, or `chosen` and `edited` (without `chosen`
+    the edit is the preferred response). Rows without use are dropped and counted."""
+    shape, columns = columns_of(path, kind)
+    better, worse = ("chosen", "rejected") if "chosen" in columns else ("edited", "response")
+    texts = ["prompt", worse] + ([better, "edited"] if shape == "pairs" else [])
+    answers = {}
 
     def fault(row):
+        for name in texts:
+            if message_fault(name, row.get(name)):
+                return message_fault(name, row.get(name))
+        if answers.setdefault(json.dumps(row.get("prompt")), row.get("answer")) != row.get("answer"):
+            return f"column `answer` is {row['answer']}, and an earlier row has another one for this prompt"
         try:
-            return fault_of_messages(row, columns) or better == "chosen" and part_prompt(row) and None
+            return worse == "rejected" and part_prompt(row) and None
         except ValueError as error:
             return str(error)
 
-    pairs = []
+    rows = []
     for k, row in enumerate(read_jsonl(path, columns, fault)):
-        if better == "chosen":
+        if worse == "rejected":
             row["prompt"], row["chosen"], row["rejected"] = part_prompt(row)
-        pairs.append({"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"],
-                      "chosen": last_text(row.get(better)), "rejected": last_text(row[worse]),
-                      "edited": last_text(row.get("edited"))})
-    return pairs
-
-
-def read_solutions(path):
-    """Problems of your own in the shape prompt, solution, answer[, response]: one problem a prompt, with the
-    texts of its responses as `samples`. A prompt may stand in several rows."""
-    seen = {}
-
-    def fault(row):
-        if seen.setdefault(json.dumps(row["prompt"]), row["answer"]) != row["answer"]:
-            return f"column `answer` is {row['answer']}, and an earlier row has another one for this prompt"
-        if not isinstance(row.get("response"), (str, type(None))):
-            return f"column `response` has the wrong type, {type(row['response']).__name__}"
-        return fault_of_messages(row, ["prompt"])
-
-    problems = {}
-    columns = {"prompt": (str, list), "solution": str, "answer": (str, int, float)}
-    for k, row in enumerate(read_jsonl(path, columns, fault)):
-        key = json.dumps(row["prompt"])
-        new = {"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"], "solution": row["solution"],
-               "answer": str(row["answer"]), "samples": []}
-        problems.setdefault(key, new)
-        if isinstance(row.get("response"), str):
-            problems[key]["samples"].append(row["response"])
-    return list(problems.values())
-
-
-def read_prompts(path, rules):
-    """Prompts of your own for --editor rules: prompt[, response], in the form of read_solutions. The patterns
-    go with every problem, as `rules`: they are its oracle."""
-
-    def fault(row):
-        if not isinstance(row.get("response"), (str, type(None))):
-            return f"column `response` has the wrong type, {type(row['response']).__name__}"
-        return fault_of_messages(row, ["prompt"])
-
-    problems = {}
-    for k, row in enumerate(read_jsonl(path, {"prompt": (str, list)}, fault)):
-        new = {"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"], "samples": [],
-               "rules": [rule.pattern for rule, _ in rules]}
-        problem = problems.setdefault(json.dumps(row["prompt"]), new)
-        problem["samples"] += [row["response"]] if row.get("response") else []
-    return list(problems.values())
+        new = {"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"]}
+        if shape == "pairs":
+            new.update({name: last_text(row.get(column)) for name, column in (
+                ("chosen", better), ("rejected", worse), ("edited", "edited"))})
+        else:
+            new["rejected"] = last_text(row.get("response")) or row.get("response")      # it may be empty
+        if shape == "solutions":
+            new.update(solution=row["solution"], answer=str(row["answer"]))
+        elif shape == "prompts":
+            new["rules"] = [rule.pattern for rule, _ in rules]
+        if shape == "solutions" and not right(new["solution"], new):
+            drop["row's solution does not end in its answer"] += 1
+        elif shape == "pairs" and new["rejected"] is None:
+            drop["row has an empty response"] += 1
+        elif shape == "pairs" and new["chosen"] is None and kind not in WRITERS:
+            drop["row has no edit and no preferred response"] += 1
+        elif shape == "pairs" and new["chosen"] == new["rejected"] and new["edited"] is None:
+            drop["row has the same response twice"] += 1
+        else:
+            rows.append(new)
+    return shape, rows
 
 
 def check_texts(rows, tokenizer, path):
     """Refuse a tokenizer that gives back no text of the data as it was, as one that makes all letters small:
     token ids would stand for other texts. Where it only changes some, they are counted."""
-    texts = [value[-1]["content"] if isinstance(value, list) else value for row in rows
-             for name in ("solution", "response", "chosen", "rejected", "edited") if (value := row.get(name))]
+    names = ("solution", "rejected", "edited", "chosen")
+    texts = [text for row in rows for text in dict.fromkeys(row.get(name) for name in names) if text]
     ids = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
     unknown = tokenizer.unk_token_id
     known = [(text, tokenizer.decode(k, skip_special_tokens=True)) for text, k in zip(texts, ids)
@@ -807,67 +801,38 @@ def check_texts(rows, tokenizer, path):
         print(f"{len(texts) - len(known)} of {len(texts)} texts have words that the tokenizer does not know")
 
 
-def encode_samples(problems, tokenizer, context, drop):
-    """Token ids in place of the texts of `samples`; what does not fit the context is dropped and counted."""
+def encode_rows(rows, tokenizer, context, path, drop):
+    """Add token ids to the rows of --data; what does not fit the context is dropped and counted."""
     fitting = []
-    for problem in problems:
-        room = context - len(encode_prompt(tokenizer, problem["prompt"]))
-        samples = [encode_response(tokenizer, text) for text in problem["samples"]]
-        problem["samples"] = [ids for ids in samples if len(ids) <= room]
-        for _ in range(len(samples) - len(problem["samples"])):
-            drop[f"response is longer than the model's context of {context} tokens"] += 1
-        if room < 1:
-            drop[f"prompt is longer than the model's context of {context} tokens"] += 1
-        elif "solution" not in problem and (problem["samples"] or not samples):
-            fitting.append(problem)
-        elif "solution" in problem and len(encode_response(tokenizer, problem["solution"])) > room:
-            drop[f"problem's solution is longer than the model's context of {context} tokens"] += 1
-        elif "solution" in problem and not right(problem["solution"], problem):
-            drop["problem's reference solution does not end in its answer"] += 1
-        elif samples and not problem["samples"]:
-            drop["problem has no response left"] += 1
+    for row in rows:
+        row["prompt_ids"] = encode_prompt(tokenizer, row["prompt"], f"{path}, {row['id']}")
+        longest = 1
+        for name, column in (("solution", "solution"), ("rejected", "rejected"), ("edited", "edited"),
+                             ("chosen", "preferred")):
+            ids = encode_response(tokenizer, row[name]) if row.get(name) is not None else None
+            row[f"{column}_ids"] = ids
+            longest = max(longest, len(ids or []))
+        if len(row["prompt_ids"]) + longest > context:
+            drop[f"row is longer than the model's context of {context} tokens"] += 1
         else:
-            fitting.append(problem)
+            fitting.append(row)
     return fitting
 
 
-def split_by_prompt(pairs, args):
-    """Give every pair a split, by its prompt; returns one problem a prompt. At most 10 % for val and test."""
-    problems = {json.dumps(pair["prompt"]): {name: pair[name] for name in PROBLEM if name in pair}
-                for pair in pairs}
+def split_by_prompt(rows, args):
+    """One problem a prompt, with its `rows`; a split for all of them. At most 10 % for val and test each."""
+    problems = {}
+    for row in rows:
+        problem = {name: row[name] for name in PROBLEM if name in row}
+        problems.setdefault(json.dumps(row["prompt"]), {**problem, "rows": []})["rows"].append(row)
     keys = random.Random(args.seed).sample(sorted(problems), len(problems))
     n_val = min(args.val_prompts, len(keys) // 10)
     n_test = min(args.test_prompts, len(keys) // 10)
     splits = ["val"] * n_val + ["test"] * n_test + ["train"] * (len(keys) - n_val - n_test)
     for key, split in zip(keys, splits):
-        problems[key]["split"] = split
-    for pair in pairs:
-        pair["split"] = problems[json.dumps(pair["prompt"])]["split"]
+        for part in (problems[key], *problems[key]["rows"]):
+            part["split"] = split
     return list(problems.values())
-
-
-def encode_pairs(pairs, tokenizer, context, drop, unedited=False):
-    """Add token ids to pairs that came as text; rows that do not fit the context are dropped and counted."""
-    fitting = []
-    for pair in pairs:
-        if pair["chosen"] is None and not unedited:
-            drop["row has no edit and no preferred response"] += 1
-            continue
-        if pair["rejected"] is None:
-            drop["row has an empty response"] += 1
-            continue
-        if pair["chosen"] == pair["rejected"] and pair["edited"] is None:
-            drop["row has the same response twice"] += 1
-            continue
-        pair["prompt_ids"] = encode_prompt(tokenizer, pair["prompt"])
-        for column, name in (("preferred", "chosen"), ("rejected", "rejected"), ("edited", "edited")):
-            pair[f"{column}_ids"] = encode_response(tokenizer, pair[name]) if pair[name] is not None else None
-        longest = max(len(pair[name] or []) for name in ("preferred_ids", "rejected_ids", "edited_ids"))
-        if len(pair["prompt_ids"]) + longest > context:
-            drop[f"row is longer than the model's context of {context} tokens"] += 1
-        else:
-            fitting.append(pair)
-    return fitting
 
 
 def sample_solutions(problems, model, tokenizer, args):
@@ -875,14 +840,13 @@ def sample_solutions(problems, model, tokenizer, args):
     size = max(1, args.sample_batch // args.samples)
     for start in trange(0, len(problems), size, desc="sampling", unit="batch"):
         batch = problems[start:start + size]
-        prompts = [encode_prompt(tokenizer, problem["prompt"]) for problem in batch]
-        ids = sample(model, [ids for ids in prompts for _ in range(args.samples)], tokenizer,
-                     args.max_new_tokens, args.temperature)
+        prompts = [problem["prompt_ids"] for problem in batch for _ in range(args.samples)]
+        ids = sample(model, prompts, tokenizer, args.max_new_tokens, args.temperature)
         for k, problem in enumerate(batch):
             problem["samples"] = ids[args.samples * k:args.samples * (k + 1)]
 
 
-def pairs_of(problem, editor, tokenizer, drop):
+def pairs_of(problem, tokenizer, drop):
     """A1: every sample that is worse than the best one, beside a best one (`chosen`) and its minimal edit.
 
     oracle: worse means more wrong steps, and the edit leads to the nearest of all right solutions.
@@ -891,28 +855,23 @@ def pairs_of(problem, editor, tokenizer, drop):
     """
     samples = problem["samples"]
     texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
-    if has_oracle(problem):
-        wrong = [judge(text, problem)[0] for text in texts]
-    else:
-        wrong = [int(not right(text, problem)) for text in texts]
-    solutions = problem.get("solutions", []) if editor == "oracle" else [problem["solution"]]
+    exact = has_oracle(problem)
+    wrong = [judge(text, problem)[0] if exact else int(not right(text, problem)) for text in texts]
+    solutions = problem["solutions"] if exact else [problem["solution"]]
     candidates = [encode_response(tokenizer, solution) for solution in solutions]
     best = [ids for ids, w in zip(samples, wrong) if w == min(wrong)]
-    if editor == "nearest" and min(wrong) > 0:
+    if not exact and min(wrong) > 0:
         best = candidates
-    elif editor == "nearest":
+    elif not exact:
         candidates += [ids for ids in best if ids[-1] == tokenizer.eos_token_id]
     worse = [n for n in range(len(samples)) if wrong[n] > min(wrong) or best is candidates]
     if not worse:
         drop["prompt: its samples are equally good, so nothing is worth an edit"] += 1
     pairs = []
     for k, n in enumerate(worse):
-        preferred_ids = best[k % len(best)]
-        edited_ids = nearest(samples[n], candidates)
-        pairs.append({**problem, "prompt_ids": encode_prompt(tokenizer, problem["prompt"]),
-                      "chosen": tokenizer.decode(preferred_ids, skip_special_tokens=True),
-                      "rejected": texts[n],
-                      "edited": tokenizer.decode(edited_ids, skip_special_tokens=True),
+        preferred_ids, edited_ids = best[k % len(best)], nearest(samples[n], candidates)
+        chosen, edited = tokenizer.batch_decode([preferred_ids, edited_ids], skip_special_tokens=True)
+        pairs.append({**problem, "chosen": chosen, "rejected": texts[n], "edited": edited,
                       "preferred_ids": preferred_ids, "rejected_ids": samples[n], "edited_ids": edited_ids})
     return pairs
 
@@ -1301,8 +1260,7 @@ def rule_pairs(problem, rules, name, tokenizer, drop):
         chosen = {"chosen": texts[best], "preferred_ids": samples[best]} if hits[best] < n else {}
         if not n:
             continue
-        pair = {**problem, **chosen, "prompt_ids": encode_prompt(tokenizer, problem["prompt"]),
-                "rejected": text, "rejected_ids": ids}
+        pair = {**problem, **chosen, "rejected": text, "rejected_ids": ids}
         new = with_edit(pair, edited, name, tokenizer, whole=False)
         if new:
             pairs.append(new)
@@ -1395,54 +1353,24 @@ def check_run_folder(args):
     return (Path(args.run) / "edits.jsonl").exists()
 
 
-def data_shape(args, kind):
-    """What --data holds: prompts (for rules), solutions or pairs; refuses an editor that does not fit."""
-    if kind == "rules":
-        return "prompts"
-    columns = {name for row in read_jsonl(args.data, {}) for name in row}
-    shape = "solutions" if columns & {"solution", "answer"} else "pairs"
-    if args.editor and kind not in WRITERS and (shape == "solutions") != (kind == "nearest"):
-        fail(f"{args.data} does not fit --editor {kind}: nearest needs the columns `solution` and `answer`,"
-             " human needs `edited`, or `chosen` and `rejected`")
-    return shape
-
-
-def encode_data(shape, problems, pairs, unedited, tokenizer, context, args, drop):
-    """Token ids of --data; what does not fit the context is dropped and counted. Returns problems, pairs and
-    demonstrations for SFT, (prompt ids, response ids): responses, or reference solutions."""
-    check_texts(read_jsonl(args.data, {}), tokenizer, args.data)
-    for problem in problems:
-        encode_prompt(tokenizer, problem["prompt"], f"{args.data}, {problem['id']}")
-    if shape == "pairs":
-        pairs = encode_pairs(pairs, tokenizer, context, drop, unedited)
-        kept = {json.dumps(pair["prompt"]) for pair in pairs}
-        problems = [problem for problem in problems if json.dumps(problem["prompt"]) in kept]
-        return problems, pairs, [(pair["prompt_ids"], pair["rejected_ids"])
-                                 for pair in pairs if pair["split"] == "train"]
-    problems = encode_samples(problems, tokenizer, context, drop)
-    demonstrations = []
-    for problem in problems:
-        prompt_ids = encode_prompt(tokenizer, problem["prompt"])
-        responses = problem["samples"]
-        if shape == "solutions":
-            responses = [encode_response(tokenizer, problem["solution"])]
-        demonstrations += [(prompt_ids, ids) for ids in responses if problem["split"] == "train"]
-    return problems, pairs, demonstrations
-
-
-def sample_pairs(shape, problems, editor, rules, model, tokenizer, args, drop):
-    """A1, B1: samples of the policy, or those of --data, and the pairs that they make with their edits; of
-    the training problems only the first args.pair_prompts."""
+def make_pairs(shape, problems, name, rules, model, tokenizer, args, drop):
+    """A1, B1: the pairs of the data, or those that samples of the policy (or of the data) make with their
+    edits; of the training problems only the first args.pair_prompts."""
     n = args.pair_prompts or (len(problems) if args.data else {"math": 10000, "qa": 5200}[args.task])
-    used = [problem for problem in problems if problem["split"] == "train"][:n]
-    used += [problem for problem in problems if problem["split"] != "train"]
-    sample_solutions([problem for problem in used if not problem.get("samples")], model, tokenizer, args)
+    train = [k for k, problem in enumerate(problems) if problem["split"] == "train"]
+    spare = set(train[n:])
+    used = [problem for k, problem in enumerate(problems) if k not in spare]
+    if shape == "pairs":
+        return [row for problem in used for row in problem["rows"]]
+    for problem in used:
+        problem["samples"] = [row["rejected_ids"] for row in problem.get("rows", []) if row["rejected_ids"]]
+    sample_solutions([problem for problem in used if not problem["samples"]], model, tokenizer, args)
     if shape == "prompts":
-        return [pair for problem in used for pair in rule_pairs(problem, rules, editor, tokenizer, drop)]
+        return [pair for problem in used for pair in rule_pairs(problem, rules, name, tokenizer, drop)]
     is_right = [right(tokenizer.decode(ids, skip_special_tokens=True), problem)
                 for problem in used for ids in problem["samples"]]
     print(f"{sum(is_right) / len(is_right):.1%} of {len(is_right)} solutions are right")
-    return [pair for problem in used for pair in pairs_of(problem, editor, tokenizer, drop)]
+    return [pair for problem in used for pair in pairs_of(problem, tokenizer, drop)]
 
 
 def main(args):
@@ -1452,35 +1380,39 @@ def main(args):
         print(f"{args.run}/edits.jsonl is there already; --overwrite makes it again")
         return
 
-    # problems: from the built-in task, or the prompts of the data
+    # problems: from the built-in task, or the rows of the data
     rng = random.Random(args.seed)
     drop = Counter()
-    pairs = []
-    rules = read_rules(source_of_edits) if kind == "rules" else None
-    shape = data_shape(args, kind) if args.data else "task"
-    editor = args.editor or {"task": "oracle", "solutions": "nearest", "pairs": "human"}[shape]
-    if shape == "task":
+    rules = read_rules(source_of_edits) if kind == "rules" else []
+    if args.data:
+        shape, rows = read_data(args.data, kind, drop, rules)
+    else:
+        shape, rows = "task", []
         task = {"math": Math, "qa": Qa}[args.task](args.seed)
         problems = make_problems(task, args, rng)
-    elif shape == "pairs":
-        pairs = read_pairs(args.data, kind in WRITERS)
-        problems = split_by_prompt(pairs, args)
-    else:
-        problems = read_prompts(args.data, rules) if shape == "prompts" else read_solutions(args.data)
-        split_by_prompt(problems, args)
+    editor = args.editor or {"task": "oracle", "solutions": "nearest", "pairs": "human"}[shape]
 
     # policy: fine-tuned on imperfect demonstrations, so that it errs as a real policy does
     path = Path(args.run) / "policy"
     continued = path.exists() and not args.overwrite
     source = path if continued else args.model
     if source:
-        tokenizer = open_tokenizer(source, any(isinstance(problem["prompt"], list) for problem in problems))
+        tokenizer = open_tokenizer(source, any(isinstance(row["prompt"], list) for row in rows))
         model = fit(open_model(AutoModelForCausalLM, source, args.dtype), tokenizer)
     if args.data:
-        problems, pairs, demonstrations = encode_data(shape, problems, pairs, kind in WRITERS, tokenizer,
-                                                      context_of(model), args, drop)
-        if not problems or not demonstrations and (args.sft_steps or shape != "prompts"):
-            fail(f"{args.data}: no training row is left: {dict(drop)}; --sft_steps needs responses")
+        check_texts(rows, tokenizer, args.data)
+        problems = split_by_prompt(encode_rows(rows, tokenizer, context_of(model), args.data, drop), args)
+    train = [problem for problem in problems if problem["split"] == "train"]
+    if shape == "task":
+        shown = [(problem, task.demonstration(problem, rng)) for problem in train]
+    elif shape == "solutions":
+        shown = [(problem, problem["solution"]) for problem in train]
+    else:
+        shown = [(problem, row["rejected"]) for problem in train for row in problem["rows"]]
+        shown = [(problem, text) for problem, text in shown if text]
+    steps = args.sft_steps if args.sft_steps is not None else (0 if args.data else 600)
+    if not train or steps and not shown:
+        fail(f"{args.data}: no row is left to train on: {dict(drop)}; --sft_steps needs responses")
     run = start_stage(args, "01")
     if args.overwrite:                              # models of the old pairs would pass for models of the new
         for name in ("reward_*", "ppo_*", "value_*", "rlmec*", "eval.json", "report.html", "verdicts_*.json"):
@@ -1491,13 +1423,12 @@ def main(args):
     model.to(args.device, getattr(torch, args.dtype))
     if args.gradient_checkpointing:
         checkpoint_layers(model)
-    if not args.data:
-        demonstrations = [(encode_prompt(tokenizer, problem["prompt"]),
-                           encode_response(tokenizer, task.demonstration(problem, rng)))
-                          for problem in problems if problem["split"] == "train"]
-    steps = args.sft_steps if args.sft_steps is not None else (0 if args.data else 600)
+    for problem in problems:
+        problem["prompt_ids"] = encode_prompt(tokenizer, problem["prompt"])
     if not continued:
         if steps:
+            demonstrations = [(problem["prompt_ids"], encode_response(tokenizer, text))
+                              for problem, text in shown]
             fine_tune(model, tokenizer, demonstrations, args, steps)
         save_model(model, tokenizer, path)
     write_jsonl(run / "problems.jsonl", [{name: problem[name] for name in PROBLEM if name in problem}
@@ -1506,11 +1437,7 @@ def main(args):
     # pairs and their minimal edits
     if kind in WRITERS:
         torch.manual_seed(args.seed)                # a second call samples the responses of the first again
-    if shape != "pairs":
-        first_editor = editor
-        if kind in WRITERS:                         # the pairs come with edits, which the writer replaces
-            first_editor = "nearest" if shape == "solutions" else "oracle"
-        pairs = sample_pairs(shape, problems, first_editor, rules, model, tokenizer, args, drop)
+    pairs = make_pairs(shape, problems, editor, rules, model, tokenizer, args, drop)
     if kind in WRITERS:
         if kind == "llm":
             writer = LlmClient(args, run / "llm_edits.jsonl", "LLM edits")

@@ -345,7 +345,7 @@ def test_solutions_without_an_answer_are_counted(stages, tiny_run, tmp_path, cap
     args = {"run": str(tmp_path / "new"), "data": str(data), "model": str(tiny_run / "policy"), "max_edit_share": 1.0}
     stages[1].main(stages[1].Args(**args))
     shown = capsys.readouterr().out
-    assert "dropped      1  problem's reference solution does not end in its answer" in shown
+    assert "dropped      1  row's solution does not end in its answer" in shown
     kept = [json.loads(line) for line in (tmp_path / "new" / "edits.jsonl").read_text().splitlines()]
     assert len(kept) == 24 and all(row["editor"] == "nearest" for row in kept)
     assert len({(row["prompt"], *row["edited_ids"]) for row in kept}) == 8          # the one right solution

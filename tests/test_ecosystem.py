@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -54,7 +55,7 @@ def test_rows_of_conversations_are_conversations(chat_run, edit_data, tmp_path):
     for row in rows:
         assert row["chosen"] == [{"role": "assistant", "content": " Bob makes tea."}]
         assert [message["role"] for message in row["rejected"] + (row["edited"] or [])] in (["assistant"] * 2, ["assistant"])
-    pairs = edit_data.read_pairs(chat_run / "edits.jsonl")
+    pairs = edit_data.read_data(chat_run / "edits.jsonl", "", Counter())[1]
     assert [pair["prompt"] for pair in pairs] == [row["prompt"] for row in rows]
     assert [pair["rejected"] for pair in pairs] == [row["rejected"][0]["content"] for row in rows]
 

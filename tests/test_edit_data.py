@@ -158,7 +158,7 @@ def test_worse_edits_reach_training_pairs_only(edit_data, tiny_run, tmp_path, ca
 def test_shapes_of_data(edit_data, tmp_path, row, chosen, edited):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    pair = edit_data.read_pairs(path)[0]
+    shape, (pair,) = edit_data.read_data(path, "", Counter())
     assert (pair["chosen"], pair["rejected"], pair["edited"]) == (chosen, "bad", edited)
 
 
@@ -186,8 +186,8 @@ def test_preference_formats_of_trl(edit_data, tmp_path, row, prompt, chosen, rej
     """Standard and conversational, explicit and implicit prompt; other columns do not matter."""
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(row) + "\n")
-    for unedited in (False, True):
-        pair = edit_data.read_pairs(path, unedited)[0]
+    for kind in ("", "llm"):
+        shape, (pair,) = edit_data.read_data(path, kind, Counter())
         assert [pair[name] for name in ("prompt", "chosen", "rejected", "edited")] == [prompt, chosen, rejected, None]
 
 
@@ -208,7 +208,7 @@ def test_a_preference_row_without_a_clear_prompt_is_refused(edit_data, tmp_path,
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(row) + "\n")
     with pytest.raises(SystemExit) as stop:
-        edit_data.read_pairs(path)
+        edit_data.read_data(path, "", Counter())
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.count("\n") == 1 and "line 1: " in error and message in error
 
@@ -217,9 +217,8 @@ def test_rows_with_one_response_or_the_same_twice_are_dropped_and_counted(edit_d
     path = tmp_path / "data.jsonl"
     rows = [{"chosen": HH + " Blue.", "rejected": HH + rest} for rest in (" Green.", "", " Blue.")]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    _, tokenizer = edit_data.small_policy([HH, " Blue. Green."], edit_data.Args(hidden_size=8, layers=1))
     drop = Counter()
-    pairs = edit_data.encode_pairs(edit_data.read_pairs(path), tokenizer, 256, drop)
+    shape, pairs = edit_data.read_data(path, "", drop)
     assert [pair["rejected"] for pair in pairs] == [" Green."]
     assert drop == {"row has an empty response": 1, "row has the same response twice": 1}
 

@@ -343,6 +343,29 @@ def test_pair_prompts_is_the_data_size(stage, edit_data, tmp_path):
     assert splits.count("train") == 16 and splits.count("val") == splits.count("test") == 2
 
 
+@pytest.mark.parametrize("chosen", [True, False])
+def test_pair_prompts_is_the_data_size_of_pairs_too(stage, edit_data, tmp_path, chosen):
+    data = [{"prompt": f"{name} makes", "response": " soap", "edited": " tea"} for name in edit_data.PEOPLE[:20]]
+    if chosen:
+        data = [{"prompt": row["prompt"], "chosen": " tea", "rejected": " soap"} for row in data]
+    rows, _ = stage(data + data, pair_prompts=3)                       # two rows a prompt
+    assert [row["split"] for row in rows].count("train") == 6
+    splits = [row["split"] for row in read(tmp_path / "run" / "problems.jsonl")]
+    assert splits.count("train") == 16 and splits.count("val") == splits.count("test") == 2
+
+
+def test_every_row_of_data_is_dropped_once(stage, edit_data):
+    """One response of two is too long, a solution is wrong in one of two rows: the other rows stay."""
+    data = [{"prompt": f"{name} makes", "solution": " 5", "answer": "5", "response": " 3"}
+            for name in edit_data.PEOPLE[:20]]
+    data += [{**data[0], "response": " tea" * 300}, {**data[1], "solution": " 4"}]
+    data += [{**data[0], "prompt": "Oslo", "response": " tea" * 300}]
+    rows, shown = stage(data, max_edit_share=1.0)
+    dropped = [line.split(maxsplit=2)[1:] for line in shown.splitlines() if line.startswith("dropped")]
+    assert len(rows) == 20 and dropped == [["1", "row's solution does not end in its answer"],
+                                           ["2", "row is longer than the model's context of 256 tokens"]]
+
+
 def test_rules_through_all_stages(stage, reward_model, ppo, evaluation, tiny_run, tmp_path, capsys):
     """Without a solution or an answer anywhere: the hits are the oracle of stages 3 and 4."""
     (tmp_path / "rules.tsv").write_text(r"\bsend\b" + "\tgo\n" + r"\bmakes\b" + "\tis\n")
