@@ -730,8 +730,6 @@ def columns_of(path, kind):
     if kind in ("nearest", "human") and (shape == "solutions") != (kind == "nearest"):
         fail(f"{path} does not fit --editor {kind}: nearest needs the columns `solution` and `answer`, human "
              "needs `edited`, or `chosen` and `rejected`")
-    if kind in WRITERS and shape == "pairs" and "edited" in present:
-        fail(f"{path}: has edits in column `edited` already, which --editor human takes")
     return shape, columns
 
 
@@ -801,17 +799,18 @@ def check_texts(rows, tokenizer, path):
         print(f"{len(texts) - len(known)} of {len(texts)} texts have words that the tokenizer does not know")
 
 
-def encode_rows(rows, tokenizer, context, path, drop):
-    """Add token ids to the rows of --data; what does not fit the context is dropped and counted."""
+def encode_rows(rows, tokenizer, context, args, drop):
+    """Add token ids to the rows of --data; what does not fit the context is dropped and counted. A row
+    without a response needs room for a sample."""
     fitting = []
     for row in rows:
-        row["prompt_ids"] = encode_prompt(tokenizer, row["prompt"], f"{path}, {row['id']}")
-        longest = 1
-        for name, column in (("solution", "solution"), ("rejected", "rejected"), ("edited", "edited"),
-                             ("chosen", "preferred")):
-            ids = encode_response(tokenizer, row[name]) if row.get(name) is not None else None
-            row[f"{column}_ids"] = ids
-            longest = max(longest, len(ids or []))
+        row["prompt_ids"] = encode_prompt(tokenizer, row["prompt"], f"{args.data}, {row['id']}")
+        longest = args.max_new_tokens if row["rejected"] is None else 1
+        for name in ("solution", "chosen", "rejected", "edited"):
+            if row.get(name) is not None:
+                column = "preferred_ids" if name == "chosen" else f"{name}_ids"
+                row[column] = encode_response(tokenizer, row[name])
+                longest = max(longest, len(row[column]))
         if len(row["prompt_ids"]) + longest > context:
             drop[f"row is longer than the model's context of {context} tokens"] += 1
         else:
@@ -846,7 +845,7 @@ def sample_solutions(problems, model, tokenizer, args):
             problem["samples"] = ids[args.samples * k:args.samples * (k + 1)]
 
 
-def pairs_of(problem, tokenizer, drop):
+def pairs_of(problem, editor, tokenizer, drop):
     """A1: every sample that is worse than the best one, beside a best one (`chosen`) and its minimal edit.
 
     oracle: worse means more wrong steps, and the edit leads to the nearest of all right solutions.
@@ -855,14 +854,14 @@ def pairs_of(problem, tokenizer, drop):
     """
     samples = problem["samples"]
     texts = tokenizer.batch_decode(samples, skip_special_tokens=True)
-    exact = has_oracle(problem)
-    wrong = [judge(text, problem)[0] if exact else int(not right(text, problem)) for text in texts]
-    solutions = problem["solutions"] if exact else [problem["solution"]]
+    oracle = has_oracle(problem) and editor != "nearest"
+    wrong = [judge(text, problem)[0] if has_oracle(problem) else not right(text, problem) for text in texts]
+    solutions = problem["solutions"] if oracle else [problem["solution"]]
     candidates = [encode_response(tokenizer, solution) for solution in solutions]
     best = [ids for ids, w in zip(samples, wrong) if w == min(wrong)]
-    if not exact and min(wrong) > 0:
+    if not oracle and min(wrong) > 0:
         best = candidates
-    elif not exact:
+    elif not oracle:
         candidates += [ids for ids in best if ids[-1] == tokenizer.eos_token_id]
     worse = [n for n in range(len(samples)) if wrong[n] > min(wrong) or best is candidates]
     if not worse:
@@ -897,15 +896,16 @@ def spoil(pair, tokens, tokenizer, rng):
     return {**pair, "edited_ids": edited, "edited": text, "editor": "careless"}
 
 
-def gate(pair, ops, editor, max_edit_share):
+def gate(pair, editor, max_edit_share):
     """The quality gates. Why an edit is dropped and what to tell its editor, or (None, None)."""
     longest = max(len(pair["rejected_ids"]), len(pair["edited_ids"]))
+    distance = edit_distance(pair["rejected_ids"], pair["edited_ids"])
     judged = editor != "careless"                                                 # it has no judge beside it
-    if not ops:
+    if not distance:
         return "the edit changes nothing", "You changed nothing."
-    if len(ops) > max_edit_share * longest:
+    if distance > max_edit_share * longest:
         return (f"the edit changes more than {max_edit_share:.0%} (--max_edit_share)",
-                f"You changed {len(ops) / longest:.0%} of the text; change at most {max_edit_share:.0%}.")
+                f"You changed {distance / longest:.0%} of the text; change at most {max_edit_share:.0%}.")
     if judged and has_oracle(pair) and judge(pair["edited"], pair)[0] >= judge(pair["rejected"], pair)[0]:
         return "the judge does not find the edit better", "Your text has no fewer errors than before."
     written = judged and "editor" in pair           # a solution at hand (nearest) is right already
@@ -924,20 +924,18 @@ def edit_row(pair, editor, max_edit_share, tokenizer, drop):
         if isinstance(pair["prompt"], list) and row[name] is not None:
             row[name] = [{"role": "assistant", "content": row[name]}]
     if pair["edited"] is None:                      # a preference pair without an edit: for the baseline only
-        return {**row, "editor": None, "edit_ops": None, "edit_distance": None, "first_error": None}
-    ops = [step for step in align(pair["rejected_ids"], pair["edited_ids"]) if step[0] != "keep"]
-    wrong_tokens = [i for op, i, j in ops if op != "insert"]
-    reason, _ = gate(pair, ops, editor, max_edit_share)
+        return {**row, **dict.fromkeys(("editor", "edited_ids", "edit_ops", "edit_distance", "first_error"))}
+    reason, _ = gate(pair, editor, max_edit_share)
     if reason:
         drop[f"gate: {reason}"] += 1
-    else:
-        first_error = wrong_tokens[0] if wrong_tokens else None
-        row.update(edit_ops=ops, edit_distance=len(ops), first_error=first_error)
-        if "solution" in row:                       # B2: the step in which the first operation stands, from 1
-            starts = step_starts(row["rejected_ids"], tokenizer)
-            row["first_wrong_step"] = max(1, bisect_right(starts, ops[0][1])) if starts else None
-        return row
-    return None
+        return None
+    ops = [step for step in align(pair["rejected_ids"], pair["edited_ids"]) if step[0] != "keep"]
+    first_error = next((i for op, i, j in ops if op != "insert"), None)
+    row.update(edit_ops=ops, edit_distance=len(ops), first_error=first_error)
+    if "solution" in row:                           # B2: the step in which the first operation stands, from 1
+        starts = step_starts(row["rejected_ids"], tokenizer)
+        row["first_wrong_step"] = max(1, bisect_right(starts, ops[0][1])) if starts else None
+    return row
 
 
 # --- Editors that write text: an LLM on a server, a local model, a list of rules ---------------------------
@@ -951,12 +949,12 @@ Prompt:
 
 {reference}Response:
 {response}"""
-SURE = r"(sure|certainly|of course|okay)[,.!]*\s*"
-CHATTER = re.compile(rf"(?i){SURE}\n|({SURE})?(here(’s|'s| is)[^\n:]{{0,60}}|"
-                     r"(the )?(edited|corrected|revised|improved)( \w+){0,2}):\s*")
+SURE = r"(?:sure|certainly|of course|okay)[,.!]*\s*"
+CHATTER = re.compile(rf"(?is)(?:{SURE}\n|(?:{SURE})?(?:here(?:’s|'s| is)[^\n:]{{0,60}}|"
+                     r"(?:the )?(?:edited|corrected|revised|improved)(?: \w+){0,2}):\s*)(.*)")
 REFUSAL = re.compile(r"(?i)(i['’]m|i am) (very )?sorry|sorry, |i (cannot|can['’]t|am unable)|as an ai")
 FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.S)
-QUOTES = re.compile(r"\"(.*)\"|“(.*)”|'(.*)'", re.S)
+QUOTES = re.compile(r"[\"“'](.*)[\"”']", re.S)
 WRITERS = ("llm", "model")
 UNKNOWN = "a word is not in the policy's vocabulary"
 WAITS = [1, 2, 4, 8, 16, 32]            # seconds before each new try of a request that failed
@@ -965,43 +963,32 @@ WAITS = [1, 2, 4, 8, 16, 32]            # seconds before each new try of a reque
 def clean_answer(answer, original):
     """The edited text of an answer, without chatter before it, code fences and quotes around it, unless the
     original has them too; white space at both ends as in the original."""
-    text = answer.strip()
-    chatter = CHATTER.match(text)
-    if chatter and not CHATTER.match(original.strip()):
-        text = text[chatter.end():].strip()
-    for around in (FENCE, QUOTES):
+    text, bare = answer.strip(), original.strip()
+    for around in (CHATTER, FENCE, QUOTES):
         found = around.fullmatch(text)
-        if found and not around.fullmatch(original.strip()):
-            text = next(group for group in found.groups() if group is not None).strip()
-    bare = original.strip()
-    start = len(original) - len(original.lstrip())
-    return original[:start] + text + original[start + len(bare):] if text else ""
+        if found and not around.fullmatch(bare):
+            text = found[1].strip()
+    return original.replace(bare, text, 1) if text else ""
 
 
 def check_editor(args):
     """(kind, file or folder, prompt) of --editor and its flags; what does not fit is said before any work."""
+    if not re.fullmatch("(oracle|nearest|human|llm)?|(model|rules):.+", args.editor or ""):
+        fail(f"--editor {args.editor}: choose oracle, nearest, human or llm, without a colon, or "
+             "model:FOLDER or rules:FILE")
     kind, _, path = (args.editor or "").partition(":")
-    if path == "" and kind in ("model", "rules") or path and kind not in ("model", "rules"):
-        fail(f"--editor {args.editor}: write model:FOLDER or rules:FILE, and the others without a colon")
-    if kind not in ("", "oracle", "nearest", "human", "llm", "model", "rules"):
-        fail(f"--editor {args.editor}: choose oracle, nearest, human, llm, model:FOLDER or rules:FILE")
     if args.data and not args.model:
         fail("--data needs --model: the small policy knows only the words of the built-in tasks")
-    if args.editor == ("oracle" if args.data else "human"):
-        fail(f"--editor {args.editor} does not fit: oracle knows the built-in tasks only, human is the "
-             "column `edited` of --data")
-    if kind == "rules" and not args.data:
-        fail("--editor rules needs --data with a column `prompt`")
+    if kind in (["oracle"] if args.data else ["human", "rules"]):
+        fail(f"--editor {args.editor} does not fit: oracle knows the built-in tasks, human and rules need "
+             "--data")
+    if args.temperature < 0:
+        fail(f"--temperature {args.temperature}: it must be 0 or more")
+    if not args.data and kind != "nearest" and (args.samples == 1 or args.temperature == 0):
+        fail("the oracle needs --samples of 2 or more and a --temperature above 0: it edits the worse of two")
     if kind == "llm":
         check_llm(args, "--editor llm")
     return kind, path, read_template(args.llm_prompt, LLM_PROMPT, ["response"])
-
-
-def edit_request(pair, template):
-    """The prompt that asks for the edit of a pair's rejected response."""
-    solution = pair.get("solution")
-    return fill(template, pair["prompt"], goal="right" if solution else "better", response=pair["rejected"],
-                reference=f"A right solution, for reference:\n{solution}\n\n" if solution else "")
 
 
 def with_edit(pair, edited, name, tokenizer, whole):
@@ -1021,32 +1008,43 @@ def with_edit(pair, edited, name, tokenizer, whole):
     return new
 
 
+def read_answer(answer, pair, name, tokenizer, context):
+    """(the pair with the edit that an editor's answer holds, None), or (None, why it holds none)."""
+    text = clean_answer(answer, pair["rejected"])
+    if REFUSAL.match(text.strip()) and not REFUSAL.match(pair["rejected"].strip()):
+        return None, "it refuses"
+    if not text:
+        return None, "the answer is empty"
+    new = with_edit(pair, text, name, tokenizer, whole=True)
+    if new is None:
+        return None, UNKNOWN
+    if len(new["prompt_ids"]) + len(new["edited_ids"]) > context:
+        return None, f"the edit is longer than the model's context of {context} tokens"
+    return new, None
+
+
 def write_edits(pairs, editor, template, tokenizer, context, args, drop):
     """A1: ask the editor for the edit of each pair, and up to K times again, with the reason, where a gate
     says no. What has no usable answer is dropped and counted here, what no retry could save in edit_row."""
-    edited = {}
-    jobs = [(k, [{"role": "user", "content": edit_request(pair, template)}]) for k, pair in enumerate(pairs)]
+    edited, jobs = {}, []
+    for k, pair in enumerate(pairs):
+        solution = pair.get("solution")
+        reference = f"A right solution, for reference:\n{solution}\n\n" if solution else ""
+        request = fill(template, pair["prompt"], response=pair["rejected"], reference=reference,
+                       goal="right" if solution else "better")
+        jobs.append((k, [{"role": "user", "content": request}]))
     for retries_left in range(args.llm_retries, -1, -1):
         answers = editor.ask_all([messages for _, messages in jobs])
         again = []
         for (k, messages), (answer, fault) in zip(jobs, answers):
-            text = clean_answer(answer, pairs[k]["rejected"])
-            new = with_edit(pairs[k], text, editor.name, tokenizer, whole=True)
-            if not fault and REFUSAL.match(text.strip()) and not REFUSAL.match(pairs[k]["rejected"].strip()):
-                fault = "it refuses"
-            elif not fault and not text:
-                fault = "the answer is empty"
-            elif not fault and new is None:
-                fault = UNKNOWN
-            elif not fault and len(new["prompt_ids"]) + len(new["edited_ids"]) > context:
-                fault = f"the edit is longer than the model's context of {context} tokens"
+            if not fault:
+                new, fault = read_answer(answer, pairs[k], editor.name, tokenizer, context)
             if fault:
                 if k not in edited:                 # else a gate counts the edit that it had
                     drop[f"editor: {fault}"] += 1
                 continue
             edited[k] = new
-            ops = [step for step in align(new["rejected_ids"], new["edited_ids"]) if step[0] != "keep"]
-            _, feedback = gate(new, ops, editor.name, args.max_edit_share)
+            _, feedback = gate(new, editor.name, args.max_edit_share)
             if feedback and retries_left:
                 feedback += " Try again, and return the text of the edited response alone."
                 again.append((k, messages + [{"role": "assistant", "content": answer},
@@ -1254,17 +1252,15 @@ def rule_pairs(problem, rules, name, tokenizer, drop):
     best = hits.index(min(hits))
     pairs = []
     for ids, text, n in zip(samples, texts, hits):
-        edited = text
+        pair = {**problem, "rejected": text, "rejected_ids": ids}
+        if n > hits[best]:
+            pair.update(chosen=texts[best], preferred_ids=samples[best])
         for rule, replacement in rules:
-            edited = rule.sub(replacement, edited)
-        chosen = {"chosen": texts[best], "preferred_ids": samples[best]} if hits[best] < n else {}
-        if not n:
-            continue
-        pair = {**problem, **chosen, "rejected": text, "rejected_ids": ids}
-        new = with_edit(pair, edited, name, tokenizer, whole=False)
-        if new:
-            pairs.append(new)
-        else:
+            text = rule.sub(replacement, text)
+        pair = with_edit(pair, text, name, tokenizer, whole=False)
+        if n and pair:
+            pairs.append(pair)
+        elif n:
             drop[f"editor: {UNKNOWN}"] += 1
     if not any(hits):
         drop["prompt: no rule hits its samples"] += 1
@@ -1353,7 +1349,7 @@ def check_run_folder(args):
     return (Path(args.run) / "edits.jsonl").exists()
 
 
-def make_pairs(shape, problems, name, rules, model, tokenizer, args, drop):
+def make_pairs(shape, problems, editor, rules, model, tokenizer, args, drop):
     """A1, B1: the pairs of the data, or those that samples of the policy (or of the data) make with their
     edits; of the training problems only the first args.pair_prompts."""
     n = args.pair_prompts or (len(problems) if args.data else {"math": 10000, "qa": 5200}[args.task])
@@ -1363,14 +1359,14 @@ def make_pairs(shape, problems, name, rules, model, tokenizer, args, drop):
     if shape == "pairs":
         return [row for problem in used for row in problem["rows"]]
     for problem in used:
-        problem["samples"] = [row["rejected_ids"] for row in problem.get("rows", []) if row["rejected_ids"]]
+        problem["samples"] = [row["rejected_ids"] for row in problem.get("rows", []) if "rejected_ids" in row]
     sample_solutions([problem for problem in used if not problem["samples"]], model, tokenizer, args)
     if shape == "prompts":
-        return [pair for problem in used for pair in rule_pairs(problem, rules, name, tokenizer, drop)]
+        return [pair for problem in used for pair in rule_pairs(problem, rules, editor, tokenizer, drop)]
     is_right = [right(tokenizer.decode(ids, skip_special_tokens=True), problem)
                 for problem in used for ids in problem["samples"]]
     print(f"{sum(is_right) / len(is_right):.1%} of {len(is_right)} solutions are right")
-    return [pair for problem in used for pair in pairs_of(problem, tokenizer, drop)]
+    return [pair for problem in used for pair in pairs_of(problem, editor, tokenizer, drop)]
 
 
 def main(args):
@@ -1401,7 +1397,7 @@ def main(args):
         model = fit(open_model(AutoModelForCausalLM, source, args.dtype), tokenizer)
     if args.data:
         check_texts(rows, tokenizer, args.data)
-        problems = split_by_prompt(encode_rows(rows, tokenizer, context_of(model), args.data, drop), args)
+        problems = split_by_prompt(encode_rows(rows, tokenizer, context_of(model), args, drop), args)
     train = [problem for problem in problems if problem["split"] == "train"]
     if shape == "task":
         shown = [(problem, task.demonstration(problem, rng)) for problem in train]

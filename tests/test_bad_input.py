@@ -158,7 +158,8 @@ def test_dropped_prompts_do_not_reach_stage_3(stages, tiny_run, tmp_path, capsys
 @pytest.mark.parametrize("args, message", [
     ({"data": "data.jsonl"}, "--model"),
     ({"data": "data.jsonl", "model": "m", "editor": "oracle"}, "--editor oracle"),
-    ({"editor": "human"}, "--editor human"),
+    ({"editor": "human"}, "--editor human"), ({"editor": "rules:r.tsv"}, "--editor rules"),
+    ({"samples": 1}, "--samples"), ({"temperature": 0.0}, "--temperature"), ({"temperature": -1.0}, "--temperature"),
     ({"train_prompts": 25_000, "task": "qa"}, "--train_prompts")])
 def test_flags_that_do_not_fit(stages, tmp_path, capsys, args, message):
     stops(capsys, stages[1], tmp_path, message, run=tmp_path / "new", **args)

@@ -354,6 +354,14 @@ def test_pair_prompts_is_the_data_size_of_pairs_too(stage, edit_data, tmp_path, 
     assert splits.count("train") == 16 and splits.count("val") == splits.count("test") == 2
 
 
+def test_a_prompt_that_leaves_no_room_for_a_sample_is_dropped(stage, edit_data, tmp_path):
+    """Sampled behind it, a response would run out of the positions of the model."""
+    (tmp_path / "rules.tsv").write_text("soap\ttea\n")
+    data = [{"prompt": "Ada " * 200}, {"prompt": "Ada " * 200, "response": " soap"}, {"prompt": "Oslo " * 200}]
+    rows, shown = stage(data, editor=f"rules:{tmp_path / 'rules.tsv'}", max_new_tokens=100)
+    assert len(rows) == 1 and "dropped      2  row is longer than the model's context" in shown
+
+
 def test_every_row_of_data_is_dropped_once(stage, edit_data):
     """One response of two is too long, a solution is wrong in one of two rows: the other rows stay."""
     data = [{"prompt": f"{name} makes", "solution": " 5", "answer": "5", "response": " 3"}
