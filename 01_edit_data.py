@@ -336,11 +336,11 @@ def make_problems(task, args, rng):
     """Distinct problems with id and split: train, validation and test prompts are disjoint."""
     problems = {}
     wanted = args.train_prompts + args.val_prompts + args.test_prompts
-    for _ in range(20 * wanted):
-        if len(problems) == wanted:
-            break
+    tries = 0
+    while len(problems) < wanted and tries < 20 * wanted:
         problem = task.problem(rng)
         problems.setdefault(problem["prompt"], problem)
+        tries += 1
     if len(problems) < wanted:
         fail(f"--task {args.task} has too few different prompts for {wanted}: lower --train_prompts")
     splits = ["train"] * args.train_prompts + ["val"] * args.val_prompts + ["test"] * args.test_prompts
@@ -671,16 +671,16 @@ def last_text(text):
     return text if isinstance(text, str) and text.strip() else None
 
 
-def message_fault(name, value):
-    """What is wrong with a text, or None: it is a string, a list of chat messages, or absent."""
+def check_text(name, value):
+    """A text is a string, a list of chat messages, or absent; else a ValueError says what is wrong."""
     if not isinstance(value, (str, list, type(None))):
-        return f"column `{name}` has the wrong type, {type(value).__name__}"
-    if not isinstance(value, list) or name == "edited" and not value:
-        return None
+        raise ValueError(f"column `{name}` has the wrong type, {type(value).__name__}")
+    messages = value if isinstance(value, list) else []
     if not all(isinstance(message, dict) and isinstance(message.get("role"), str)
-               and isinstance(message.get("content"), str) for message in value):
-        return f"column `{name}` is no list of chat messages with `role` and `content`"
-    return f"column `{name}` is empty" if name != "edited" and not last_text(value) else None
+               and isinstance(message.get("content"), str) for message in messages):
+        raise ValueError(f"column `{name}` is no list of chat messages with `role` and `content`")
+    if isinstance(value, list) and name != "edited" and not last_text(value):
+        raise ValueError(f"column `{name}` is empty")
 
 
 def part_prompt(row):
@@ -738,35 +738,34 @@ def read_data(path, kind, drop, rules=()):
     solution and answer, the patterns of the rules as its oracle, or `chosen` and `edited` (without `chosen`
     the edit is the preferred response). Rows without use are dropped and counted."""
     shape, columns = columns_of(path, kind)
-    better, worse = ("chosen", "rejected") if "chosen" in columns else ("edited", "response")
-    texts = ["prompt", worse] + ([better, "edited"] if shape == "pairs" else [])
     answers = {}
 
+    def plain(row):
+        """The row with plain texts; ValueError where it has none."""
+        for name in ("prompt", "chosen", "rejected") if "chosen" in columns else ("prompt", "response"):
+            check_text(name, row.get(name))
+        if shape == "pairs":
+            check_text("edited", row.get("edited"))
+            three = row.get("prompt"), row.get("edited"), row.get("response")
+            prompt, chosen, rejected = part_prompt(row) if "chosen" in columns else three
+            return {"prompt": prompt, "chosen": last_text(chosen), "rejected": last_text(rejected),
+                    "edited": last_text(row.get("edited"))}
+        new = {"prompt": row["prompt"], "rejected": last_text(row.get("response")) or row.get("response")}
+        if shape == "prompts":
+            return {**new, "rules": [rule.pattern for rule, _ in rules]}
+        if answers.setdefault(json.dumps(row["prompt"]), row["answer"]) != row["answer"]:
+            raise ValueError(f"column `answer` is {row['answer']}, an earlier row of this prompt has another")
+        return {**new, "solution": row["solution"], "answer": str(row["answer"])}
+
     def fault(row):
-        for name in texts:
-            if message_fault(name, row.get(name)):
-                return message_fault(name, row.get(name))
-        if answers.setdefault(json.dumps(row.get("prompt")), row.get("answer")) != row.get("answer"):
-            return f"column `answer` is {row['answer']}, and an earlier row has another one for this prompt"
         try:
-            return worse == "rejected" and part_prompt(row) and None
+            plain(row)
         except ValueError as error:
             return str(error)
 
     rows = []
     for k, row in enumerate(read_jsonl(path, columns, fault)):
-        if worse == "rejected":
-            row["prompt"], row["chosen"], row["rejected"] = part_prompt(row)
-        new = {"id": str(row.get("id", f"row-{k}")), "prompt": row["prompt"]}
-        if shape == "pairs":
-            new.update({name: last_text(row.get(column)) for name, column in (
-                ("chosen", better), ("rejected", worse), ("edited", "edited"))})
-        else:
-            new["rejected"] = last_text(row.get("response")) or row.get("response")      # it may be empty
-        if shape == "solutions":
-            new.update(solution=row["solution"], answer=str(row["answer"]))
-        elif shape == "prompts":
-            new["rules"] = [rule.pattern for rule, _ in rules]
+        new = {"id": str(row.get("id", f"row-{k}")), **plain(row)}
         if shape == "solutions" and not right(new["solution"], new):
             drop["row's solution does not end in its answer"] += 1
         elif shape == "pairs" and new["rejected"] is None:
@@ -954,7 +953,7 @@ CHATTER = re.compile(rf"(?is)(?:{SURE}\n|(?:{SURE})?(?:here(?:’s|'s| is)[^\n:]
                      r"(?:the )?(?:edited|corrected|revised|improved)(?: \w+){0,2}):\s*)(.*)")
 REFUSAL = re.compile(r"(?i)(i['’]m|i am) (very )?sorry|sorry, |i (cannot|can['’]t|am unable)|as an ai")
 FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.S)
-QUOTES = re.compile(r"[\"“'](.*)[\"”']", re.S)
+QUOTES = re.compile(r"\"(.*)\"|“(.*)”|'(.*)'", re.S)
 WRITERS = ("llm", "model")
 UNKNOWN = "a word is not in the policy's vocabulary"
 WAITS = [1, 2, 4, 8, 16, 32]            # seconds before each new try of a request that failed
@@ -967,7 +966,7 @@ def clean_answer(answer, original):
     for around in (CHATTER, FENCE, QUOTES):
         found = around.fullmatch(text)
         if found and not around.fullmatch(bare):
-            text = found[1].strip()
+            text = found[found.lastindex].strip()
     return original.replace(bare, text, 1) if text else ""
 
 
@@ -1123,13 +1122,11 @@ class LlmClient:
         if lines[-1]:                               # killed while it wrote a line
             self.path.write_bytes(b"\n".join(lines) + b"\n")
 
-    def key(self, messages):
-        request = [self.name, self.args.llm_temperature, self.args.llm_max_tokens, messages]
-        return hashlib.sha256(json.dumps(request).encode()).hexdigest()
-
     def ask_all(self, conversations):
         """(answer, fault) of every conversation, those on disk from there."""
-        keys = [self.key(messages) for messages in conversations]
+        settings = [self.name, self.args.llm_temperature, self.args.llm_max_tokens]
+        requests = [json.dumps([*settings, messages]) for messages in conversations]
+        keys = [hashlib.sha256(request.encode()).hexdigest() for request in requests]
         missing = {key: messages for key, messages in zip(keys, conversations) if key not in self.saved}
         with ThreadPoolExecutor(self.args.llm_workers) as pool:
             futures = [pool.submit(self.ask, key, messages) for key, messages in missing.items()]
@@ -1341,11 +1338,11 @@ def check_run_folder(args):
         return False
     try:
         old = json.loads(saved.read_text())
-        changed = [name for name in ("task", "data", "model", "seed") if old[name] != getattr(args, name)]
+        for name in ("task", "data", "model", "seed"):
+            if old[name] != getattr(args, name):
+                fail(f"{args.run} was made with --{name} {old[name]}: name another --run, or add --overwrite")
     except (ValueError, KeyError, TypeError):
         fail(f"{saved}: not the arguments of a run: name another --run, or add --overwrite")
-    for name in changed:
-        fail(f"{args.run} was made with --{name} {old[name]}: name another --run, or add --overwrite")
     return (Path(args.run) / "edits.jsonl").exists()
 
 
@@ -1371,7 +1368,7 @@ def make_pairs(shape, problems, editor, rules, model, tokenizer, args, drop):
 
 def main(args):
     check_args(args)
-    kind, source_of_edits, template = check_editor(args)
+    kind, editor_path, template = check_editor(args)
     if check_run_folder(args):
         print(f"{args.run}/edits.jsonl is there already; --overwrite makes it again")
         return
@@ -1379,7 +1376,7 @@ def main(args):
     # problems: from the built-in task, or the rows of the data
     rng = random.Random(args.seed)
     drop = Counter()
-    rules = read_rules(source_of_edits) if kind == "rules" else []
+    rules = read_rules(editor_path) if kind == "rules" else []
     if args.data:
         shape, rows = read_data(args.data, kind, drop, rules)
     else:
@@ -1435,20 +1432,17 @@ def main(args):
         torch.manual_seed(args.seed)                # a second call samples the responses of the first again
     pairs = make_pairs(shape, problems, editor, rules, model, tokenizer, args, drop)
     if kind in WRITERS:
-        if kind == "llm":
-            writer = LlmClient(args, run / "llm_edits.jsonl", "LLM edits")
-        else:
-            writer = ModelEditor(args, source_of_edits)
+        writer = (LlmClient(args, run / "llm_edits.jsonl", "LLM edits") if kind == "llm"
+                  else ModelEditor(args, editor_path))
         pairs = write_edits(pairs, writer, template, tokenizer, context_of(model), args, drop)
     if args.worse_edits:
         tokens = sorted({token for pair in pairs for token in pair["rejected_ids"][:-1]})
         pairs = [spoil(pair, tokens, tokenizer, rng)
                  if pair["split"] == "train" and pair["edited"] and rng.random() < args.worse_edits else pair
                  for pair in pairs]
-    rows = []
-    for pair in tqdm(pairs, desc="edits", unit="pair"):
-        row = edit_row(pair, pair.get("editor", editor), args.max_edit_share, tokenizer, drop)
-        rows += [row] if row else []
+    rows = [edit_row(pair, pair.get("editor", editor), args.max_edit_share, tokenizer, drop)
+            for pair in tqdm(pairs, desc="edits", unit="pair")]
+    rows = [row for row in rows if row]
     if not rows:
         fail(f"no pair is left: {dict(drop)}")
     write_jsonl(run / "edits.jsonl", rows)

@@ -748,13 +748,11 @@ class LlmClient:
         if lines[-1]:                               # killed while it wrote a line
             self.path.write_bytes(b"\n".join(lines) + b"\n")
 
-    def key(self, messages):
-        request = [self.name, self.args.llm_temperature, self.args.llm_max_tokens, messages]
-        return hashlib.sha256(json.dumps(request).encode()).hexdigest()
-
     def ask_all(self, conversations):
         """(answer, fault) of every conversation, those on disk from there."""
-        keys = [self.key(messages) for messages in conversations]
+        settings = [self.name, self.args.llm_temperature, self.args.llm_max_tokens]
+        requests = [json.dumps([*settings, messages]) for messages in conversations]
+        keys = [hashlib.sha256(request.encode()).hexdigest() for request in requests]
         missing = {key: messages for key, messages in zip(keys, conversations) if key not in self.saved}
         with ThreadPoolExecutor(self.args.llm_workers) as pool:
             futures = [pool.submit(self.ask, key, messages) for key, messages in missing.items()]

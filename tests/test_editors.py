@@ -322,6 +322,11 @@ def test_rules_on_responses(stage, rules, tmp_path):
     assert [row["rules"] for row in problems] == 2 * [["\\bsoap\\b", "(Oslo|Rome)"]]
 
 
+def test_rules_ignore_other_columns(stage, rules):
+    rows, _ = stage([{"prompt": "Ada", "response": " soap", "answer": n, "chosen": n} for n in range(2)], editor=rules)
+    assert len(rows) == 2
+
+
 def test_rules_on_prompts_alone(stage, edit_data, tiny_run, tmp_path):
     (tmp_path / "rules.tsv").write_text(r"(\w+) makes" + "\t" + r"\1 sends" + "\n")
     prompts = [{"prompt": row["prompt"]} for row in read(tiny_run / "problems.jsonl")]
