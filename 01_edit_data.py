@@ -754,7 +754,7 @@ def read_data(path, kind, drop, rules=()):
         if shape == "prompts":
             return {**new, "rules": [rule.pattern for rule, _ in rules]}
         if answers.setdefault(json.dumps(row["prompt"]), row["answer"]) != row["answer"]:
-            raise ValueError(f"column `answer` is {row['answer']}, an earlier row of this prompt has another")
+            raise ValueError(f"column `answer` is {row['answer']}, and an earlier row has another one")
         return {**new, "solution": row["solution"], "answer": str(row["answer"])}
 
     def fault(row):
