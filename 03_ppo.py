@@ -1097,7 +1097,7 @@ def main(args):
     metrics = read_metrics(metrics_path)
     problems = read_jsonl(problems_path, {"id": str, "prompt": (str, list), "split": str})
     tokenizer = open_tokenizer(policy_path, any(isinstance(problem["prompt"], list) for problem in problems))
-    context = context_of(open_model(AutoModelForCausalLM, policy_path))
+    context = context_of(open_model(AutoModelForCausalLM, policy_path, args.dtype))
     if not any(problem["split"] == "train" for problem in problems):
         fail(f"{problems_path}: no problem has the split train")
     encode_problems(problems_path, problems, tokenizer, context, args.max_new_tokens)
