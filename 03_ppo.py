@@ -70,7 +70,8 @@ class Args:
     run: str = field(default="runs/default", metadata={"help": "run folder"})
     seed: int = field(default=1, metadata={"help": "seed of prompts and samples, the same for both runs"})
     overwrite: bool = field(default=False, metadata={"help": "train again even if the policies exist"})
-    policy: Optional[str] = field(default=None, metadata={"help": "SFT policy, pi_ref; default RUN/policy"})
+    policy: Optional[str] = field(default=None, metadata={
+        "help": "SFT policy, pi_ref; default RUN/policy", "aliases": ["--model"]})
     problems: Optional[str] = field(default=None, metadata={"help": "prompts; default RUN/problems.jsonl"})
     method: str = field(default="all", metadata={
         "help": "what to train; all: the first four; the last three: RLMEC with --imitation_weight 0, "
