@@ -70,7 +70,8 @@ class Args:
     run: str = field(default="runs/default", metadata={"help": "run folder"})
     seed: int = field(default=1, metadata={"help": "seed of prompts and samples, the same for both runs"})
     overwrite: bool = field(default=False, metadata={"help": "train again even if the policies exist"})
-    policy: Optional[str] = field(default=None, metadata={"help": "SFT policy, pi_ref; default RUN/policy"})
+    policy: Optional[str] = field(default=None, metadata={
+        "help": "SFT policy, pi_ref; default RUN/policy", "aliases": ["--model"]})
     problems: Optional[str] = field(default=None, metadata={"help": "prompts; default RUN/problems.jsonl"})
     method: str = field(default="all", metadata={
         "help": "what to train; all: the first four; the last three: RLMEC with --imitation_weight 0, "
@@ -1097,7 +1098,7 @@ def main(args):
     metrics = read_metrics(metrics_path)
     problems = read_jsonl(problems_path, {"id": str, "prompt": (str, list), "split": str})
     tokenizer = open_tokenizer(policy_path, any(isinstance(problem["prompt"], list) for problem in problems))
-    context = context_of(open_model(AutoModelForCausalLM, policy_path))
+    context = context_of(open_model(AutoModelForCausalLM, policy_path, args.dtype))
     if not any(problem["split"] == "train" for problem in problems):
         fail(f"{problems_path}: no problem has the split train")
     encode_problems(problems_path, problems, tokenizer, context, args.max_new_tokens)
