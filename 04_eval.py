@@ -41,6 +41,8 @@ import unicodedata
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from itertools import combinations, groupby
 from pathlib import Path
@@ -727,6 +729,16 @@ def api_key(url):
     return key
 
 
+def retry_after(response):
+    """Seconds that a server asks to wait, as a number or a date; 0 where it does not say."""
+    value = response.headers.get("Retry-After", "") if response is not None else ""
+    try:
+        return float(value) if re.fullmatch(r"[\d.]+", value) else (
+            parsedate_to_datetime(value) - datetime.now(timezone.utc)).total_seconds()
+    except (TypeError, ValueError):
+        return 0.0
+
+
 class LlmClient:
     """An LLM behind an OpenAI-compatible server. Every answer is appended to the file `path` as it comes,
     under a hash of its request, and looked up there first: no answer is paid twice. what: says the bar."""
@@ -757,7 +769,8 @@ class LlmClient:
         with ThreadPoolExecutor(self.args.llm_workers) as pool:
             futures = [pool.submit(self.ask, key, messages) for key, messages in missing.items()]
             try:
-                for future in tqdm(as_completed(futures), total=len(futures), desc=self.what, unit="answer"):
+                bar = tqdm(as_completed(futures), total=len(futures), desc=self.what, disable=not futures)
+                for future in bar:
                     future.result()
             except (OSError, KeyboardInterrupt) as error:
                 self.stop.set()
@@ -798,8 +811,7 @@ class LlmClient:
                 self.stop.set()
                 advice = "" if passes else f": check the key (LLM_API_KEY) and the model {args.llm_model}"
                 raise ConnectionError(f"{args.llm_url} {problem}{advice}")
-            asked = re.fullmatch(r"\d{1,4}", response.headers.get("Retry-After", "")) if status else None
-            self.stop.wait(max(wait, int(asked[0]) if asked else 0))
+            self.stop.wait(max(wait, retry_after(response)))
         if choice.finish_reason == "content_filter" or getattr(choice.message, "refusal", None):
             row["fault"] = "it refuses"
         elif choice.finish_reason == "length":

@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from email.utils import formatdate
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import KEY
@@ -186,6 +188,13 @@ def test_waits_grow_and_honour_retry_after(serve, edit_data):
     client.stop.wait = waits.append
     client.ask("key", [{"role": "user", "content": "Response:\nsoap"}])
     assert waits == [7.0, 0.02] and client.saved["key"] == ("tea", None)
+
+
+@pytest.mark.parametrize("value, seconds", [("7", 7), ("0.5", 0.5), ("soon", 0), ("", 0), ("date", 100)])
+def test_retry_after_is_a_number_or_a_date(edit_data, value, seconds):
+    value = formatdate(time.time() + 100, usegmt=True) if value == "date" else value
+    assert edit_data.retry_after(SimpleNamespace(headers={"Retry-After": value})) == pytest.approx(seconds, abs=2)
+    assert edit_data.retry_after(None) == 0
 
 
 def test_time_out(serve, stage):
