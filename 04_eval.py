@@ -885,6 +885,28 @@ def llm_verdicts(client, template, problems, texts, opponents):
     return verdicts, counts
 
 
+def ask_judge(client, template, problems, answers, opponent, known, run):
+    """Verdicts of the LLM on every policy against the opponent, saved as RUN/verdicts_*.json. Returns by
+    policy the verdicts and the counts of llm_verdicts, and a list: do they agree with the known verdicts?"""
+    verdicts, counts, agreed = {}, {}, []
+    others = answers[opponent].texts
+    for name, given in answers.items():
+        texts = given.texts
+        verdicts[name], counts[name] = llm_verdicts(client, template, problems, texts, others)
+        agreed += [x == y for x, y, text, other in zip(verdicts[name], known.get(name, []), texts, others)
+                   if x is not None and text != other]
+        columns = ("instruction", "output_1", "output_2", "preference")
+        rows = [dict(zip(columns, (plain(problem["prompt"]), other, text, x)))
+                for problem, other, text, x in zip(problems, others, texts, verdicts[name])]
+        write_text(run / f"verdicts_{name}.json", json.dumps(rows, indent=1) + "\n")
+        if counts[name]["asked"] == len(others) and not counts[name]["judged"]:
+            fail(f"{client.path}: no answer on {name} is a verdict; see --llm_prompt, --llm_max_tokens")
+    if any(count["asked"] for count in counts.values()) and not any(
+            count["judged"] for count in counts.values()):
+        fail(f"{client.path}: no pair has verdicts in both orders; see --llm_prompt, --llm_max_tokens")
+    return verdicts, counts, agreed
+
+
 def judge_report(name, counts, agreed, compared, known):
     """The numbers of eval.json on an LLM judge, and the sentences that say them. agreed of compared pairs
     have the same verdict by the LLM and by what is known, the oracle or the final answer (None: nothing)."""
@@ -906,13 +928,20 @@ def judge_report(name, counts, agreed, compared, known):
 
 # --- Evaluation --------------------------------------------------------------------------------------------
 
+@dataclass
+class Answers:
+    """What a policy answers to the prompts: token ids and text of each response, KL(policy, reference) in
+    nats a response, and the mean log pi_ref of a response token (None for responses of a file)."""
+    ids: list
+    texts: list
+    kl: Optional[float] = None
+    ref_logprob: Optional[float] = None
+
+
 @torch.no_grad()
 def answer(model, reference, prompts, tokenizer, args):
-    """Sample one response to each prompt, with the same seed for every policy.
-
-    Returns the responses as lists of ids, KL(policy, reference) in nats a response: the mean over prompts of
-    the sum over response tokens of log pi - log pi_ref, and the mean of log pi_ref over all response tokens.
-    """
+    """Sample one response to each prompt, with the same seed for every policy. KL: the mean over prompts of
+    the sum over response tokens of log pi - log pi_ref."""
     torch.manual_seed(args.seed)
     responses, kl, ref_logprob, tokens = [], 0.0, 0.0, 0
     for start in range(0, len(prompts), args.batch):
@@ -924,7 +953,8 @@ def answer(model, reference, prompts, tokenizer, args):
         kl += (logprobs[0] - logprobs[1]).sum().item()
         ref_logprob += logprobs[1].sum().item()
         tokens += mask.sum().item()
-    return responses, kl / len(prompts), ref_logprob / tokens
+    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    return Answers(responses, texts, kl / len(prompts), ref_logprob / tokens)
 
 
 def oracle_scores(texts, problems):
@@ -945,6 +975,36 @@ def reward_scores(kind, model, prompts, responses, tokenizer, args):
         else:
             scores += token_rewards(model, inputs, mask).sum(dim=1).tolist()
     return scores
+
+
+def judged_scores(kind, judge_model, answers, problems, tokenizer, args):
+    """What a judge compares, one score a response; None where the LLM alone can judge."""
+    if kind == "oracle":
+        return oracle_scores(answers.texts, problems)
+    if kind == "answer":
+        return list(map(right, answers.texts, problems))
+    if kind:
+        prompts = [problem["prompt_ids"] for problem in problems]
+        return reward_scores(kind, judge_model, prompts, answers.ids, tokenizer, args)
+    return None
+
+
+def measure(answers, kind, scores, problems, log):
+    """The numbers of one policy that need no opponent, as they stand in eval.json."""
+    texts = answers.texts
+    rights = list(map(right, texts, problems)) if kind in ("oracle", "answer") else None
+    wrong = [-score[0] for score in scores] if kind == "oracle" else None
+    words = sum(len(text.split()) for text in texts)
+    accuracy = [row["accuracy"] for row in log if row.get("accuracy") is not None]
+    return {"accuracy": sum(rights) / len(rights) if rights else None,
+            "wrong_steps_per_response": sum(wrong) / len(wrong) if wrong else None,
+            "errors_per_100_words": 100 * sum(wrong) / max(words, 1) if wrong else None,
+            "kl_to_ref": answers.kl,
+            "ref_logprob": answers.ref_logprob,
+            "updates": int(log[-1]["update"]) if log else 0,
+            "seconds": log[-1]["seconds"] if log else 0.0,
+            "best_accuracy": max(accuracy, default=None),
+            "largest_drop": largest_drop(accuracy)}
 
 
 def failure_signatures(reward_models, policies, logs):
@@ -969,9 +1029,13 @@ def failure_signatures(reward_models, policies, logs):
             continue
         if max(row["approx_kl"] for row in log) > 0.1:
             warnings.append(f"unstable PPO: {name} moved over 0.1 nats a token in one update; lower --lr")
-        if log[-1]["ended"] < 0.9:
-            ended = percent(log[-1]["ended"])
-            warnings.append(f"unstable PPO: only {ended} of the responses of {name} end by themselves")
+        before, ended = log[0]["ended"], log[-1]["ended"]     # the first rollout is the SFT policy's
+        if before < 0.9:
+            warnings.append(f"--max_new_tokens is short: {percent(ended)} of the responses of {name} end "
+                            f"within it, {percent(before)} before training")
+        elif ended < 0.9:
+            warnings.append(f"unstable PPO: only {percent(ended)} of the responses of {name} end by "
+                            f"themselves, {percent(before)} before training")
     return warnings
 
 
@@ -1141,6 +1205,17 @@ def rewards_of(kind, model, rows, tokenizer, args):
     return rewards
 
 
+def all_rewards(run, rows, tokenizer, args):
+    """kind -> token rewards of the held-out edits, for every reward model of the run."""
+    rewards = {}
+    for kind, auto_class in (("token", AutoModelForTokenClassification), ("generative", AutoModelForCausalLM),
+                             ("sequence", AutoModelForSequenceClassification)):
+        if rows and (run / f"reward_{kind}").is_dir():
+            model = fit(open_model(auto_class, run / f"reward_{kind}", args.dtype), tokenizer)
+            rewards[kind] = rewards_of(kind, model.to(args.device), rows, tokenizer, args)
+    return rewards
+
+
 def token_kind(text, is_end):
     """number, word, symbol, space, or the end token."""
     text = text.strip()
@@ -1232,7 +1307,7 @@ ins{color:var(--blue);background:rgb(0 114 178/.14);font-weight:600;text-decorat
 """
 COLOURS = {"ppo_token": "#0072B2", "ppo_sequence": "#D55E00", "rlmec": "#009E73",
            "rlmec_imitation": "#CC79A7", "rlmec_reward": "#E69F00", "rlmec_uniform": "#56B4E9",
-           "rlmec_noclip": "#888888"}    # Okabe and Ito
+           "rlmec_noclip": "#888888"}    # the policies of stage 3, in colours of Okabe and Ito
 
 
 def plain(prompt):
@@ -1384,8 +1459,9 @@ def edit_marked(before, after, tokenizer):
     return "".join(shown)
 
 
-def before_after(problems, responses, results, opponent, tokenizer, most):
+def before_after(problems, answers, results, opponent, tokenizer, most):
     """Responses of the opponent and what every policy makes of them, on the prompts that differ most."""
+    responses = {name: given.ids for name, given in answers.items()}
     names = [name for name in ("ppo_sequence", "ppo_token", "rlmec") if name in responses]
     names = names or [name for name in responses if name not in ("sft", "baseline")][:3]
     order = sorted(range(len(problems)), key=lambda k: (
@@ -1580,6 +1656,31 @@ def read_baseline(path, problems):
     return [known[json.dumps(problem["prompt"])] for problem in problems]
 
 
+def find_problems(run, args):
+    """The file with the problems, and those of --split."""
+    path = Path(args.problems or run / "problems.jsonl")
+    if not path.exists():
+        fail(f"{path} is missing: run 01_edit_data.py first, or name the file with --problems")
+    problems = read_jsonl(path, {"id": str, "prompt": (str, list), "split": str})
+    problems = [problem for problem in problems if problem["split"] == args.split]
+    if not problems:
+        fail(f"{path}: no problem has the split {args.split}")
+    return path, problems
+
+
+def find_policies(run, args):
+    """The folders of --policies, or those that stage 3 wrote; for a sheet only the first."""
+    paths = [Path(path) for path in args.policies or [run / name for name in COLOURS]]
+    paths = [path for path in paths if args.policies or path.exists()]
+    if not paths:
+        fail(f"{run} has no policy to evaluate: run 03_ppo.py first, or name folders with --policies")
+    names = Counter(["sft", "baseline", *(path.name for path in paths)])
+    for path in paths:
+        if names[path.name] > 1:
+            fail(f"{path}: two policies are called {path.name}; rename one folder")
+    return paths[:1] if args.human_eval else paths
+
+
 def main(args):
     check_args(args)
     if args.judge not in (None, "llm"):
@@ -1599,21 +1700,14 @@ def main(args):
     if target.exists() and not args.overwrite:
         print(f"{target} is there already; --overwrite makes it again")
         return
-    problems_path = Path(args.problems or run / "problems.jsonl")
-    if not problems_path.exists():
-        fail(f"{problems_path} is missing: run 01_edit_data.py first, or name the file with --problems")
-    problems = read_jsonl(problems_path, {"id": str, "prompt": (str, list), "split": str})
-    problems = [problem for problem in problems if problem["split"] == args.split]
-    if not problems:
-        fail(f"{problems_path}: no problem has the split {args.split}")
-    known = ["ppo_token", "ppo_sequence", "rlmec", "rlmec_imitation", "rlmec_reward", "rlmec_uniform",
-             "rlmec_noclip"]
-    paths = [Path(path) for path in args.policies or [run / name for name in known]]
-    paths = [path for path in paths if args.policies or path.exists()]
-    paths = paths[:1] if args.human_eval else paths
-    if not paths:
-        fail(f"{run} has no policy to evaluate: run 03_ppo.py first, or name folders with --policies")
+
+    # problems, policies and judge, all checked before the first response is sampled
+    problems_path, problems = find_problems(run, args)
+    paths = find_policies(run, args)
     policy_path = Path(args.policy or run / "policy")
+    opponent = "baseline" if args.baseline else "sft"
+    entries = [("sft", policy_path)] + ([("baseline", Path(args.baseline))] if args.baseline else [])
+    entries += [(path.name, path) for path in paths]
     references = None
     if args.baseline and not Path(args.baseline).is_dir():
         references = read_baseline(args.baseline, problems)
@@ -1621,116 +1715,79 @@ def main(args):
     tokenizer = open_tokenizer(args.policy or policy_path, chat)
     reference = open_model(AutoModelForCausalLM, args.policy or policy_path, args.dtype)
     reference = fit(reference, tokenizer).to(args.device)
+    encode_problems(problems_path, problems, tokenizer, context_of(reference), args.max_new_tokens)
     reward_models = read_metrics(run / "reward_metrics.json")
     kind, judge_model, judge_text = open_judge(run, problems, reward_models, tokenizer, args)
-    encode_problems(problems_path, problems, tokenizer, context_of(reference), args.max_new_tokens)
-    compared = paths + ([Path(args.baseline)] if args.baseline and references is None else [])
-    trained = [run / f"reward_{model_kind}" for model_kind in ("token", "sequence", "generative")]
-    for path in compared + [path for path in trained if path.is_dir()]:
+    trained = [run / f"reward_{name}" for name in ("token", "sequence", "generative")]
+    folders = [path for name, path in entries[1:] if name != "baseline" or references is None]
+    for path in folders + [path for path in trained if path.is_dir()]:
         same_vocabulary(path, tokenizer, policy_path)
+    logs = {name: read_log(path.parent / f"{name}.csv") if path in paths else [] for name, path in entries}
     if not args.human_eval:
         start_stage(args, "04")
 
-    # responses and scores of every policy, the SFT policy and the opponent first
+    # every policy answers every prompt, the SFT policy and the opponent first
     prompts = [problem["prompt_ids"] for problem in problems]
-    opponent = "baseline" if args.baseline else "sft"
-    entries = [("sft", policy_path)] + ([("baseline", Path(args.baseline))] if args.baseline else [])
-    entries += [(path.name, path) for path in paths]
-    all_texts, responses, scores, results, policies, logs = {}, {}, {}, {}, {}, {}
+    answers = {}
     for name, path in tqdm(entries, desc="policies", unit="policy"):
-        if name in policies:
-            fail(f"{path}: two policies are called {name}; rename one folder")
         if name == "baseline" and references:
             end = [tokenizer.eos_token_id]
-            responses[name] = [tokenizer(text, add_special_tokens=False).input_ids + end
-                               for text in references]
-            kl, ref_logprob = None, None
-            texts = references
-        else:
-            model = reference
-            if name != "sft":
-                model = fit(open_model(AutoModelForCausalLM, path, args.dtype), tokenizer).to(args.device)
-            responses[name], kl, ref_logprob = answer(model, reference, prompts, tokenizer, args)
-            texts = tokenizer.batch_decode(responses[name], skip_special_tokens=True)
-        rights = list(map(right, texts, problems)) if kind in ("oracle", "answer") else None
-        scores[name] = oracle_scores(texts, problems) if kind == "oracle" else (
-            rights or args.judge is None and
-            reward_scores(kind, judge_model, prompts, responses[name], tokenizer, args))
-        wrong = [-score[0] for score in scores[name]] if kind == "oracle" else None
-        words = sum(len(text.split()) for text in texts)
-        all_texts[name] = texts
-        logs[name] = read_log(path.parent / f"{path.name}.csv") if name not in ("sft", "baseline") else []
-        accuracy = [row["accuracy"] for row in logs[name] if row.get("accuracy") is not None]
-        policies[name] = {
-            "accuracy": sum(rights) / len(rights) if rights else None,
-            "wrong_steps_per_response": sum(wrong) / len(wrong) if wrong else None,
-            "errors_per_100_words": 100 * sum(wrong) / max(words, 1) if wrong else None,
-            "kl_to_ref": kl,
-            "ref_logprob": ref_logprob,
-            "updates": int(logs[name][-1]["update"]) if logs[name] else 0,
-            "seconds": logs[name][-1]["seconds"] if logs[name] else 0.0,
-            "best_accuracy": max(accuracy, default=None),
-            "largest_drop": largest_drop(accuracy)}
+            ids = [tokenizer(text, add_special_tokens=False).input_ids + end for text in references]
+            answers[name] = Answers(ids, references)
+            continue
+        model = reference
+        if name != "sft":
+            model = fit(open_model(AutoModelForCausalLM, path, args.dtype), tokenizer).to(args.device)
+        answers[name] = answer(model, reference, prompts, tokenizer, args)
     if args.human_eval:
         name = paths[0].name
         rows = sorted(random.Random(args.seed).sample(range(len(problems)),
-                                                       min(args.human_eval, len(problems))))
-        write_sheet(target, [(plain(problems[k]["prompt"]), all_texts[name][k], all_texts[opponent][k])
-                             for k in rows], (name, opponent), args.seed)
+                                                      min(args.human_eval, len(problems))))
+        write_sheet(target, [(plain(problems[k]["prompt"]), answers[name].texts[k],
+                              answers[opponent].texts[k]) for k in rows], (name, opponent), args.seed)
         print(f"{target}: fill in `preference` (1 = output_a, 2 = output_b, 1.5 = tie), then "
               f"--human_verdicts {target}")
         return
 
     # who wins: verdicts prompt by prompt against the opponent
-    client = LlmClient(args, run / "llm_verdicts.jsonl", "LLM verdicts") if args.judge else None
-    counts, agreed = Counter(), []
-    best_baseline = policies.get("ppo_sequence", {}).get("best_accuracy")
-    horizon = max((log[-1]["episodes"] for log in logs.values() if log), default=1)
-    for name, row in policies.items():
-        texts, others = all_texts[name], all_texts[opponent]
-        known = preferences_of(scores[name], scores[opponent], texts, others) if scores[name] else None
-        verdicts = known
-        if client:
-            verdicts, counted = llm_verdicts(client, template, problems, texts, others)
-            counts += counted
-            agreed += [x == y for x, y, text, other in zip(verdicts, known or [], texts, others)
-                       if x is not None and text != other]
-            row["position_bias"] = counted["disagreed"] / counted["judged"] if counted["judged"] else None
-            columns = ("instruction", "output_1", "output_2", "preference")
-            rows = [dict(zip(columns, (plain(problem["prompt"]), other, text, x)))
-                    for problem, other, text, x in zip(problems, others, texts, verdicts)]
-            write_text(run / f"verdicts_{name}.json", json.dumps(rows, indent=1) + "\n")
-            if counted["asked"] == len(texts) and counted["judged"] == 0:
-                fail(f"{client.path}: no answer on {name} is a verdict; see --llm_prompt, --llm_max_tokens")
-        results[name] = [None if verdict is None else verdict - 1 for verdict in verdicts]
-        reached = [best_baseline is not None and first_update_at(logs[name], best_baseline),
-                   first_update_at(logs[name], args.threshold)]
-        policies[name] = {
-            **win_rate(verdicts, args.seed), **row,
-            "accuracy_area": accuracy_area(logs[name], policies["sft"]["accuracy"], horizon),
-            "episodes_to_best_baseline": int(reached[0]["episodes"]) if reached[0] else None,
-            "episodes_to_threshold": int(reached[1]["episodes"]) if reached[1] else None}
+    scores = {name: judged_scores(kind, judge_model, given, problems, tokenizer, args)
+              for name, given in answers.items()}
+    policies = {name: measure(given, kind, scores[name], problems, logs[name])
+                for name, given in answers.items()}
+    verdicts = {}
+    if kind:
+        verdicts = {name: preferences_of(scores[name], scores[opponent], given.texts, answers[opponent].texts)
+                    for name, given in answers.items()}
     llm_judge = {}
-    if client:
-        if counts["asked"] and not counts["judged"]:
-            fail(f"{client.path}: no pair has verdicts in both orders; see --llm_prompt, --llm_max_tokens")
+    if args.judge:
+        client = LlmClient(args, run / "llm_verdicts.jsonl", "LLM verdicts")
+        verdicts, counts, agreed = ask_judge(client, template, problems, answers, opponent, verdicts, run)
         known = {"oracle": "the oracle", "answer": "the final answer"}.get(kind)
-        numbers, judge_text = judge_report(args.llm_model, counts, sum(agreed), len(agreed), known)
+        numbers, judge_text = judge_report(args.llm_model, sum(counts.values(), Counter()), sum(agreed),
+                                           len(agreed), known)
         llm_judge = {"llm_judge": {**numbers, "tokens": client.tokens}}
+        for name, count in counts.items():
+            bias = count["disagreed"] / count["judged"] if count["judged"] else None
+            policies[name]["position_bias"] = bias
         print(f"verdicts by {args.llm_model}: {client.tokens['prompt']} prompt tokens and "
               f"{client.tokens['answer']} answer tokens used")
+    results = {name: [None if x is None else x - 1 for x in given] for name, given in verdicts.items()}
+    best = policies.get("ppo_sequence", {}).get("best_accuracy")
+    horizon = max((log[-1]["episodes"] for log in logs.values() if log), default=1)
+    for name, log in logs.items():
+        reached = [first_update_at(log, level) if level is not None else None
+                   for level in (best, args.threshold)]
+        policies[name] = {
+            **win_rate(verdicts[name], args.seed), **policies[name],
+            "accuracy_area": accuracy_area(log, policies["sft"]["accuracy"], horizon),
+            "episodes_to_best_baseline": int(reached[0]["episodes"]) if reached[0] else None,
+            "episodes_to_threshold": int(reached[1]["episodes"]) if reached[1] else None}
     differences = [{"a": a, "b": b, **difference(results[a], results[b], args.seed)}
                    for a, b in combinations([path.name for path in paths], 2)]
 
     # the reward models on held-out edits
-    rows, rewards = held_out_edits(run, tokenizer), {}
-    for model_kind, auto_class in (("token", AutoModelForTokenClassification),
-                                   ("generative", AutoModelForCausalLM),
-                                   ("sequence", AutoModelForSequenceClassification)):
-        if rows and (run / f"reward_{model_kind}").is_dir():
-            model = open_model(auto_class, run / f"reward_{model_kind}", args.dtype)
-            model = fit(model, tokenizer).to(args.device)
-            rewards[model_kind] = rewards_of(model_kind, model, rows, tokenizer, args)
+    rows = held_out_edits(run, tokenizer)
+    rewards = all_rewards(run, rows, tokenizer, args)
     errors, split = reward_errors(rows, rewards, tokenizer)
 
     warnings = failure_signatures(reward_models, policies, logs)
@@ -1743,9 +1800,9 @@ def main(args):
               "policies": policies,
               "differences": differences, "threshold": args.threshold, "reward_models": models,
               "errors": errors, "checks": sentences, "warnings": warnings}
-    answers = headline(policies, differences, "the SFT policy" if opponent == "sft" else args.baseline)
+    headlines = headline(policies, differences, "the SFT policy" if opponent == "sft" else args.baseline)
     histograms = "".join(histogram(kind, several) for kind, several in split.items() if several["kept"])
-    write_text(run / "report.html", page("Token-level reward: who wins", answers, warnings, {
+    write_text(run / "report.html", page("Token-level reward: who wins", headlines, warnings, {
         "All policies": policy_table(policies) + "".join(
             f"<p class=soft>{html.escape(sentence)}</p>"
             for sentence in [f"Judge: {judge_text}.", *sentences]),
@@ -1753,7 +1810,7 @@ def main(args):
         "Reward heat map": heat_map(rows, rewards, args.examples),
         "Before and after": "<p class=soft>The minimal edit from the opponent's response to the policy's: "
         "<del>out</del> <ins>in</ins>.</p>"
-        + before_after(problems, responses, results, opponent, tokenizer, args.examples),
+        + before_after(problems, answers, results, opponent, tokenizer, args.examples),
         "Rewards of kept and changed tokens": histograms or "<p>No token rewards to show.</p>",
         "Where the reward models err": error_section(errors, rows),
         "Settings": settings_of([run])}))

@@ -64,6 +64,9 @@ def test_failure_signatures(evaluation):
     assert "not above" in evaluation.failure_signatures({}, equal, {})[0]
     for bad in ([row, {**row, "accuracy": 0.3}], [{**row, "approx_kl": 0.5}], [{**row, "ended": 0.5}]):
         assert len(evaluation.failure_signatures({}, good, {"ppo_token": bad})) == 1
+    cut = [{**row, "ended": 0.1}, {**row, "ended": 0.0}]           # the SFT policy did not end its responses either
+    assert "10.0 % before training" in evaluation.failure_signatures({}, good, {"ppo_token": cut})[0]
+    assert "unstable" not in evaluation.failure_signatures({}, good, {"ppo_token": cut})[0]
 
 
 def test_the_reference_against_itself_has_no_kl(evaluation, tiny_run):
@@ -72,13 +75,13 @@ def test_the_reference_against_itself_has_no_kl(evaluation, tiny_run):
     tokenizer = evaluation.open_tokenizer(tiny_run / "policy")
     prompts = [tokenizer("Q: What do Ada and Bob send to Cleo, and where?\nA:").input_ids] * 3
     args = evaluation.Args(batch=2, max_new_tokens=9)
-    responses, kl, ref_logprob = evaluation.answer(model, model, prompts, tokenizer, args)
-    assert len(responses) == 3 and kl == 0.0
+    given = evaluation.answer(model, model, prompts, tokenizer, args)
+    assert len(given.ids) == len(given.texts) == 3 and given.kl == 0.0
     total = 0.0                                     # each response alone, without padding
-    for prompt, response in zip(prompts, responses):
+    for prompt, response in zip(prompts, given.ids):
         logprobs = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
         total += logprobs[range(len(response)), response].sum().item()
-    assert ref_logprob == pytest.approx(total / sum(map(len, responses)), rel=1e-4)
+    assert given.ref_logprob == pytest.approx(total / sum(map(len, given.ids)), rel=1e-4)
 
 
 def test_a_difference_reads_from_both_sides(evaluation):
