@@ -625,10 +625,13 @@ def fine_tune(model, tokenizer, demonstrations, args, steps):
         for start in range(0, len(rows), size):
             prompts, responses = map(list, zip(*rows[start:start + size]))
             inputs, mask = pack(prompts, responses, tokenizer.pad_token_id, model.device)
-            labels = inputs["input_ids"].clone()
-            labels[:, :-mask.shape[1]] = -100
-            labels[:, -mask.shape[1]:][~mask] = -100
-            loss = model(**inputs, labels=labels, use_cache=False).loss * (mask.sum() / tokens)
+            T = mask.shape[1]
+            keep = T + 1 if args.data else 0        # 0, all: where prompts are short, it costs nothing
+            labels = inputs["input_ids"][:, -keep:].clone()
+            labels[:, :-T] = -100
+            labels[:, -T:][~mask] = -100
+            loss = model(**inputs, labels=labels, logits_to_keep=keep, use_cache=False).loss
+            loss = loss * (mask.sum() / tokens)
             loss.backward()
             total += loss.item()
         if not math.isfinite(total):

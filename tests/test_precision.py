@@ -98,12 +98,15 @@ def test_micro_batches_of_stage_2_add_up(reward_model, tiny_run, steps, kind):
 def test_micro_batches_of_sft_add_up(edit_data, tiny_run, steps):
     tokenizer = edit_data.open_tokenizer(tiny_run / "policy")
     model = edit_data.open_model(AutoModelForCausalLM, tiny_run / "policy")
-    demonstrations = [([5, 6], [7] * k + [2]) for k in range(1, 6)]
-    seen = steps(edit_data, model)
-    for size in (None, 2):
-        edit_data.fine_tune(model, tokenizer, demonstrations, edit_data.Args(micro_batch=size, sft_lr=0.0), 1)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*seen))
+    demonstrations = [([5, 6, 8, 9], [7] * k + [2]) for k in range(1, 6)]
+    seen, lengths = steps(edit_data, model), []
+    model.get_output_embeddings().register_forward_hook(lambda *call: lengths.append(call[2].shape[1]))
+    for size, data in ((None, None), (2, None), (None, "rows"), (2, "rows")):
+        args = edit_data.Args(micro_batch=size, data=data, sft_lr=0.0)
+        edit_data.fine_tune(model, tokenizer, demonstrations, args, 1)
+    assert all(torch.allclose(a, b, atol=1e-6) for other in seen[1:] for a, b in zip(seen[0], other))
     assert max(grad.abs().max() for grad in seen[0]) > 1e-3
+    assert lengths[0] == 4 + 6 and lengths[4] == 1 + 6                # long prompts of --data make no logits
 
 
 def gpt2():
