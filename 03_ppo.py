@@ -737,11 +737,11 @@ def backward(models, inputs, part, share, args):
     mask = part["mask"]
     logits = response_logits(models["policy"], inputs, mask) / args.temperature
     logprobs = token_logprobs(logits, inputs, mask)
-    values = token_values(models["value"], inputs, mask)
     loss_policy = policy_loss(logprobs, part["old_logprobs"], part["advantages"], mask, args.clip)
+    (loss_policy * share).backward()                 # two models: what the first kept goes before the second
+    values = token_values(models["value"], inputs, mask)
     loss_value = value_loss(values, part["old_values"], part["returns"], mask, args.value_clip)
-    loss = loss_policy + loss_value                  # two models: neither loss reaches the other's weights
-    (loss * share).backward()
+    (loss_value * share).backward()
     logratio = (logprobs - part["old_logprobs"]).detach()
     entropy = torch.distributions.Categorical(logits=logits.detach()).entropy()
     statistics = {"policy_loss": loss_policy, "value_loss": loss_value,
