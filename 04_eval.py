@@ -1007,6 +1007,20 @@ def measure(answers, kind, scores, problems, log):
             "largest_drop": largest_drop(accuracy)}
 
 
+def convergence_of(policies, logs, threshold):
+    """How fast each policy got where: area under its curve over the longest run, and the episodes until it is
+    as good as ordinary PPO ever was, and until the threshold; None where it never is."""
+    best = policies.get("ppo_sequence", {}).get("best_accuracy")
+    horizon = max((log[-1]["episodes"] for log in logs.values() if log), default=1)
+    found = {}
+    for name, log in logs.items():
+        reached = [first_update_at(log, level) if level is not None else None for level in (best, threshold)]
+        episodes = [int(row["episodes"]) if row else None for row in reached]
+        found[name] = {"accuracy_area": accuracy_area(log, policies["sft"]["accuracy"], horizon),
+                       "episodes_to_best_baseline": episodes[0], "episodes_to_threshold": episodes[1]}
+    return found
+
+
 def failure_signatures(reward_models, policies, logs):
     """The paper's three failure signatures, one plain sentence for each that is seen."""
     warnings = []
@@ -1741,10 +1755,10 @@ def main(args):
         answers[name] = answer(model, reference, prompts, tokenizer, args)
     if args.human_eval:
         name = paths[0].name
-        rows = sorted(random.Random(args.seed).sample(range(len(problems)),
-                                                      min(args.human_eval, len(problems))))
-        write_sheet(target, [(plain(problems[k]["prompt"]), answers[name].texts[k],
-                              answers[opponent].texts[k]) for k in rows], (name, opponent), args.seed)
+        chosen = random.Random(args.seed).sample(range(len(problems)), min(args.human_eval, len(problems)))
+        rows = [(plain(problems[k]["prompt"]), answers[name].texts[k], answers[opponent].texts[k])
+                for k in sorted(chosen)]
+        write_sheet(target, rows, (name, opponent), args.seed)
         print(f"{target}: fill in `preference` (1 = output_a, 2 = output_b, 1.5 = tie), then "
               f"--human_verdicts {target}")
         return
@@ -1772,16 +1786,9 @@ def main(args):
         print(f"verdicts by {args.llm_model}: {client.tokens['prompt']} prompt tokens and "
               f"{client.tokens['answer']} answer tokens used")
     results = {name: [None if x is None else x - 1 for x in given] for name, given in verdicts.items()}
-    best = policies.get("ppo_sequence", {}).get("best_accuracy")
-    horizon = max((log[-1]["episodes"] for log in logs.values() if log), default=1)
-    for name, log in logs.items():
-        reached = [first_update_at(log, level) if level is not None else None
-                   for level in (best, args.threshold)]
-        policies[name] = {
-            **win_rate(verdicts[name], args.seed), **policies[name],
-            "accuracy_area": accuracy_area(log, policies["sft"]["accuracy"], horizon),
-            "episodes_to_best_baseline": int(reached[0]["episodes"]) if reached[0] else None,
-            "episodes_to_threshold": int(reached[1]["episodes"]) if reached[1] else None}
+    convergence = convergence_of(policies, logs, args.threshold)
+    policies = {name: {**win_rate(verdicts[name], args.seed), **row, **convergence[name]}
+                for name, row in policies.items()}
     differences = [{"a": a, "b": b, **difference(results[a], results[b], args.seed)}
                    for a, b in combinations([path.name for path in paths], 2)]
 
@@ -1796,16 +1803,12 @@ def main(args):
         sentences.append(rules_kept(policies))
     models = {kind: {name: value for name, value in row.items() if name not in ("pairs", "scale", "seconds")}
               for kind, row in reward_models.items()}
-    result = {"judge": judge_text, **llm_judge, "baseline": args.baseline or str(policy_path),
-              "policies": policies,
-              "differences": differences, "threshold": args.threshold, "reward_models": models,
-              "errors": errors, "checks": sentences, "warnings": warnings}
+    sentences = [f"Judge: {judge_text}.", *sentences]
     headlines = headline(policies, differences, "the SFT policy" if opponent == "sft" else args.baseline)
     histograms = "".join(histogram(kind, several) for kind, several in split.items() if several["kept"])
     write_text(run / "report.html", page("Token-level reward: who wins", headlines, warnings, {
         "All policies": policy_table(policies) + "".join(
-            f"<p class=soft>{html.escape(sentence)}</p>"
-            for sentence in [f"Judge: {judge_text}.", *sentences]),
+            f"<p class=soft>{html.escape(sentence)}</p>" for sentence in sentences),
         "Learning curves": learning_curves({name: [log] for name, log in logs.items() if log}),
         "Reward heat map": heat_map(rows, rewards, args.examples),
         "Before and after": "<p class=soft>The minimal edit from the opponent's response to the policy's: "
@@ -1814,9 +1817,12 @@ def main(args):
         "Rewards of kept and changed tokens": histograms or "<p>No token rewards to show.</p>",
         "Where the reward models err": error_section(errors, rows),
         "Settings": settings_of([run])}))
-    write_text(run / "eval.json", json.dumps(result, indent=1) + "\n")
+    write_text(run / "eval.json", json.dumps({
+        "judge": judge_text, **llm_judge, "baseline": args.baseline or str(policy_path), "policies": policies,
+        "differences": differences, "threshold": args.threshold, "reward_models": models, "errors": errors,
+        "checks": sentences[1:], "warnings": warnings}, indent=1) + "\n")
     show_table(policies)
-    for sentence in [f"Judge: {judge_text}.", *sentences, *(f"WARNING: {warning}" for warning in warnings)]:
+    for sentence in sentences + [f"WARNING: {warning}" for warning in warnings]:
         print(textwrap.fill(sentence, 79, subsequent_indent="   "))
     print(run / "report.html")
 
