@@ -210,15 +210,22 @@ def final_answer(text):
     return float(re.sub("[$,]", "", found[0])) if found else None
 
 
+def final_text(text):
+    """The words behind the last `answer is` or `####` of a solution, else its last step; no full stop."""
+    parts = re.split(r"(?i)answer is:?|####", text)
+    steps = split_steps(parts[-1]) or ("",)
+    return steps[0 if len(parts) > 1 else -1].rstrip(".")
+
+
 def right(response, problem):
     """Is a response right? With an oracle: nothing is wrong. Else its final answer counts: the same number as
-    `answer`, or, where that is no number, a last step that is the answer, word for word."""
+    `answer`, or, where that is not one number (a name, 1/2, 12:30), the same words."""
     if has_oracle(problem):
         return judge(response, problem)[0] == 0
-    answer = final_answer(problem["answer"])
-    if answer is None:
-        return split_steps(response)[-1:] == split_steps(problem["answer"])[-1:]
-    return final_answer(response) == answer
+    answer = final_text(problem["answer"])
+    if len(re.findall(r"\d[\d,]*(?:\.\d+)?", answer)) == 1:
+        return final_answer(response) == final_answer(answer)
+    return final_text(response) == answer
 
 
 def nearest(response_ids, solutions_ids):
@@ -393,13 +400,15 @@ def read_jsonl(path, columns, fault=lambda row: None):
 
 
 def check_args(args):
-    """Counts are 1 or more (a few may be 0), and the device is there."""
+    """Counts are 1 or more (a few may be 0), no number is below 0, and the device is there."""
     may_be_0 = ("seed", "sft_steps", "val_prompts", "test_prompts", "rewrite_epochs", "locate_epochs",
                 "human_eval", "examples", "llm_retries")
     for name, value in asdict(args).items():
         least = 0 if name in may_be_0 else 1
         if type(value) is int and value < least:
             fail(f"--{name} {value}: it must be {least} or more")
+        if type(value) is float and not value >= 0:                     # or no number at all
+            fail(f"--{name} {value}: it must be 0 or more")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -410,6 +419,8 @@ def start_stage(args, stage):
     """Print the resolved arguments, save them as RUN/stage_args.json, seed torch; returns the run folder."""
     settings = [f"{name}={value}" for name, value in asdict(args).items() if value is not None]
     print(f"stage {stage}: {' '.join(settings)}", flush=True)
+    if hasattr(sys.stdout, "reconfigure"):         # a console that is not UTF-8 stops no stage
+        sys.stdout.reconfigure(errors="replace")
     run = Path(args.run)
     run.mkdir(parents=True, exist_ok=True)
     (run / f"{stage}_args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
@@ -419,7 +430,7 @@ def start_stage(args, stage):
 
 def check_folder(path):
     """A model folder of the run must be there: a missing one would be looked up on the net as a name."""
-    if isinstance(path, Path) and not path.is_dir():
+    if (isinstance(path, Path) or path.startswith(("/", "."))) and not Path(path).is_dir():
         fail(f"{path}: no model folder; run the stage that writes it first, or name another one")
 
 
@@ -437,6 +448,9 @@ def open_model(auto_class, path, dtype="float32", **options):
     missing = [name for name in sorted(info["missing_keys"]) if not options or name.startswith(body)]
     if missing:                                    # transformers would make the weights up
         fail(f"{path}: no {auto_class.__name__}, it has no {missing[0]}")
+    heads = [name for name in info["unexpected_keys"] if name.startswith(("score.", "classifier."))]
+    if heads and not options:                      # a reward model of another kind, or of any
+        fail(f"{path}: no {auto_class.__name__}, it has a {heads[0]}")
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         fail(f"{path}: a weight of the model is not finite")
     return model.eval()
@@ -958,15 +972,17 @@ CHATTER = re.compile(rf"(?is)(?:{SURE}\n|(?:{SURE})?(?:here(?:’s|'s| is)[^\n:]
                      r"(?:the )?(?:edited|corrected|revised|improved)(?: \w+){0,2}):\s*)(.*)")
 REFUSAL = re.compile(r"(?i)(i['’]m|i am) (very )?sorry|sorry, |i (cannot|can['’]t|am unable)|as an ai")
 FENCE = re.compile(r"```\w*\n(.*?)\n?```", re.S)
-QUOTES = re.compile(r"\"(.*)\"|“(.*)”|'(.*)'", re.S)
+QUOTES = re.compile(r"\"([^\"]*)\"|“([^“”]*)”|'(.*)'", re.S)
 WRITERS = ("llm", "model")
 UNKNOWN = "a word is not in the policy's vocabulary"
 WAITS = [1, 2, 4, 8, 16, 32]            # seconds before each new try of a request that failed
 
 
 def clean_answer(answer, original):
-    """The edited text of an answer, without chatter before it, code fences and quotes around it, unless the
-    original has them too; white space at both ends as in the original."""
+    """The edited text of an answer, without reasoning and chatter before it, code fences and quotes around
+    it, unless the original has them too; white space at both ends as in the original."""
+    if "</think>" not in original:
+        answer = answer.split("</think>")[-1]
     text, bare = answer.strip(), original.strip()
     for around in (CHATTER, FENCE, QUOTES):
         found = around.fullmatch(text)
@@ -986,12 +1002,14 @@ def check_editor(args):
     if kind in (["oracle"] if args.data else ["human", "rules"]):
         fail(f"--editor {args.editor} does not fit: oracle knows the built-in tasks, human and rules need "
              "--data")
-    if args.temperature < 0:
-        fail(f"--temperature {args.temperature}: it must be 0 or more")
     if not args.data and kind != "nearest" and (args.samples == 1 or args.temperature == 0):
         fail("the oracle needs --samples of 2 or more and a --temperature above 0: it edits the worse of two")
+    if args.hidden_size % 8:
+        fail(f"--hidden_size {args.hidden_size}: it must be a multiple of 8, for four heads of even width")
     if kind == "llm":
         check_llm(args, "--editor llm")
+    if kind == "model":
+        open_tokenizer(path)
     return kind, path, read_template(args.llm_prompt, LLM_PROMPT, ["response"])
 
 
@@ -1065,8 +1083,8 @@ def check_llm(args, flag):
     """Refuse settings of a server that cannot work, before anything is done."""
     if not (args.llm_model and re.match("https?://.", args.llm_url or "")):
         fail(f"{flag} needs --llm_url, which begins with http:// or https://, and --llm_model")
-    if not (args.llm_timeout > 0 and args.llm_temperature >= 0):
-        fail("--llm_timeout must be above 0 and --llm_temperature at least 0")
+    if not args.llm_timeout:
+        fail("--llm_timeout must be above 0")
     if is_offline_mode():
         fail(f"{flag}: HF_HUB_OFFLINE stops every request of the client: unset it")
     api_key(args.llm_url)
@@ -1077,7 +1095,7 @@ def read_template(path, template, places):
     if not path:
         return template
     try:
-        template = Path(path).read_text(encoding="utf-8")
+        template = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         fail(f"{path}: cannot be read ({error})")
     for place in places:
@@ -1188,7 +1206,7 @@ class LlmClient:
                 self.stop.set()
                 advice = "" if passes else f": check the key (LLM_API_KEY) and the model {args.llm_model}"
                 raise ConnectionError(f"{args.llm_url} {problem}{advice}")
-            self.stop.wait(max(wait, retry_after(response)))
+            self.stop.wait(min(max(wait, retry_after(response)), 3600))
         if choice.finish_reason == "content_filter" or getattr(choice.message, "refusal", None):
             row["fault"] = "it refuses"
         elif choice.finish_reason == "length":
@@ -1234,7 +1252,7 @@ class ModelEditor:
 def read_rules(path):
     """Rules of a file: a regular expression, a tab and its replacement a line; # begins a comment."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, ValueError) as error:
         fail(f"{path}: cannot be read ({error})")
     rules = []
@@ -1404,6 +1422,8 @@ def main(args):
     path = Path(args.run) / "policy"
     continued = path.exists() and not args.overwrite
     source = path if continued else args.model
+    if continued:
+        print(f"{path} is there already and is kept as it was made; --overwrite makes it again")
     if source:
         tokenizer = open_tokenizer(source, any(isinstance(row["prompt"], list) for row in rows))
         model = fit(open_model(AutoModelForCausalLM, source, args.dtype), tokenizer)
@@ -1422,8 +1442,9 @@ def main(args):
     if not train or steps and not shown:
         fail(f"{args.data}: no row is left to train on: {dict(drop)}; --sft_steps needs responses")
     run = start_stage(args, "01")
-    if args.overwrite:                              # models of the old pairs would pass for models of the new
-        for name in ("reward_*", "ppo_*", "value_*", "rlmec*", "eval.json", "report.html", "verdicts_*.json"):
+    if args.overwrite:                              # what is old would pass for new, even if this call fails
+        for name in ("policy", "problems.jsonl", "edits.jsonl", "reward_*", "ppo_*", "value_*", "rlmec*",
+                     "eval.json", "report.html", "verdicts_*.json"):
             for old in run.glob(name):
                 shutil.rmtree(old) if old.is_dir() else old.unlink()
     if not source:

@@ -35,6 +35,7 @@ Writes: RUN/reward_token/  RUN/reward_sequence/  RUN/reward_generative/  RUN/rew
 """
 
 import json
+import math
 import os
 import random
 import re
@@ -257,13 +258,15 @@ def read_jsonl(path, columns, fault=lambda row: None):
 
 
 def check_args(args):
-    """Counts are 1 or more (a few may be 0), and the device is there."""
+    """Counts are 1 or more (a few may be 0), no number is below 0, and the device is there."""
     may_be_0 = ("seed", "sft_steps", "val_prompts", "test_prompts", "rewrite_epochs", "locate_epochs",
                 "human_eval", "examples", "llm_retries")
     for name, value in asdict(args).items():
         least = 0 if name in may_be_0 else 1
         if type(value) is int and value < least:
             fail(f"--{name} {value}: it must be {least} or more")
+        if type(value) is float and not value >= 0:                     # or no number at all
+            fail(f"--{name} {value}: it must be 0 or more")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -274,6 +277,8 @@ def start_stage(args, stage):
     """Print the resolved arguments, save them as RUN/stage_args.json, seed torch; returns the run folder."""
     settings = [f"{name}={value}" for name, value in asdict(args).items() if value is not None]
     print(f"stage {stage}: {' '.join(settings)}", flush=True)
+    if hasattr(sys.stdout, "reconfigure"):         # a console that is not UTF-8 stops no stage
+        sys.stdout.reconfigure(errors="replace")
     run = Path(args.run)
     run.mkdir(parents=True, exist_ok=True)
     (run / f"{stage}_args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
@@ -281,9 +286,23 @@ def start_stage(args, stage):
     return run
 
 
+def say_kept(path, args, stage):
+    """Say that an output stays as it is, and which settings of the last call were not those of this one."""
+    print(f"{path} is there already; --overwrite trains it again")
+    try:
+        saved = json.loads((Path(args.run) / f"{stage}_args.json").read_text())
+        ours = ("run", "overwrite", "kind", "method", "reward_model", "micro_batch", "device")
+        other = [f"--{name} {saved[name]}" for name, value in asdict(args).items()
+                 if name not in ours and name in saved and saved[name] != value]
+    except (OSError, ValueError, TypeError):
+        return
+    if other:
+        print(f"  the stage's last call had other settings: {' '.join(other)}")
+
+
 def check_folder(path):
     """A model folder of the run must be there: a missing one would be looked up on the net as a name."""
-    if isinstance(path, Path) and not path.is_dir():
+    if (isinstance(path, Path) or path.startswith(("/", "."))) and not Path(path).is_dir():
         fail(f"{path}: no model folder; run the stage that writes it first, or name another one")
 
 
@@ -301,6 +320,9 @@ def open_model(auto_class, path, dtype="float32", **options):
     missing = [name for name in sorted(info["missing_keys"]) if not options or name.startswith(body)]
     if missing:                                    # transformers would make the weights up
         fail(f"{path}: no {auto_class.__name__}, it has no {missing[0]}")
+    heads = [name for name in info["unexpected_keys"] if name.startswith(("score.", "classifier."))]
+    if heads and not options:                      # a reward model of another kind, or of any
+        fail(f"{path}: no {auto_class.__name__}, it has a {heads[0]}")
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         fail(f"{path}: a weight of the model is not finite")
     return model.eval()
@@ -434,7 +456,10 @@ def read_metrics(path):
     """reward_metrics.json, one entry a reward model; empty where stage 2 has not run."""
     try:
         metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return {kind: {**row, "scale": {**row["scale"]}} for kind, row in metrics.items()}
+        for row in metrics.values():
+            if not (math.isfinite(row["scale"]["mean"]) and 0 < row["scale"]["std"] < math.inf):
+                raise ValueError
+        return metrics
     except (ValueError, AttributeError, KeyError, TypeError):
         fail(f"{path}: not what 02_reward_model.py writes; delete it and run 02_reward_model.py again")
 
@@ -548,15 +573,22 @@ def final_answer(text):
     return float(re.sub("[$,]", "", found[0])) if found else None
 
 
+def final_text(text):
+    """The words behind the last `answer is` or `####` of a solution, else its last step; no full stop."""
+    parts = re.split(r"(?i)answer is:?|####", text)
+    steps = split_steps(parts[-1]) or ("",)
+    return steps[0 if len(parts) > 1 else -1].rstrip(".")
+
+
 def right(response, problem):
     """Is a response right? With an oracle: nothing is wrong. Else its final answer counts: the same number as
-    `answer`, or, where that is no number, a last step that is the answer, word for word."""
+    `answer`, or, where that is not one number (a name, 1/2, 12:30), the same words."""
     if has_oracle(problem):
         return judge(response, problem)[0] == 0
-    answer = final_answer(problem["answer"])
-    if answer is None:
-        return split_steps(response)[-1:] == split_steps(problem["answer"])[-1:]
-    return final_answer(response) == answer
+    answer = final_text(problem["answer"])
+    if len(re.findall(r"\d[\d,]*(?:\.\d+)?", answer)) == 1:
+        return final_answer(response) == final_answer(answer)
+    return final_text(response) == answer
 
 
 def step_starts(ids, tokenizer):
@@ -655,6 +687,17 @@ def generative_rows(rows, tokenizer, context, args):
     return fitting
 
 
+def fitting_rows(kind, rows, context):
+    """A5, A6: the rows whose prompt and responses fit the context of the model; the others are counted."""
+    names = ("rejected_ids", "preferred_ids", "edited_ids")
+    fitting = [row for row in rows
+               if len(row["prompt_ids"]) + max(len(row.get(name) or []) for name in names) <= context]
+    if len(fitting) < len(rows):
+        print(f"reward_{kind}: dropped {len(rows) - len(fitting)} of {len(rows)} rows, which are longer than "
+              f"the context of {context} tokens")
+    return fitting
+
+
 def generative_batches(rows, tokenizer, args):
     """B2: batches of (prompt, output, task). Right responses are rewritten as they are, about as often as
     they are sampled. `locate` is the harder task, so its examples come more often."""
@@ -725,7 +768,7 @@ def localisation(kind, model, rows, pad_id, args):
     wrong, before, beats = [], [], []
     by_operation = {"kept": [], "replace": [], "delete": [], "insert": []}
     for row, r_l, r_w in zip(rows, rejected, edited):
-        first = row["first_error"]
+        first = row.get("first_error")
         if first is not None:
             wrong.append(-r_l[first])
             before += [-r for r in r_l[:first]]
@@ -775,7 +818,7 @@ def rewriting(model, rows, tokenizer, args):
     return {"exact_rewrites": share([ids == row["edited_ids"] for row, ids in zip(rows, rewrites)]),
             "right_rewrites": share([right(text, row) for text, row in zip(texts, rows)]),
             "edit_distance": share(distances),
-            "editor_edit_distance": share([row["edit_distance"] for row in rows]),
+            "editor_edit_distance": share([len(row["edit_ops"]) for row in rows]),
             "located": share([step == row["first_wrong_step"] for row, step in zip(numbered, steps)]),
             "copied": share([ids == row for row, ids in zip(chosen, answers(copies))])}
 
@@ -794,11 +837,10 @@ def show_rewards(kind, model, rows, tokenizer, args):
         texts = token_texts(row["rejected_ids"], tokenizer)
         coloured = ""
         for t, (text, reward) in enumerate(zip(texts, rewards)):
-            text = f"[{text}]" if t == row["first_error"] else text
+            text = f"[{text}]" if t == row.get("first_error") else text
             coloured += paint(text, 31 if reward < -0.25 else 32 if reward > 0.25 else 0)
         lowest = sorted(sorted(range(len(rewards)), key=rewards.__getitem__)[:3])
-        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        print(f"  {' '.join(prompt.split())}\n    {coloured.strip()}")
+        print(f"  {' '.join((last_text(row['prompt']) or '').split())}\n    {coloured.strip()}")
         print("    lowest: " + "  ".join(f"{texts[t]!r} {rewards[t]:+.2f}" for t in lowest))
 
 
@@ -858,15 +900,16 @@ def fault_of_edit(row, vocabulary):
         return None
     if not isinstance(row["solution"], str) or not isinstance(row.get("answer"), str):
         return "columns `solution` and `answer` must both be texts"
-    if row.get("first_wrong_step") is not None and row["first_wrong_step"] not in range(1, T_l + 1):
+    step = row.get("first_wrong_step")
+    if step is not None and not (type(step) is int and 1 <= step <= T_l):
         return "column `first_wrong_step` is no step of `rejected`"
     return None
 
 
 def open_edits(path, tokenizer):
     """Rows of edits.jsonl, checked against the tokenizer of the model they will train."""
-    columns = {"split": str, "rejected": (str, list), "prompt_ids": list, "preferred_ids": list,
-               "rejected_ids": list}
+    columns = {"split": str, "prompt": (str, list), "rejected": (str, list), "prompt_ids": list,
+               "preferred_ids": list, "rejected_ids": list}
     rows = read_jsonl(path, columns, lambda row: fault_of_edit(row, vocabulary_size(tokenizer)))
     texts = tokenizer.batch_decode([row["rejected_ids"] for row in rows[:50]], skip_special_tokens=True)
     written = [last_text(row["rejected"]) or "" for row in rows[:50]]
@@ -900,7 +943,8 @@ def main(args):
     if not edits_path.exists():
         fail(f"{edits_path} is missing: run 01_edit_data.py first, or name the file with --edits")
     policy_path = edits_path.parent / "policy"     # whose tokens the pairs are made of
-    tokenizer = open_tokenizer(policy_path if args.model and policy_path.is_dir() else model_path)
+    chat = any(isinstance(row.get("rejected"), list) for row in read_jsonl(edits_path, {}))
+    tokenizer = open_tokenizer(policy_path if args.model and policy_path.is_dir() else model_path, chat)
     if args.model:
         same_vocabulary(args.model, tokenizer, policy_path)
     rows = open_edits(edits_path, tokenizer)
@@ -912,7 +956,7 @@ def main(args):
         needed = {"token": "edit_ops", "sequence": "rejected", "generative": "solution"}[kind]
         usable = [row for row in rows if row.get(needed) and (row.get("edit_ops") or kind == "sequence")]
         if path.exists() and kind in metrics and not args.overwrite:
-            print(f"{path} is there already; --overwrite trains it again")
+            say_kept(path, args, "02")
         elif not usable:
             column = "solution" if kind == "generative" else "edited"
             print(f"reward_{kind}: skipped, it needs the column `{column}`, which no row of {edits_path} has")
@@ -930,6 +974,8 @@ def main(args):
         pad_id = tokenizer.pad_token_id
         if kind == "generative":
             usable = generative_rows(usable, tokenizer, context_of(model), args)
+        else:
+            usable = fitting_rows(kind, usable, context_of(model))
         training = [row for row in usable if row["split"] == "train"]
         held_out = [row for row in usable if row["split"] != "train"]
         edited = [row for row in held_out if row.get("edit_ops")]

@@ -304,13 +304,15 @@ def read_jsonl(path, columns, fault=lambda row: None):
 
 
 def check_args(args):
-    """Counts are 1 or more (a few may be 0), and the device is there."""
+    """Counts are 1 or more (a few may be 0), no number is below 0, and the device is there."""
     may_be_0 = ("seed", "sft_steps", "val_prompts", "test_prompts", "rewrite_epochs", "locate_epochs",
                 "human_eval", "examples", "llm_retries")
     for name, value in asdict(args).items():
         least = 0 if name in may_be_0 else 1
         if type(value) is int and value < least:
             fail(f"--{name} {value}: it must be {least} or more")
+        if type(value) is float and not value >= 0:                     # or no number at all
+            fail(f"--{name} {value}: it must be 0 or more")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -321,6 +323,8 @@ def start_stage(args, stage):
     """Print the resolved arguments, save them as RUN/stage_args.json, seed torch; returns the run folder."""
     settings = [f"{name}={value}" for name, value in asdict(args).items() if value is not None]
     print(f"stage {stage}: {' '.join(settings)}", flush=True)
+    if hasattr(sys.stdout, "reconfigure"):         # a console that is not UTF-8 stops no stage
+        sys.stdout.reconfigure(errors="replace")
     run = Path(args.run)
     run.mkdir(parents=True, exist_ok=True)
     (run / f"{stage}_args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
@@ -328,9 +332,23 @@ def start_stage(args, stage):
     return run
 
 
+def say_kept(path, args, stage):
+    """Say that an output stays as it is, and which settings of the last call were not those of this one."""
+    print(f"{path} is there already; --overwrite trains it again")
+    try:
+        saved = json.loads((Path(args.run) / f"{stage}_args.json").read_text())
+        ours = ("run", "overwrite", "kind", "method", "reward_model", "micro_batch", "device")
+        other = [f"--{name} {saved[name]}" for name, value in asdict(args).items()
+                 if name not in ours and name in saved and saved[name] != value]
+    except (OSError, ValueError, TypeError):
+        return
+    if other:
+        print(f"  the stage's last call had other settings: {' '.join(other)}")
+
+
 def check_folder(path):
     """A model folder of the run must be there: a missing one would be looked up on the net as a name."""
-    if isinstance(path, Path) and not path.is_dir():
+    if (isinstance(path, Path) or path.startswith(("/", "."))) and not Path(path).is_dir():
         fail(f"{path}: no model folder; run the stage that writes it first, or name another one")
 
 
@@ -348,6 +366,9 @@ def open_model(auto_class, path, dtype="float32", **options):
     missing = [name for name in sorted(info["missing_keys"]) if not options or name.startswith(body)]
     if missing:                                    # transformers would make the weights up
         fail(f"{path}: no {auto_class.__name__}, it has no {missing[0]}")
+    heads = [name for name in info["unexpected_keys"] if name.startswith(("score.", "classifier."))]
+    if heads and not options:                      # a reward model of another kind, or of any
+        fail(f"{path}: no {auto_class.__name__}, it has a {heads[0]}")
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         fail(f"{path}: a weight of the model is not finite")
     return model.eval()
@@ -417,6 +438,13 @@ def same_vocabulary(path, tokenizer, policy_path):
 def context_of(model):
     """The longest sequence of a model in tokens; no limit where its configuration names none."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+
+
+def check_context(model, path, length):
+    """Refuse a model whose context is shorter than the longest sequence that it will see, in tokens."""
+    if length > context_of(model):
+        fail(f"{path}: its context of {context_of(model)} tokens is too short for {length}, a prompt and a "
+             "response (--max_new_tokens)")
 
 
 def checkpoint_layers(model):
@@ -498,9 +526,27 @@ def read_metrics(path):
     """reward_metrics.json, one entry a reward model; empty where stage 2 has not run."""
     try:
         metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return {kind: {**row, "scale": {**row["scale"]}} for kind, row in metrics.items()}
+        for row in metrics.values():
+            if not (math.isfinite(row["scale"]["mean"]) and 0 < row["scale"]["std"] < math.inf):
+                raise ValueError
+        return metrics
     except (ValueError, AttributeError, KeyError, TypeError):
         fail(f"{path}: not what 02_reward_model.py writes; delete it and run 02_reward_model.py again")
+
+
+def fault_of_problem(row):
+    """What is wrong with the answer or the oracle of a row of problems.jsonl, or None."""
+    if not isinstance(row.get("answer"), (str, type(None))):
+        return "column `answer` is no text"
+    for name in ("solutions", "rules"):
+        texts = row.get(name) or []
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            return f"column `{name}` is no list of texts"
+    try:
+        for rule in row.get("rules") or []:
+            re.compile(rule)
+    except re.error as error:
+        return f"column `rules` holds no regular expression ({error})"
 
 
 def encode_problems(path, problems, tokenizer, context, max_new_tokens):
@@ -685,15 +731,22 @@ def final_answer(text):
     return float(re.sub("[$,]", "", found[0])) if found else None
 
 
+def final_text(text):
+    """The words behind the last `answer is` or `####` of a solution, else its last step; no full stop."""
+    parts = re.split(r"(?i)answer is:?|####", text)
+    steps = split_steps(parts[-1]) or ("",)
+    return steps[0 if len(parts) > 1 else -1].rstrip(".")
+
+
 def right(response, problem):
     """Is a response right? With an oracle: nothing is wrong. Else its final answer counts: the same number as
-    `answer`, or, where that is no number, a last step that is the answer, word for word."""
+    `answer`, or, where that is not one number (a name, 1/2, 12:30), the same words."""
     if has_oracle(problem):
         return judge(response, problem)[0] == 0
-    answer = final_answer(problem["answer"])
-    if answer is None:
-        return split_steps(response)[-1:] == split_steps(problem["answer"])[-1:]
-    return final_answer(response) == answer
+    answer = final_text(problem["answer"])
+    if len(re.findall(r"\d[\d,]*(?:\.\d+)?", answer)) == 1:
+        return final_answer(response) == final_answer(answer)
+    return final_text(response) == answer
 
 
 def step_starts(ids, tokenizer):
@@ -743,7 +796,7 @@ def backward(models, inputs, part, share, args):
     loss_value = value_loss(values, part["old_values"], part["returns"], mask, args.value_clip)
     (loss_value * share).backward()
     logratio = (logprobs - part["old_logprobs"]).detach()
-    entropy = torch.distributions.Categorical(logits=logits.detach()).entropy()
+    entropy = torch.distributions.Categorical(logits=logits.detach(), validate_args=False).entropy()
     statistics = {"policy_loss": loss_policy, "value_loss": loss_value,
                   "approx_kl": masked_mean(logratio.exp() - 1 - logratio, mask),                   # k3
                   "clipfrac": masked_mean(((logratio.exp() - 1).abs() > args.clip).float(), mask),
@@ -772,7 +825,7 @@ def update(models, optimizer, inputs, batch, args, update_number):
                 assert row["approx_kl"] < ROUNDING[args.dtype], "rho is not 1 before the first step"
             optimizer.clip_and_step()
             statistics.append(row)
-            if args.target_kl and row["approx_kl"] > args.target_kl:
+            if args.target_kl is not None and row["approx_kl"] > args.target_kl:
                 return average(statistics)
     return average(statistics)
 
@@ -842,6 +895,8 @@ def ppo(kind, problems, tokenizer, scale, args, paths):
     if args.gradient_checkpointing:
         checkpoint_layers(models["policy"])
         checkpoint_layers(models["value"])
+    longest = max(len(problem["prompt_ids"]) for problem in problems) + args.max_new_tokens
+    check_context(models["reward"], paths["reward"], longest)
     optimizer = Optimizer((models["policy"], args.lr), (models["value"], args.value_lr))
     train = [problem for problem in problems if problem["split"] == "train"]
     val = [problem for problem in problems if problem["split"] == "val"
@@ -877,8 +932,8 @@ def ppo(kind, problems, tokenizer, scale, args, paths):
         log.append(row)
         shown = {name: f"{row[name]:.2f}" for name in ("score", "kl", "clipfrac", "accuracy") if name in row}
         bar.set_postfix(shown, refresh=False)
-    print(f"  a last sample: {show_sample(responses[0], batch['scores'][0], tokenizer)}")
     save_model(models["value"], tokenizer, Path(args.run) / f"value_{kind}")
+    print(f"  a last sample: {show_sample(responses[0], batch['scores'][0], tokenizer)}")
     return models["policy"], log
 
 
@@ -943,6 +998,16 @@ def collect(policy, grm, problems, tokenizer, args):
         batch = problems[start:start + args.rollout_batch]
         prompts = [problem["prompt_ids"] for problem in batch]
         responses = sample(policy, prompts, tokenizer, args.max_new_tokens, args.temperature)
+        grm_prompts = [rewrite_prompt(parts, problem["prompt_ids"], problem["solution_ids"], response, end)
+                       for problem, response in zip(batch, responses)]
+        fits = [k for k, response in enumerate(responses)
+                if len(grm_prompts[k]) + len(response) <= context_of(grm)]
+        if len(fits) < len(batch):
+            drop["the GRM's context is too short to score it"] += len(batch) - len(fits)
+        if not fits:
+            continue
+        batch, prompts, responses, grm_prompts = (
+            [rows[k] for k in fits] for rows in (batch, prompts, responses, grm_prompts))
         texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
         is_right = [response[-1] == end and right(text, problem)
                     for response, text, problem in zip(responses, texts, batch)]
@@ -953,8 +1018,6 @@ def collect(policy, grm, problems, tokenizer, args):
         inputs, mask = pack(prompts, responses, pad_id, args.device)
         logprobs_of = partial(response_logprobs, policy, temperature=args.temperature)
         old_logprobs = in_parts(logprobs_of, inputs, mask, args.micro_batch)
-        grm_prompts = [rewrite_prompt(parts, problem["prompt_ids"], problem["solution_ids"], response, end)
-                       for problem, response in zip(batch, responses)]
         inputs, mask = pack(grm_prompts, responses, pad_id, args.device)
         probabilities = in_parts(partial(response_logprobs, grm), inputs, mask, args.micro_batch).exp()
         rewards = generative_rewards(probabilities, torch.tensor(is_right, device=args.device), mask)
@@ -1040,7 +1103,7 @@ def rlmec(name, problems, tokenizer, args, paths):
                  for problem in rng.sample(train, len(train))][:args.rlmec_samples]
         samples = collect(policy, grm, drawn, tokenizer, args)
         if not samples:
-            return None, None
+            return (policy, log) if log else (None, None)
         seconds += time.time() - start
         batches = [rows for _ in range(args.rlmec_epochs)
                    for rows in torch.randperm(len(samples)).split(args.rlmec_batch)]
@@ -1053,6 +1116,8 @@ def rlmec(name, problems, tokenizer, args, paths):
             if rows is batches[0]:
                 assert row["approx_kl"] < ROUNDING[args.dtype], "rho is not 1 before the first step"
             schedule.step()
+            if not all(parameter.isfinite().all() for parameter in policy.parameters()):
+                fail(f"{name}: the policy is not finite any more; lower --rlmec_lr")
             seconds += time.time() - start
             row["seconds"] = round(seconds, 2)
             if val and (len(log) % args.eval_every == 0 or rows is batches[-1]):
@@ -1060,8 +1125,6 @@ def rlmec(name, problems, tokenizer, args, paths):
             log.append(row)
             shown = {key: f"{row[key]:.3f}" for key in row if key.endswith("loss") or key == "accuracy"}
             bar.set_postfix(shown, refresh=False)
-    if not all(parameter.isfinite().all() for parameter in policy.parameters()):
-        fail(f"{name}: the policy is not finite any more; lower --rlmec_lr")
     return policy, log
 
 
@@ -1079,6 +1142,10 @@ def write_csv(path, rows):
 
 def main(args):
     check_args(args)
+    if not args.temperature:
+        fail("--temperature 0: it must be above 0, so that the policy has something to choose from")
+    if args.method == "all" and args.reward_model:
+        fail("--reward_model: name the one --method that it is for")
     run = Path(args.run)
     policy_path = args.policy or run / "policy"
     problems_path = Path(args.problems or run / "problems.jsonl")
@@ -1091,7 +1158,8 @@ def main(args):
     if not metrics_path.exists():
         fail(f"{metrics_path} is missing: run 02_reward_model.py first")
     metrics = read_metrics(metrics_path)
-    problems = read_jsonl(problems_path, {"id": str, "prompt": (str, list), "split": str})
+    problems = read_jsonl(problems_path, {"id": str, "prompt": (str, list), "split": str},
+                          fault_of_problem)
     tokenizer = open_tokenizer(policy_path, any(isinstance(problem["prompt"], list) for problem in problems))
     context = context_of(open_model(AutoModelForCausalLM, policy_path, args.dtype))
     if not any(problem["split"] == "train" for problem in problems):
@@ -1101,12 +1169,12 @@ def main(args):
     for method in methods:
         target = run / method
         kind = method.removeprefix("ppo_") if method.startswith("ppo_") else "generative"
-        reward_path = args.reward_model or run / f"reward_{kind}"
+        reward_path = Path(args.reward_model or run / f"reward_{kind}")
         if target.exists() and not args.overwrite:
-            print(f"{target} is there already; --overwrite trains it again")
+            say_kept(target, args, "03")
         elif args.method == "all" and kind not in metrics:
             print(f"{method}: skipped, stage 2 made no reward_{kind}")
-        elif kind not in metrics or not args.reward_model and not reward_path.is_dir():
+        elif kind not in metrics or not reward_path.is_dir():
             fail(f"{reward_path} or its entry in {metrics_path} is missing: run 02_reward_model.py first")
         else:
             same_vocabulary(reward_path, tokenizer, policy_path)

@@ -337,13 +337,15 @@ def read_jsonl(path, columns, fault=lambda row: None):
 
 
 def check_args(args):
-    """Counts are 1 or more (a few may be 0), and the device is there."""
+    """Counts are 1 or more (a few may be 0), no number is below 0, and the device is there."""
     may_be_0 = ("seed", "sft_steps", "val_prompts", "test_prompts", "rewrite_epochs", "locate_epochs",
                 "human_eval", "examples", "llm_retries")
     for name, value in asdict(args).items():
         least = 0 if name in may_be_0 else 1
         if type(value) is int and value < least:
             fail(f"--{name} {value}: it must be {least} or more")
+        if type(value) is float and not value >= 0:                     # or no number at all
+            fail(f"--{name} {value}: it must be 0 or more")
     try:
         torch.empty(0, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -354,6 +356,8 @@ def start_stage(args, stage):
     """Print the resolved arguments, save them as RUN/stage_args.json, seed torch; returns the run folder."""
     settings = [f"{name}={value}" for name, value in asdict(args).items() if value is not None]
     print(f"stage {stage}: {' '.join(settings)}", flush=True)
+    if hasattr(sys.stdout, "reconfigure"):         # a console that is not UTF-8 stops no stage
+        sys.stdout.reconfigure(errors="replace")
     run = Path(args.run)
     run.mkdir(parents=True, exist_ok=True)
     (run / f"{stage}_args.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
@@ -363,7 +367,7 @@ def start_stage(args, stage):
 
 def check_folder(path):
     """A model folder of the run must be there: a missing one would be looked up on the net as a name."""
-    if isinstance(path, Path) and not path.is_dir():
+    if (isinstance(path, Path) or path.startswith(("/", "."))) and not Path(path).is_dir():
         fail(f"{path}: no model folder; run the stage that writes it first, or name another one")
 
 
@@ -381,6 +385,9 @@ def open_model(auto_class, path, dtype="float32", **options):
     missing = [name for name in sorted(info["missing_keys"]) if not options or name.startswith(body)]
     if missing:                                    # transformers would make the weights up
         fail(f"{path}: no {auto_class.__name__}, it has no {missing[0]}")
+    heads = [name for name in info["unexpected_keys"] if name.startswith(("score.", "classifier."))]
+    if heads and not options:                      # a reward model of another kind, or of any
+        fail(f"{path}: no {auto_class.__name__}, it has a {heads[0]}")
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         fail(f"{path}: a weight of the model is not finite")
     return model.eval()
@@ -452,6 +459,13 @@ def context_of(model):
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
 
 
+def check_context(model, path, length):
+    """Refuse a model whose context is shorter than the longest sequence that it will see, in tokens."""
+    if length > context_of(model):
+        fail(f"{path}: its context of {context_of(model)} tokens is too short for {length}, a prompt and a "
+             "response (--max_new_tokens)")
+
+
 def encode_prompt(tokenizer, prompt, where="a prompt"):
     """Token ids of a prompt: a plain string, or chat messages through the tokenizer's own template. where:
     file and row, for the error."""
@@ -473,9 +487,27 @@ def read_metrics(path):
     """reward_metrics.json, one entry a reward model; empty where stage 2 has not run."""
     try:
         metrics = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        return {kind: {**row, "scale": {**row["scale"]}} for kind, row in metrics.items()}
+        for row in metrics.values():
+            if not (math.isfinite(row["scale"]["mean"]) and 0 < row["scale"]["std"] < math.inf):
+                raise ValueError
+        return metrics
     except (ValueError, AttributeError, KeyError, TypeError):
         fail(f"{path}: not what 02_reward_model.py writes; delete it and run 02_reward_model.py again")
+
+
+def fault_of_problem(row):
+    """What is wrong with the answer or the oracle of a row of problems.jsonl, or None."""
+    if not isinstance(row.get("answer"), (str, type(None))):
+        return "column `answer` is no text"
+    for name in ("solutions", "rules"):
+        texts = row.get(name) or []
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            return f"column `{name}` is no list of texts"
+    try:
+        for rule in row.get("rules") or []:
+            re.compile(rule)
+    except re.error as error:
+        return f"column `rules` holds no regular expression ({error})"
 
 
 def encode_problems(path, problems, tokenizer, context, max_new_tokens):
@@ -640,15 +672,22 @@ def final_answer(text):
     return float(re.sub("[$,]", "", found[0])) if found else None
 
 
+def final_text(text):
+    """The words behind the last `answer is` or `####` of a solution, else its last step; no full stop."""
+    parts = re.split(r"(?i)answer is:?|####", text)
+    steps = split_steps(parts[-1]) or ("",)
+    return steps[0 if len(parts) > 1 else -1].rstrip(".")
+
+
 def right(response, problem):
     """Is a response right? With an oracle: nothing is wrong. Else its final answer counts: the same number as
-    `answer`, or, where that is no number, a last step that is the answer, word for word."""
+    `answer`, or, where that is not one number (a name, 1/2, 12:30), the same words."""
     if has_oracle(problem):
         return judge(response, problem)[0] == 0
-    answer = final_answer(problem["answer"])
-    if answer is None:
-        return split_steps(response)[-1:] == split_steps(problem["answer"])[-1:]
-    return final_answer(response) == answer
+    answer = final_text(problem["answer"])
+    if len(re.findall(r"\d[\d,]*(?:\.\d+)?", answer)) == 1:
+        return final_answer(response) == final_answer(answer)
+    return final_text(response) == answer
 
 
 def instructions(tokenizer):
@@ -688,8 +727,8 @@ def check_llm(args, flag):
     """Refuse settings of a server that cannot work, before anything is done."""
     if not (args.llm_model and re.match("https?://.", args.llm_url or "")):
         fail(f"{flag} needs --llm_url, which begins with http:// or https://, and --llm_model")
-    if not (args.llm_timeout > 0 and args.llm_temperature >= 0):
-        fail("--llm_timeout must be above 0 and --llm_temperature at least 0")
+    if not args.llm_timeout:
+        fail("--llm_timeout must be above 0")
     if is_offline_mode():
         fail(f"{flag}: HF_HUB_OFFLINE stops every request of the client: unset it")
     api_key(args.llm_url)
@@ -700,7 +739,7 @@ def read_template(path, template, places):
     if not path:
         return template
     try:
-        template = Path(path).read_text(encoding="utf-8")
+        template = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         fail(f"{path}: cannot be read ({error})")
     for place in places:
@@ -811,7 +850,7 @@ class LlmClient:
                 self.stop.set()
                 advice = "" if passes else f": check the key (LLM_API_KEY) and the model {args.llm_model}"
                 raise ConnectionError(f"{args.llm_url} {problem}{advice}")
-            self.stop.wait(max(wait, retry_after(response)))
+            self.stop.wait(min(max(wait, retry_after(response)), 3600))
         if choice.finish_reason == "content_filter" or getattr(choice.message, "refusal", None):
             row["fault"] = "it refuses"
         elif choice.finish_reason == "length":
@@ -948,7 +987,7 @@ def answer(model, reference, prompts, tokenizer, args):
         part = prompts[start:start + args.batch]
         responses += sample(model, part, tokenizer, args.max_new_tokens, args.temperature)
         inputs, mask = pack(part, responses[start:], tokenizer.pad_token_id, args.device)
-        logprobs = [token_logprobs(response_logits(m, inputs, mask) / args.temperature, inputs, mask)
+        logprobs = [token_logprobs(response_logits(m, inputs, mask) / (args.temperature or 1.0), inputs, mask)
                     for m in (model, reference)]
         kl += (logprobs[0] - logprobs[1]).sum().item()
         ref_logprob += logprobs[1].sum().item()
@@ -1660,14 +1699,18 @@ def combine(args):
     print(f"{out}/combined.html")
 
 
-def read_baseline(path, problems):
-    """Reference responses of a JSONL file, one to each problem, matched by prompt."""
+def read_baseline(path, problems, tokenizer):
+    """Reference responses of a JSONL file, one to each problem, matched by prompt, as Answers."""
     rows = read_jsonl(path, {"prompt": (str, list), "response": str})
     known = {json.dumps(row["prompt"]): row["response"] for row in rows}
+    if len(known) < len(rows):
+        print(f"{path}: {len(rows) - len(known)} rows have the prompt of a later one, which counts")
     for problem in problems:
         if json.dumps(problem["prompt"]) not in known:
             fail(f"{path}: has no response to the prompt of {problem['id']}")
-    return [known[json.dumps(problem["prompt"])] for problem in problems]
+    texts = [known[json.dumps(problem["prompt"])] for problem in problems]
+    end = [tokenizer.eos_token_id]
+    return Answers([tokenizer(text, add_special_tokens=False).input_ids + end for text in texts], texts)
 
 
 def find_problems(run, args):
@@ -1675,7 +1718,7 @@ def find_problems(run, args):
     path = Path(args.problems or run / "problems.jsonl")
     if not path.exists():
         fail(f"{path} is missing: run 01_edit_data.py first, or name the file with --problems")
-    problems = read_jsonl(path, {"id": str, "prompt": (str, list), "split": str})
+    problems = read_jsonl(path, {"id": str, "prompt": (str, list), "split": str}, fault_of_problem)
     problems = [problem for problem in problems if problem["split"] == args.split]
     if not problems:
         fail(f"{path}: no problem has the split {args.split}")
@@ -1722,16 +1765,21 @@ def main(args):
     opponent = "baseline" if args.baseline else "sft"
     entries = [("sft", policy_path)] + ([("baseline", Path(args.baseline))] if args.baseline else [])
     entries += [(path.name, path) for path in paths]
-    references = None
-    if args.baseline and not Path(args.baseline).is_dir():
-        references = read_baseline(args.baseline, problems)
     chat = any(isinstance(problem["prompt"], list) for problem in problems)
     tokenizer = open_tokenizer(args.policy or policy_path, chat)
     reference = open_model(AutoModelForCausalLM, args.policy or policy_path, args.dtype)
     reference = fit(reference, tokenizer).to(args.device)
     encode_problems(problems_path, problems, tokenizer, context_of(reference), args.max_new_tokens)
+    references = None
+    if args.baseline and not Path(args.baseline).is_dir():
+        references = read_baseline(args.baseline, problems, tokenizer)
     reward_models = read_metrics(run / "reward_metrics.json")
     kind, judge_model, judge_text = open_judge(run, problems, reward_models, tokenizer, args)
+    longest = max(len(problem["prompt_ids"]) for problem in problems) + args.max_new_tokens
+    if judge_model:
+        responses = references.ids if references else []
+        judged = [len(problem["prompt_ids"]) + len(ids) for problem, ids in zip(problems, responses)]
+        check_context(judge_model, f"{run}/reward_{kind}", max([longest, *judged]))
     trained = [run / f"reward_{name}" for name in ("token", "sequence", "generative")]
     folders = [path for name, path in entries[1:] if name != "baseline" or references is None]
     for path in folders + [path for path in trained if path.is_dir()]:
@@ -1745,13 +1793,12 @@ def main(args):
     answers = {}
     for name, path in tqdm(entries, desc="policies", unit="policy"):
         if name == "baseline" and references:
-            end = [tokenizer.eos_token_id]
-            ids = [tokenizer(text, add_special_tokens=False).input_ids + end for text in references]
-            answers[name] = Answers(ids, references)
+            answers[name] = references
             continue
         model = reference
         if name != "sft":
             model = fit(open_model(AutoModelForCausalLM, path, args.dtype), tokenizer).to(args.device)
+            check_context(model, path, longest)
         answers[name] = answer(model, reference, prompts, tokenizer, args)
     if args.human_eval:
         name = paths[0].name

@@ -1,5 +1,6 @@
 """Bad input and real errors: one clear line on standard error, exit status 2, nothing half-written."""
 
+import io
 import json
 import os
 import re
@@ -242,7 +243,8 @@ def test_a_model_folder_that_is_none(stages, run, tmp_path, capsys, stage, name,
     ({"edit_ops": "none"}, "`edit_ops`"), ({"edit_ops": [[1, 2]]}, "`edit_ops`"),
     ({"edit_ops": [["replace", 999, 0]]}, "`edit_ops`"), ({"edit_ops": [["swap", 0, 0]]}, "`edit_ops`"),
     ({"first_error": 999}, "`first_error`"), ({"solution": 5}, "`solution`"), ({"answer": ...}, "`answer`"),
-    ({"first_wrong_step": 0}, "`first_wrong_step`"), ({"first_wrong_step": "2"}, "`first_wrong_step`")])
+    ({"first_wrong_step": 0}, "`first_wrong_step`"), ({"first_wrong_step": "2"}, "`first_wrong_step`"),
+    ({"first_wrong_step": 1.0}, "`first_wrong_step`"), ({"prompt": 5}, "`prompt`")])
 def test_a_bad_line_of_edits(stages, run, capsys, columns, message):
     change_rows(run / "edits.jsonl", 2, **columns)
     stops(capsys, stages[2], run, run / "edits.jsonl", "line 2", message, run=run, overwrite=True)
@@ -281,9 +283,64 @@ def test_a_policy_is_no_reward_model(stages, run, capsys):
           reward_model=run / "policy")
 
 
+@pytest.mark.parametrize("stage, args", [
+    (3, {"method": "ppo_sequence", "reward_model": "reward_token"}),
+    (3, {"method": "ppo_token", "reward_model": "reward_sequence"}),
+    (3, {"method": "rlmec", "reward_model": "reward_token"}), (3, {"policy": "reward_token"}),
+    (2, {"model": "reward_sequence", "kind": "generative"}), (4, {"policies": ["reward_token"]})])
+def test_a_model_of_another_kind(stages, run, capsys, stage, args):
+    """Its head would be thrown away, or read as another one, without a word."""
+    named = {name: [str(run / x) for x in value] if isinstance(value, list) else run / value
+             for name, value in args.items() if name not in ("method", "kind")}
+    stops(capsys, stages[stage], run, "reward_", "no AutoModel", run=run, overwrite=True, **{**args, **named})
+
+
+def test_a_reward_model_for_all_methods(stages, run, capsys):
+    stops(capsys, stages[3], run, "--method", run=run, overwrite=True, reward_model=run / "reward_token")
+
+
+def shorten(folder, context):
+    """The model of a folder with a shorter context."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": context}))
+
+
+@pytest.mark.parametrize("stage, folder", [(3, "reward_token"), (4, "ppo_token")])
+def test_a_model_with_a_shorter_context(stages, run, capsys, stage, folder):
+    shorten(run / folder, 20)
+    args = {"method": "ppo_token"} if stage == 3 else {}
+    stops(capsys, stages[stage], run, run / folder, "context of 20", run=run, overwrite=True, **args)
+
+
+def test_a_reference_response_longer_than_the_context_of_the_judge(stages, run, capsys):
+    change_rows(run / "problems.jsonl", solutions=..., answer=...)
+    rows = [json.loads(line) for line in (run / "problems.jsonl").read_text().splitlines()]
+    rows = [{"prompt": row["prompt"], "response": " Ada makes tea." * 80} for row in rows]
+    stops(capsys, stages[4], run, run / "reward_sequence", "context of 256", run=run, overwrite=True,
+          baseline=write_rows(run / "references.jsonl", rows))
+
+
+def test_pairs_longer_than_the_context_are_counted(stages, run, capsys):
+    lengths = [len(row["prompt_ids"]) + max(len(row[f"{name}_ids"]) for name in ("preferred", "rejected", "edited"))
+               for row in map(json.loads, (run / "edits.jsonl").read_text().splitlines())]
+    context = max(lengths) - 1
+    shorten(run / "policy", context)
+    stages[2].main(stages[2].Args(run=str(run), overwrite=True, epochs=1, kind="token"))
+    dropped = sum(length > context for length in lengths)
+    assert f"reward_token: dropped {dropped} of {len(lengths)} rows" in capsys.readouterr().out
+
+
+def test_optional_columns_of_edits_may_be_absent(stages, run):
+    change_rows(run / "edits.jsonl", first_error=..., edit_distance=...)
+    stages[2].main(stages[2].Args(run=str(run), overwrite=True, epochs=1, rewrite_epochs=1, locate_epochs=1))
+    metrics = json.loads((run / "reward_metrics.json").read_text())
+    assert metrics["token"]["localisation"]["auroc"] is None and metrics["generative"]["editor_edit_distance"] > 0
+
+
 @pytest.mark.parametrize("stage", [3, 4])
 @pytest.mark.parametrize("line, columns, message", [
-    (2, {"prompt": 5}, "line 2"), (2, {"split": ...}, "line 2"), (None, {"split": "elsewhere"}, "split"),
+    (2, {"prompt": 5}, "line 2"), (2, {"split": ...}, "line 2"), (2, {"answer": 5}, "line 2: column `answer`"),
+    (2, {"solutions": [5]}, "line 2: column `solutions`"), (2, {"rules": ["("]}, "line 2: column `rules`"), (None, {"split": "elsewhere"}, "split"),
     (None, {"prompt": CHAT}, "chat template"), (None, {"prompt": "Ada " * 300}, "context")])
 def test_bad_problems(stages, run, capsys, stage, line, columns, message):
     change_rows(run / "problems.jsonl", line, **columns)
@@ -292,7 +349,9 @@ def test_bad_problems(stages, run, capsys, stage, line, columns, message):
 
 
 @pytest.mark.parametrize("stage, content", [(2, "{"), (2, "[]"), (3, "{"), (3, "[]"), (3, '{"token": 1}'),
-                                            (4, "{"), (4, "[]"), (4, '{"token": 1}')])
+                                            (4, "{"), (4, "[]"), (4, '{"token": 1}'),
+                                            (3, '{"token": {"scale": {}}}'),
+                                            (3, '{"token": {"scale": {"mean": 0, "std": 0}}}')])
 def test_corrupt_reward_metrics(stages, run, capsys, stage, content):
     (run / "reward_metrics.json").write_text(content)
     stops(capsys, stages[stage], run, run / "reward_metrics.json", run=run, overwrite=stage != 2)
@@ -317,7 +376,8 @@ def test_a_problem_without_solution_or_answer(stages, tiny_run, tmp_path, capsys
 @pytest.mark.parametrize("value", [..., "", 5])
 def test_rlmec_problems_without_solution_or_answer(stages, run, capsys, column, value):
     change_rows(run / "problems.jsonl", 3, **{column: value})
-    stops(capsys, stages[3], run, run / "problems.jsonl", "qa-2", column, run=run, overwrite=True, method="rlmec")
+    where = "line 3" if (column, value) == ("answer", 5) else "qa-2"
+    stops(capsys, stages[3], run, run / "problems.jsonl", where, column, run=run, overwrite=True, method="rlmec")
 
 
 def test_a_generative_model_of_another_vocabulary(stages, run, edit_data, capsys):
@@ -360,7 +420,11 @@ def test_solutions_without_an_answer_are_counted(stages, tiny_run, tmp_path, cap
     (2, {"epochs": 0}, "--epochs 0"), (2, {"batch": -1}, "--batch -1"), (3, {"updates": 0}, "--updates 0"),
     (3, {"rlmec_samples": 0}, "--rlmec_samples 0"), (2, {"device": "cuda:99"}, "--device cuda:99"),
     (3, {"device": "abacus"}, "--device abacus"), (1, {"samples": 0}, "--samples 0"),
-    (1, {"train_prompts": 0}, "--train_prompts 0"), (4, {"batch": 0}, "--batch 0")])
+    (1, {"train_prompts": 0}, "--train_prompts 0"), (4, {"batch": 0}, "--batch 0"),
+    (1, {"sft_lr": -1.0}, "--sft_lr -1"), (1, {"temperature": float("nan")}, "--temperature nan"),
+    (1, {"hidden_size": 30}, "--hidden_size 30"), (2, {"lr": -1.0}, "--lr -1"),
+    (3, {"temperature": 0.0}, "--temperature 0"), (3, {"temperature": -1.0}, "--temperature -1"),
+    (4, {"temperature": float("nan")}, "--temperature nan")])
 def test_arguments_that_cannot_be(stages, run, capsys, stage, args, message):
     stops(capsys, stages[stage], run, message, run=run, overwrite=True, **args)
 
@@ -381,7 +445,8 @@ def test_a_reward_that_is_not_finite(stages, run, capsys, monkeypatch, stage, ki
     (1, {"sft_lr": 1e30, "sft_steps": 3, "train_prompts": 9, "val_prompts": 1, "test_prompts": 1,
          "task": "qa"}, "step"),
     (3, {"lr": 1e30, "ppo_epochs": 2}, "update 1"),
-    (3, {"lr": 1e30, "updates": 2}, "update")])
+    (3, {"lr": 1e30, "updates": 2}, "update"), (3, {"lr": 1e4, "updates": 3, "method": "ppo_token"}, "update"),
+    (3, {"rlmec_lr": 1e30, "eval_every": 1, "method": "rlmec", "rlmec_samples": 8, "rlmec_batch": 2}, "rlmec")])
 def test_training_that_diverges(stages, run, tmp_path, capsys, stage, args, message):
     folder = tmp_path / "new" if stage == 1 else run
     stops(capsys, stages[stage], tmp_path, message, run=folder, overwrite=True, **args)
@@ -412,6 +477,24 @@ def test_a_second_call_changes_no_byte(stages, run, stage, other):
     for changed in ({}, other):
         stages[stage].main(stages[stage].Args(**{**args, **changed}))
         assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_other_settings_than_those_of_what_is_kept_are_said(stages, run, capsys):
+    saved = {**json.loads((run / "03_args.json").read_text()), "run": str(run)}
+    shutil.rmtree(run / "ppo_sequence")
+    stages[3].main(stages[3].Args(**{**saved, "lr": 2e-4, "method": "ppo_sequence"}))
+    assert "other settings" not in capsys.readouterr().out                 # nothing is kept
+    stages[3].main(stages[3].Args(**{**saved, "kappa": 7.0, "method": "ppo_token"}))
+    assert "last call had other settings: --lr 0.0002 --kappa 0.1\n" in capsys.readouterr().out
+
+
+def test_a_console_without_unicode_stops_no_stage(stages, tmp_path, monkeypatch):
+    console = io.TextIOWrapper(io.BytesIO(), "cp1252")
+    monkeypatch.setattr(sys, "stdout", console)
+    stages[3].start_stage(stages[3].Args(run=str(tmp_path)), "03")
+    print("half a character: \ufffd")
+    console.flush()
+    assert b"half a character: ?" in console.buffer.getvalue()
 
 
 @pytest.mark.parametrize("script, args, message", [

@@ -63,7 +63,8 @@ def stage(edit_data, tiny_run, tmp_path, capsys):
 @pytest.mark.parametrize("answer", [
     "Bob makes tea.", "  Bob makes tea.\n", '"Bob makes tea."', "“Bob makes tea.”", "```\nBob makes tea.\n```",
     "```text\nBob makes tea.\n```", "Here is the edited response:\n\nBob makes tea.", "Edited response: Bob makes tea.",
-    "Sure! Here's the corrected text:\n```\nBob makes tea.\n```", "Certainly!\n\"Bob makes tea.\""])
+    "Sure! Here's the corrected text:\n```\nBob makes tea.\n```", "Certainly!\n\"Bob makes tea.\"",
+    "<think>\n\n</think>\n\nBob makes tea.", "<think>Soap is wrong.</think>Here is the edited text: Bob makes tea."])
 def test_answers_are_stripped(edit_data, answer):
     assert edit_data.clean_answer(answer, " Bob makes soap.\n") == " Bob makes tea.\n"
 
@@ -72,6 +73,11 @@ def test_answers_are_stripped(edit_data, answer):
                                   "Note: Sure, he said."])
 def test_what_belongs_to_the_text_is_kept(edit_data, text):
     assert edit_data.clean_answer(text, text) == text
+
+
+def test_quotes_at_both_ends_need_not_be_one_pair(edit_data):
+    assert edit_data.clean_answer('"A" and "B"', 'The "A" and "B"') == '"A" and "B"'
+    assert edit_data.clean_answer("“A” and “B”", "The “A” and “B”") == "“A” and “B”"
 
 
 def test_llm_edits_pairs_and_keeps_the_key(serve, stage):
@@ -188,6 +194,9 @@ def test_waits_grow_and_honour_retry_after(serve, edit_data):
     client.stop.wait = waits.append
     client.ask("key", [{"role": "user", "content": "Response:\nsoap"}])
     assert waits == [7.0, 0.02] and client.saved["key"] == ("tea", None)
+    server.answer = lambda n, body: edit(n, body) if n > 3 else (429, {"Retry-After": "1763726400000"})
+    client.ask("other", [{"role": "user", "content": "Response:\nsoap"}])
+    assert waits[2:] == [3600] and client.saved["other"] == ("tea", None)     # nobody means 55,000 years
 
 
 @pytest.mark.parametrize("value, seconds", [("7", 7), ("0.5", 0.5), ("soon", 0), ("", 0), ("date", 100)])
@@ -329,6 +338,27 @@ def test_rules_on_responses(stage, rules, tmp_path):
     assert rows[1]["chosen"] == rows[1]["edited"] == " Bob makes tea."
     problems = read(tmp_path / "run" / "problems.jsonl")               # the patterns are the oracle of stages 3, 4
     assert [row["rules"] for row in problems] == 2 * [["\\bsoap\\b", "(Oslo|Rome)"]]
+
+
+def test_a_rules_file_of_a_windows_editor(stage, tmp_path):
+    (tmp_path / "rules.tsv").write_bytes("\ufeffsoap\ttea\r\nzzz\tyyy\r\n".encode())
+    rows, _ = stage([{"prompt": row["prompt"], "response": row["rejected"]} for row in ROWS],
+                    editor=f"rules:{tmp_path / 'rules.tsv'}")
+    assert len(rows) == 10 and all(row["edited"].endswith(" makes tea.") for row in rows)
+
+
+def test_what_is_old_does_not_pass_for_new(serve, stage, tmp_path):
+    """An --overwrite that fails leaves nothing that the next call would take for its own."""
+    stage(server=serve(edit))
+    assert "401" in stage(server=serve(lambda n, body: (401, {})), stops=True, overwrite=True, llm_model="other")
+    assert not (tmp_path / "run" / "edits.jsonl").exists()
+    rows, _ = stage(server=serve(lambda n, body: edit(n, body).replace("tea", "jam")), llm_model="other")
+    assert len(rows) == 10 and all(" jam." in row["edited"] for row in rows)
+
+
+def test_a_local_editor_that_is_not_there(stage, tmp_path):
+    assert "no model folder" in stage(editor="model:/nonexistent/editor", stops=True)
+    assert not (tmp_path / "run").exists()
 
 
 def test_rules_ignore_other_columns(stage, rules):

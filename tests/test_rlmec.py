@@ -34,6 +34,16 @@ def test_right_by_oracle_by_number_and_by_words(edit_data):
     assert not edit_data.right("In Rome.\nOr Bern.", {"answer": "In Rome."})
 
 
+@pytest.mark.parametrize("answer, response, is_right", [
+    ("1/2", "So the answer is 1/2.", True), ("1/2", "The answer is 2.", False), ("1/2", "#### 1/2", True),
+    ("12:30", "The answer is 12:30.\nThat is late.", True), ("12:30", "It is 30.", False),
+    (r"\frac{1}{2}", r"The answer is \frac{3}{2}", False), ("Rome", "The answer is: Rome.", True),
+    ("Rome", "The answer is Bern.", False), ("3 * 6\n#### 18", "The answer is 18", True),
+    ("3 * 6\n#### 18", "The answer is 6", False), ("$5", "It costs 5", True), ("", "The answer is 5", False)])
+def test_an_answer_that_is_not_one_number_counts_word_for_word(edit_data, answer, response, is_right):
+    assert edit_data.right(response, {"answer": answer}) == is_right
+
+
 def test_the_answer_parser_agrees_with_real_labels(edit_data, shared):
     rows = rows_of(shared / "data" / "gsm8k_model_solutions.jsonl")
     assert len(rows) == 5276
@@ -345,6 +355,13 @@ def test_dropped_samples_are_counted(ppo, rlmec_parts, monkeypatch, capsys):
     scripted(monkeypatch, ppo, responses)
     ppo.collect(policy, policy, problems[:2], tokenizer, ppo.Args(max_new_tokens=200, device="cpu"))
     assert "dropped: 1 because the rewrite may be longer than the GRM's context" in capsys.readouterr().out
+    parts = ppo.instructions(tokenizer)
+    longest = [len(ppo.rewrite_prompt(parts, problem["prompt_ids"], problem["solution_ids"], response, end))
+               + len(response) for problem, response in zip(problems, responses)]
+    monkeypatch.setattr(ppo, "context_of", lambda model: min(longest))        # the other one cannot be scored
+    scripted(monkeypatch, ppo, responses)
+    samples = ppo.collect(policy, policy, problems[:2], tokenizer, ppo.Args(max_new_tokens=200, device="cpu"))
+    assert len(samples) <= 1 and "context is too short to score it" in capsys.readouterr().out
 
 
 def test_rewards_are_teacher_forced_on_the_sample_itself(ppo, rlmec_parts, monkeypatch):
