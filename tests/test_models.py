@@ -2,6 +2,8 @@
 tokenizers such models come with, through all four stages."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -342,6 +344,27 @@ def test_solutions_through_all_stages(finished, name, chat):
     for row in rows_of(run / "edits.jsonl"):
         assert tokenizer.decode(row["edited_ids"], skip_special_tokens=True) == row["solution"]
         assert row["first_wrong_step"] == 2 and row["rejected_ids"][-1] == tokenizer.eos_token_id
+
+
+def test_chat_edits_without_their_policy_end_as_the_chat_ends(finished, stages, folder, tmp_path):
+    edits = shutil.copy(finished("qwen3-base", "solved", True) / "edits.jsonl", tmp_path / "edits.jsonl")
+    stages[2].main(stages[2].Args(run=str(tmp_path / "run"), edits=str(edits), model=str(folder("qwen3-base")),
+                                  kind="generative", **SMALL[2]))
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "reward_generative").eos_token == "<|im_end|>"
+
+
+def test_samples_that_a_gpt2_cannot_score_are_counted(finished, stages, tmp_path, capsys):
+    """Learned positions end where the context ends."""
+    run = Path(shutil.copytree(finished("gpt2", "solved"), tmp_path / "run"))
+    problems = rows_of(run / "problems.jsonl")
+    for problem in problems[::2]:
+        problem["solution"] = problem["solution"] + " So it is." * 40 + " " + problem["solution"]
+    write_rows(run / "problems.jsonl", problems)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stages[3], "rewrite", lambda grm, problems, responses, tokenizer, args, drop: [
+            problem["solution_ids"] + [tokenizer.eos_token_id] for problem in problems])
+        stages[3].main(stages[3].Args(run=str(run), method="rlmec", overwrite=True, **SMALL[3]))
+    assert "context is too short to score it" in capsys.readouterr().out
 
 
 def test_plain_prompts_keep_the_end_token_of_the_checkpoint(stages, folder, finished):
