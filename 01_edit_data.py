@@ -736,7 +736,8 @@ def columns_of(path, kind):
     text = (str, list)
     if kind == "rules":
         return "prompts", {"prompt": text}
-    if present & {"solution", "answer"}:
+    solved = present & {"solution", "answer"}
+    if len(solved) == 2 or solved and not present & {"chosen", "edited"}:
         shape, columns = "solutions", {"prompt": text, "solution": str, "answer": (str, int, float)}
     elif "chosen" in present or not present & {"response", "edited"}:
         shape, columns = "pairs", {"prompt": text, "chosen": text, "rejected": text}
@@ -772,9 +773,11 @@ def read_data(path, kind, drop, rules=()):
         new = {"prompt": row["prompt"], "rejected": last_text(row.get("response")) or row.get("response")}
         if shape == "prompts":
             return {**new, "rules": [rule.pattern for rule, _ in rules]}
-        if answers.setdefault(json.dumps(row["prompt"]), row["answer"]) != row["answer"]:
-            raise ValueError(f"column `answer` is {row['answer']}, and an earlier row has another one")
-        return {**new, "solution": row["solution"], "answer": str(row["answer"])}
+        answer = str(row["answer"])
+        first = answers.setdefault(json.dumps(row["prompt"], sort_keys=True), answer)
+        if answer != first and not right(answer, {"answer": first}):
+            raise ValueError(f"column `answer` is {answer}, and an earlier row has {first}")
+        return {**new, "solution": row["solution"], "answer": answer}
 
     def fault(row):
         try:
@@ -784,7 +787,7 @@ def read_data(path, kind, drop, rules=()):
 
     rows = []
     for k, row in enumerate(read_jsonl(path, columns, fault)):
-        new = {"id": str(row.get("id", f"row-{k}")), **plain(row)}
+        new = {"id": f"row-{k}" if row.get("id") is None else str(row["id"]), **plain(row)}
         if shape == "solutions" and not right(new["solution"], new):
             drop["row's solution does not end in its answer"] += 1
         elif shape == "pairs" and new["rejected"] is None:
@@ -841,7 +844,8 @@ def split_by_prompt(rows, args):
     problems = {}
     for row in rows:
         problem = {name: row[name] for name in PROBLEM if name in row}
-        problems.setdefault(json.dumps(row["prompt"]), {**problem, "rows": []})["rows"].append(row)
+        key = json.dumps(row["prompt"], sort_keys=True)
+        problems.setdefault(key, {**problem, "rows": []})["rows"].append(row)
     keys = random.Random(args.seed).sample(sorted(problems), len(problems))
     n_val = min(args.val_prompts, len(keys) // 10)
     n_test = min(args.test_prompts, len(keys) // 10)
@@ -1169,7 +1173,9 @@ class LlmClient:
                     future.result()
             except (OSError, KeyboardInterrupt) as error:
                 self.stop.set()
-                pool.shutdown(cancel_futures=True)  # answers under way are paid for: wait for them
+                if isinstance(error, KeyboardInterrupt):
+                    tqdm.write("interrupted: waiting for the answers under way", file=sys.stderr)
+                pool.shutdown(cancel_futures=True)  # they are paid for
                 fail(f"{str(error) or 'interrupted'}; {len(self.saved)} answers are kept in {self.path}, and "
                      "the same command goes on from there")
         return [self.saved[key] for key in keys]
@@ -1473,9 +1479,10 @@ def main(args):
         pairs = write_edits(pairs, writer, template, tokenizer, context_of(model), args, drop)
     if args.worse_edits:
         tokens = sorted({token for pair in pairs for token in pair["rejected_ids"][:-1]})
-        pairs = [spoil(pair, tokens, tokenizer, rng)
-                 if pair["split"] == "train" and pair["edited"] and rng.random() < args.worse_edits else pair
-                 for pair in pairs]
+        for k, pair in enumerate(pairs):
+            edited = pair["edited"] and pair["edited_ids"] != pair["rejected_ids"]
+            if pair["split"] == "train" and edited and rng.random() < args.worse_edits:
+                pairs[k] = spoil(pair, tokens, tokenizer, rng)
     rows = [edit_row(pair, pair.get("editor", editor), args.max_edit_share, tokenizer, drop)
             for pair in tqdm(pairs, desc="edits", unit="pair")]
     rows = [row for row in rows if row]

@@ -153,7 +153,7 @@ def difference(a, b, seed):
         fail("two policies have no prompt with a usable verdict on both, so they cannot be compared")
     interval = bootstrap(gaps, seed)
     return {"difference": float(gaps.mean()), "ci95": interval, "seen": not interval[0] <= 0 <= interval[1],
-            "n": len(gaps)}
+            "n": len(gaps), "left_out": len(a) - len(gaps)}
 
 
 def paired_t_test(gaps):
@@ -274,7 +274,8 @@ def read_sheet(path):
     try:
         text = path.read_text(encoding="utf-8-sig")
         delimiter = max(",;\t", key=text.split("\n")[0].count)          # some spreadsheets save with ;
-        rows = list(csv.DictReader(text.splitlines(keepends=True), delimiter=delimiter))
+        lines = (line + "\n" for line in text.split("\n"))              # splitlines parts at U+2028 too
+        rows = list(csv.DictReader(lines, delimiter=delimiter))
         rows = [row for row in rows if any(row.values())]
         cells, sides = key["cells"], key["model_is"]
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
@@ -813,7 +814,9 @@ class LlmClient:
                     future.result()
             except (OSError, KeyboardInterrupt) as error:
                 self.stop.set()
-                pool.shutdown(cancel_futures=True)  # answers under way are paid for: wait for them
+                if isinstance(error, KeyboardInterrupt):
+                    tqdm.write("interrupted: waiting for the answers under way", file=sys.stderr)
+                pool.shutdown(cancel_futures=True)  # they are paid for
                 fail(f"{str(error) or 'interrupted'}; {len(self.saved)} answers are kept in {self.path}, and "
                      "the same command goes on from there")
         return [self.saved[key] for key in keys]
@@ -910,9 +913,11 @@ def llm_verdicts(client, template, problems, texts, opponents):
         for a, b in ((opponents[k], texts[k]), (texts[k], opponents[k])):
             content = fill(template, problems[k]["prompt"], a=a, b=b)
             requests.append([{"role": "user", "content": content}])
-    said = [None if fault else parse_verdict(answer) for answer, fault in client.ask_all(requests)]
+    answers = client.ask_all(requests)
+    said = [None if fault else parse_verdict(answer) for answer, fault in answers]
     verdicts = [1.5] * len(texts)
     counts = Counter(asked=len(asked), first=said.count("A"), second=said.count("B"))
+    counts.update(f"fault: {fault}" for _, fault in answers if fault)
     for k, first, second in zip(asked, said[::2], said[1::2]):
         pair = {"A": 1, "B": 2, "tie": 1.5}.get(first), {"A": 2, "B": 1, "tie": 1.5}.get(second)
         if None in pair:
@@ -922,6 +927,12 @@ def llm_verdicts(client, template, problems, texts, opponents):
         verdicts[k] = pair[0] if pair[0] == pair[1] else 1.5
         counts.update(judged=1, disagreed=pair[0] != pair[1])
     return verdicts, counts
+
+
+def faults_in(counts):
+    """Why answers of the judge could not be read at all, commonest first, in brackets."""
+    faults = [f"{n} times: {key[7:]}" for key, n in counts.most_common() if key.startswith("fault: ")]
+    return f" ({', '.join(faults)})" if faults else ""
 
 
 def ask_judge(client, template, problems, answers, opponent, known, run):
@@ -939,10 +950,12 @@ def ask_judge(client, template, problems, answers, opponent, known, run):
                 for problem, other, text, x in zip(problems, others, texts, verdicts[name])]
         write_text(run / f"verdicts_{name}.json", json.dumps(rows, indent=1) + "\n")
         if counts[name]["asked"] == len(others) and not counts[name]["judged"]:
-            fail(f"{client.path}: no answer on {name} is a verdict; see --llm_prompt, --llm_max_tokens")
-    if any(count["asked"] for count in counts.values()) and not any(
-            count["judged"] for count in counts.values()):
-        fail(f"{client.path}: no pair has verdicts in both orders; see --llm_prompt, --llm_max_tokens")
+            fail(f"{client.path}: no pair of {name} has verdicts in both orders{faults_in(counts[name])}; "
+                 "see --llm_prompt, --llm_max_tokens")
+    total = sum(counts.values(), Counter())
+    if total["asked"] and not total["judged"]:
+        fail(f"{client.path}: no pair has verdicts in both orders{faults_in(total)}; see --llm_prompt, "
+             "--llm_max_tokens")
     return verdicts, counts, agreed
 
 
@@ -959,7 +972,7 @@ def judge_report(name, counts, agreed, compared, known):
             f"preferred in {percent(numbers['first_shown'])} of the verdicts")
     if counts["one"] or counts["none"]:
         text += (f". Left out: {counts['one']} pairs with a verdict in one order only, {counts['none']} in "
-                 "none")
+                 f"none{faults_in(counts)}")
     if known:
         text += f". It agrees with {known} on {percent(numbers['agreement'])} of {compared} pairs"
     return numbers, text
@@ -1119,6 +1132,8 @@ def verdict_on(row):
            f"± {100 * row['sd']:.1f} over seeds, paired t-test p = {row['p']:.3f}"
            if row["p"] is not None else
            "one run, no test")
+    if row.get("left_out"):
+        how += f", on the {row['n']} prompts with a verdict on both"
     return f"{points(row['difference'])} points ({how}){'' if row['seen'] else ', no difference seen'}"
 
 
@@ -1630,7 +1645,7 @@ def combine(args):
         return
     if len({run.resolve() for run in runs}) < len(runs):
         fail(f"{runs[0]}: --runs names a run twice, which is no second seed")
-    results, tasks = [], []
+    results, tasks, paired = [], [], []
     for run in runs:
         if not (run / "eval.json").exists():
             fail(f"{run}/eval.json is missing: run 04_eval.py --run {run} first")
@@ -1640,12 +1655,14 @@ def combine(args):
             if not all(map(math.isfinite, rates)):
                 raise ValueError
             first = read_json(run / "01_args.json", "arguments") if (run / "01_args.json").exists() else {}
-            tasks.append((first.get("task"), first.get("data"), result["judge"].split(". ")[0]))
+            paired.append({pair: row["difference"] for pair, row in both_ways(result["differences"]).items()})
+            opponent = "baseline" if "baseline" in result["policies"] else "sft"
+            tasks.append((first.get("task"), first.get("data"), result["judge"].split(". ")[0], opponent))
         except (KeyError, TypeError, ValueError, AttributeError):
             fail(f"{run}/eval.json: not what 04_eval.py writes; make it again with --overwrite")
         results.append(result["policies"])
         if tasks[-1] != tasks[0]:
-            fail(f"{run}: task and judge {tasks[-1]} are not those of {runs[0]}, {tasks[0]}")
+            fail(f"{run}: task, judge and opponent {tasks[-1]} are not those of {runs[0]}, {tasks[0]}")
     names = [name for name in results[0] if all(name in policies for policies in results)]
     logs = {name: [read_log(run / f"{name}.csv") for run in runs] for name in names}
     horizon = max((log[-1]["episodes"] for several in logs.values() for log in several if log), default=1)
@@ -1663,7 +1680,7 @@ def combine(args):
                   "episodes_to_threshold": [row and row["episodes"] for row in reached]}
         summary[name] = {key: None if None in several else spread(several) for key, several in values.items()}
     for a, b in combinations([name for name in names if name not in ("sft", "baseline")], 2):
-        gaps = [policies[a]["win_rate"] - policies[b]["win_rate"] for policies in results]
+        gaps = [differences_of[a, b] for differences_of in paired]
         p = paired_t_test(gaps)
         whole = spread(gaps)
         differences.append({"a": a, "b": b, "difference": whole["mean"], "sd": whole["sd"], "p": p,
@@ -1702,13 +1719,14 @@ def combine(args):
 def read_baseline(path, problems, tokenizer):
     """Reference responses of a JSONL file, one to each problem, matched by prompt, as Answers."""
     rows = read_jsonl(path, {"prompt": (str, list), "response": str})
-    known = {json.dumps(row["prompt"]): row["response"] for row in rows}
+    key = lambda row: json.dumps(row["prompt"], sort_keys=True)
+    known = {key(row): row["response"] for row in rows}
     if len(known) < len(rows):
         print(f"{path}: {len(rows) - len(known)} rows have the prompt of a later one, which counts")
     for problem in problems:
-        if json.dumps(problem["prompt"]) not in known:
+        if key(problem) not in known:
             fail(f"{path}: has no response to the prompt of {problem['id']}")
-    texts = [known[json.dumps(problem["prompt"])] for problem in problems]
+    texts = [known[key(problem)] for problem in problems]
     end = [tokenizer.eos_token_id]
     return Answers([tokenizer(text, add_special_tokens=False).input_ids + end for text in texts], texts)
 

@@ -362,7 +362,7 @@ def test_corrupt_reward_metrics(stages, run, capsys, stage, content):
 @pytest.mark.parametrize("columns, message", [
     ({"solution": ...}, "`solution` is missing"), ({"answer": ...}, "`answer` is missing"),
     ({"solution": ""}, "`solution` is empty"), ({"answer": None}, "`answer` has the wrong type"),
-    ({"answer": "8"}, "an earlier row has another one"), ({"response": 5}, "`response` has the wrong type"),
+    ({"answer": "8"}, "an earlier row has 5"), ({"response": 5}, "`response` has the wrong type"),
     ({"prompt": [{"role": "user"}]}, "`prompt`")])
 def test_a_problem_without_solution_or_answer(stages, tiny_run, tmp_path, capsys, columns, message):
     good = {"prompt": "3+2=", "solution": "3+2=5", "answer": "5", "response": "3+2=6"}

@@ -148,8 +148,31 @@ def test_worse_edits_reach_training_pairs_only(edit_data, tiny_run, tmp_path, ca
     assert f"{len(careless)}  of them with a worse edit" in capsys.readouterr().out
 
 
+def test_no_edit_gets_no_worse_edit(edit_data, tiny_run, tmp_path):
+    """The data size must not hang on --worse_edits."""
+    rows = [{"prompt": f"Q: What do Ada and {name} send?\nA:", "response": " Bob makes tea.",
+             "edited": " Bob makes tea." if k % 2 else " Bob makes soap."} for k, name in enumerate(edit_data.PEOPLE[:20])]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    edit_data.main(edit_data.Args(run=str(tmp_path / "run"), data=str(tmp_path / "data.jsonl"), worse_edits=1.0,
+                                  model=str(tiny_run / "policy"), max_edit_share=1.0))
+    assert all(row["prompt"] in {row["prompt"] for row in rows[::2]} for row in rows_of(tmp_path / "run" / "edits.jsonl"))
+
+
+def test_the_same_prompt_and_the_same_answer_in_other_clothes(edit_data, tmp_path):
+    """Keys in another order are the same message, 72 and "72" the same answer, and no id is no name."""
+    turned = [{"content": "Ada", "role": "user"}]
+    rows = [{"prompt": [{"role": "user", "content": "Ada"}], "solution": "It is 72", "answer": 72, "id": None},
+            {"prompt": turned, "solution": "It is 72", "answer": "72.0"}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shape, rows = edit_data.read_data(tmp_path / "data.jsonl", "", Counter())
+    assert [row["id"] for row in rows] == ["row-0", "row-1"]
+    assert len(edit_data.split_by_prompt(rows, edit_data.Args())) == 1
+
+
 @pytest.mark.parametrize("row, chosen, edited", [
     ({"prompt": "p", "chosen": "good", "rejected": "bad"}, "good", None),
+    ({"prompt": "p", "chosen": "good", "rejected": "bad", "answer": "5"}, "good", None),
+    ({"prompt": "p", "response": "bad", "edited": "better", "solution": None}, "better", "better"),
     ({"prompt": "p", "chosen": "good", "rejected": "bad", "edited": "better"}, "good", "better"),
     ({"prompt": "p", "response": "bad", "edited": "better"}, "better", "better"),
     ({"prompt": [{"role": "user", "content": "p"}], "chosen": [{"role": "assistant", "content": "good"}],

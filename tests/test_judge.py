@@ -172,10 +172,26 @@ def test_what_is_no_verdict_is_left_out_and_counted(serve, judge, run):
     assert verdicts.count(None) == 2
 
 
-@pytest.mark.parametrize("bad", ["both", {"finish_reason": "length"}, (400, {})])
-def test_a_judge_without_verdicts(serve, judge, bad):
+@pytest.mark.parametrize("bad, why", [("both", ""), ({"finish_reason": "length"}, "times: the answer is cut off"),
+                                      ((400, {}), "times: the server refuses the request (400)")])
+def test_a_judge_without_verdicts(serve, judge, bad, why):
     error = judge(serve(lambda n, body: bad), stops=True)
-    assert "verdict" in error and "llm_verdicts.jsonl" in error and "--llm_prompt" in error
+    assert "verdict" in error and "llm_verdicts.jsonl" in error and "--llm_prompt" in error and why in error
+
+
+def test_differences_of_judged_runs_are_the_paired_ones(serve, judge, run, evaluation, tmp_path):
+    """Where pairs are left out, the win rates of two policies are of different prompts."""
+    result, shown = judge(serve(lambda n, body: "no idea" if n % 3 == 0 else longer(n, body)), llm_workers=1)
+    (gap,) = result["differences"]
+    assert gap["left_out"] > 0 and gap["n"] + gap["left_out"] == 20
+    assert f"on the {gap['n']} prompts with a verdict on both" in (run / "report.html").read_text()
+    shutil.copytree(run, tmp_path / "second")
+    evaluation.main(evaluation.Args(runs=[str(run), str(tmp_path / "second")], run=str(tmp_path / "both")))
+    (combined,) = json.loads((tmp_path / "both" / "combined.json").read_text())["differences"]
+    assert {gap["a"], gap["b"]} == {combined["a"], combined["b"]}
+    assert abs(combined["difference"]) == pytest.approx(abs(gap["difference"]))
+    rates = [result["policies"][gap[name]]["win_rate"] for name in "ab"]
+    assert gap["difference"] != pytest.approx(rates[0] - rates[1])        # else this test would prove nothing
 
 
 def test_an_interrupted_judge_goes_on(serve, judge, run):

@@ -190,7 +190,7 @@ def test_verdicts(evaluation, tmp_path, capsys):
 
 def test_human_sheet_round_trip(evaluation, tmp_path, capsys):
     path = tmp_path / "sheet.csv"
-    rows = [(f"question {k}", "=good", f"bad, \"{k}\"\nnew line") for k in range(20)] + [("same", "x", "x")]
+    rows = [(f"question\u2028\x0b{k}", "=good", f"bad, \"{k}\"\nnew line") for k in range(20)] + [("same", "x", "x")]
     evaluation.write_sheet(path, rows, ("model", "sft"), 1)
     table = list(csv.DictReader(path.open(encoding="utf-8-sig", newline="")))
     assert len({row["output_a"] for row in table}) > 2 and all(row["output_a"][0] != "=" for row in table)
@@ -223,6 +223,11 @@ def test_runs_together(evaluation, tiny_run, tmp_path, capsys):
     first = json.loads((tmp_path / "b" / "01_args.json").read_text())
     (tmp_path / "b" / "01_args.json").write_text(json.dumps({**first, "task": "math"}))
     stops(capsys, evaluation, "task", runs=runs, run=str(tmp_path / "new"))
+    (tmp_path / "b" / "01_args.json").write_text(json.dumps(first))
+    result = json.loads((tmp_path / "b" / "eval.json").read_text())
+    result["policies"]["baseline"] = result["policies"]["sft"]
+    (tmp_path / "b" / "eval.json").write_text(json.dumps(result))
+    stops(capsys, evaluation, "opponent", runs=runs, run=str(tmp_path / "new"))
     (tmp_path / "a" / "ppo_token.csv").write_text("update,episodes\n1,x\n")
     capsys.readouterr()
     with pytest.raises(SystemExit):
