@@ -1693,7 +1693,7 @@ def combine(args):
     header = ["policy", "win rate, %", "right, %", "area, %", "episodes"]
     flat = {name: {"win_rate": row["win_rate"]["mean"], "sd": row["win_rate"]["sd"]} for name, row in
             summary.items()}
-    answers = headline(flat, differences, "its opponent")
+    answers = headline(flat, differences, "the SFT policy" if tasks[0][3] == "sft" else "the baseline")
     pairs = [[f"{row['a']} − {row['b']}", verdict_on(row)] for row in differences]
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "combined.json", json.dumps({
