@@ -959,23 +959,33 @@ def ask_judge(client, template, problems, answers, opponent, known, run):
     return verdicts, counts, agreed
 
 
-def judge_report(name, counts, agreed, compared, known):
-    """The numbers of eval.json on an LLM judge, and the sentences that say them. agreed of compared pairs
-    have the same verdict by the LLM and by what is known, the oracle or the final answer (None: nothing)."""
-    share = lambda part, whole: part / whole if whole else None
-    numbers = {"model": name, **{key: counts[key] for key in ("asked", "judged", "disagreed", "one", "none")},
+def share(part, whole):
+    """part of whole, from 0 to 1; None of nothing."""
+    return part / whole if whole else None
+
+
+def judge_report(client, counts, agreed, kind):
+    """The numbers of eval.json on an LLM judge, and the sentences that say them. counts: of llm_verdicts, by
+    policy; agreed: whether each verdict is that of what is known, the oracle or the final answer (kind)."""
+    counts, tokens = sum(counts.values(), Counter()), client.tokens
+    print(f"verdicts by {client.name}: {tokens['prompt']} prompt tokens and {tokens['answer']} answer tokens "
+          "used")
+    numbers = {"model": client.name,
+               **{key: counts[key] for key in ("asked", "judged", "disagreed", "one", "none")},
                "position_bias": share(counts["disagreed"], counts["judged"]),
                "first_shown": share(counts["first"], counts["first"] + counts["second"]),
-               "agreement": share(agreed, compared)}
-    text = (f"the LLM {name}, asked in both orders. Position bias: {percent(numbers['position_bias'])} of "
-            f"{counts['judged']} pairs hang on the order and count as ties; the response shown first was "
-            f"preferred in {percent(numbers['first_shown'])} of the verdicts")
+               "agreement": share(sum(agreed), len(agreed)), "tokens": tokens}
+    text = (f"the LLM {client.name}, asked in both orders. Position bias: "
+            f"{percent(numbers['position_bias'])} of {counts['judged']} pairs hang on the order and count as "
+            f"ties; the response shown first was preferred in {percent(numbers['first_shown'])} of the "
+            "verdicts")
     if counts["one"] or counts["none"]:
         text += (f". Left out: {counts['one']} pairs with a verdict in one order only, {counts['none']} in "
                  f"none{faults_in(counts)}")
-    if known:
-        text += f". It agrees with {known} on {percent(numbers['agreement'])} of {compared} pairs"
-    return numbers, text
+    if kind:
+        known = {"oracle": "the oracle", "answer": "the final answer"}[kind]
+        text += f". It agrees with {known} on {percent(numbers['agreement'])} of {len(agreed)} pairs"
+    return {"llm_judge": numbers}, text
 
 
 # --- Evaluation --------------------------------------------------------------------------------------------
@@ -1065,7 +1075,8 @@ def convergence_of(policies, logs, threshold):
     best = policies.get("ppo_sequence", {}).get("best_accuracy")
     horizon = max((log[-1]["episodes"] for log in logs.values() if log), default=1)
     found = {}
-    for name, log in logs.items():
+    for name in policies:
+        log = logs.get(name, [])
         reached = [first_update_at(log, level) if level is not None else None for level in (best, threshold)]
         episodes = [int(row["episodes"]) if row else None for row in reached]
         found[name] = {"accuracy_area": accuracy_area(log, policies["sft"]["accuracy"], horizon),
@@ -1534,7 +1545,8 @@ def before_after(problems, answers, results, opponent, tokenizer, most):
     names = names or [name for name in responses if name not in ("sft", "baseline")][:3]
     order = sorted(range(len(problems)), key=lambda k: (
         responses[names[-1]][k] == responses[opponent][k], results[names[-1]][k] in (None, 0.5), k))
-    out = []
+    out = ["<p class=soft>The minimal edit from the opponent's response to the policy's: <del>out</del> "
+           "<ins>in</ins>.</p>"]
     for k in sorted(order[:most]):
         lines = [f"<b>prompt</b><span class=r>{safe(plain(problems[k]['prompt']))}</span>",
                  f"<b>{opponent}</b><span class=r>"
@@ -1624,15 +1636,16 @@ def settings_of(runs):
     return "".join(out)
 
 
-def policy_table(policies):
-    """The numbers of eval.json, one row a policy."""
+def policy_table(policies, sentences):
+    """The numbers of eval.json, one row a policy, and below them the judge and the checks in sentences."""
     number = lambda x, form: "–" if x is None else format(x, form)
     rows = [[html.escape(name), percent(row["win_rate"]), interval_plot(row), percent(row["accuracy"]),
              number(row["wrong_steps_per_response"], ".2f"), number(row["kl_to_ref"], ".2f"),
              percent(row["accuracy_area"]), number(row["episodes_to_threshold"], ",")]
             for name, row in policies.items()]
-    return table(["policy", "win rate", "95 % interval", "right", "wrong steps", "KL, nats",
-                  "area under curve", "episodes to threshold"], rows)
+    header = ["policy", "win rate", "95 % interval", "right", "wrong steps", "KL, nats", "area under curve",
+              "episodes to threshold"]
+    return table(header, rows) + "".join(f"<p class=soft>{html.escape(text)}</p>" for text in sentences)
 
 
 # --- Several seeds -----------------------------------------------------------------------------------------
@@ -1781,8 +1794,6 @@ def main(args):
     paths = find_policies(run, args)
     policy_path = Path(args.policy or run / "policy")
     opponent = "baseline" if args.baseline else "sft"
-    entries = [("sft", policy_path)] + ([("baseline", Path(args.baseline))] if args.baseline else [])
-    entries += [(path.name, path) for path in paths]
     chat = any(isinstance(problem["prompt"], list) for problem in problems)
     tokenizer = open_tokenizer(args.policy or policy_path, chat)
     reference = open_model(AutoModelForCausalLM, args.policy or policy_path, args.dtype)
@@ -1798,21 +1809,19 @@ def main(args):
         responses = references.ids if references else []
         judged = [len(problem["prompt_ids"]) + len(ids) for problem, ids in zip(problems, responses)]
         check_context(judge_model, f"{run}/reward_{kind}", max([longest, *judged]))
+    entries = [("baseline", Path(args.baseline))] if args.baseline and not references else []
+    entries += [(path.name, path) for path in paths]
     trained = [run / f"reward_{name}" for name in ("token", "sequence", "generative")]
-    folders = [path for name, path in entries[1:] if name != "baseline" or references is None]
-    for path in folders + [path for path in trained if path.is_dir()]:
+    for path in [path for _, path in entries] + [path for path in trained if path.is_dir()]:
         same_vocabulary(path, tokenizer, policy_path)
-    logs = {name: read_log(path.parent / f"{name}.csv") if path in paths else [] for name, path in entries}
+    logs = {path.name: read_log(path.parent / f"{path.name}.csv") for path in paths}
     if not args.human_eval:
         start_stage(args, "04")
 
     # every policy answers every prompt, the SFT policy and the opponent first
     prompts = [problem["prompt_ids"] for problem in problems]
-    answers = {}
-    for name, path in tqdm(entries, desc="policies", unit="policy"):
-        if name == "baseline" and references:
-            answers[name] = references
-            continue
+    answers = {"baseline": references} if references else {}
+    for name, path in tqdm([("sft", policy_path), *entries], desc="policies", unit="policy"):
         model = reference
         if name != "sft":
             model = fit(open_model(AutoModelForCausalLM, path, args.dtype), tokenizer).to(args.device)
@@ -1831,7 +1840,7 @@ def main(args):
     # who wins: verdicts prompt by prompt against the opponent
     scores = {name: judged_scores(kind, judge_model, given, problems, tokenizer, args)
               for name, given in answers.items()}
-    policies = {name: measure(given, kind, scores[name], problems, logs[name])
+    policies = {name: measure(given, kind, scores[name], problems, logs.get(name, []))
                 for name, given in answers.items()}
     verdicts = {}
     if kind:
@@ -1841,15 +1850,9 @@ def main(args):
     if args.judge:
         client = LlmClient(args, run / "llm_verdicts.jsonl", "LLM verdicts")
         verdicts, counts, agreed = ask_judge(client, template, problems, answers, opponent, verdicts, run)
-        known = {"oracle": "the oracle", "answer": "the final answer"}.get(kind)
-        numbers, judge_text = judge_report(args.llm_model, sum(counts.values(), Counter()), sum(agreed),
-                                           len(agreed), known)
-        llm_judge = {"llm_judge": {**numbers, "tokens": client.tokens}}
+        llm_judge, judge_text = judge_report(client, counts, agreed, kind)
         for name, count in counts.items():
-            bias = count["disagreed"] / count["judged"] if count["judged"] else None
-            policies[name]["position_bias"] = bias
-        print(f"verdicts by {args.llm_model}: {client.tokens['prompt']} prompt tokens and "
-              f"{client.tokens['answer']} answer tokens used")
+            policies[name]["position_bias"] = share(count["disagreed"], count["judged"])
     results = {name: [None if x is None else x - 1 for x in given] for name, given in verdicts.items()}
     convergence = convergence_of(policies, logs, args.threshold)
     policies = {name: {**win_rate(verdicts[name], args.seed), **row, **convergence[name]}
@@ -1872,13 +1875,10 @@ def main(args):
     headlines = headline(policies, differences, "the SFT policy" if opponent == "sft" else args.baseline)
     histograms = "".join(histogram(kind, several) for kind, several in split.items() if several["kept"])
     write_text(run / "report.html", page("Token-level reward: who wins", headlines, warnings, {
-        "All policies": policy_table(policies) + "".join(
-            f"<p class=soft>{html.escape(sentence)}</p>" for sentence in sentences),
+        "All policies": policy_table(policies, sentences),
         "Learning curves": learning_curves({name: [log] for name, log in logs.items() if log}),
         "Reward heat map": heat_map(rows, rewards, args.examples),
-        "Before and after": "<p class=soft>The minimal edit from the opponent's response to the policy's: "
-        "<del>out</del> <ins>in</ins>.</p>"
-        + before_after(problems, answers, results, opponent, tokenizer, args.examples),
+        "Before and after": before_after(problems, answers, results, opponent, tokenizer, args.examples),
         "Rewards of kept and changed tokens": histograms or "<p>No token rewards to show.</p>",
         "Where the reward models err": error_section(errors, rows),
         "Settings": settings_of([run])}))

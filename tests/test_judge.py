@@ -5,6 +5,7 @@ import shutil
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import KEY
@@ -47,7 +48,9 @@ def test_both_orders_have_to_agree(evaluation):
     # w wins in both orders, l loses, x hangs on the order, t ties, h has one verdict, n none, m a tie and a win
     assert verdicts == [2, 1, 1.5, 1.5, None, None, 1.5, 1.5] and sorted(judge.asked) == sorted(answers)
     assert counts == Counter(asked=7, judged=5, disagreed=2, one=1, none=1, first=5, second=3)
-    numbers, text = evaluation.judge_report("m", counts, 3, 4, "the oracle")
+    client = SimpleNamespace(name="m", tokens=Counter())
+    report, text = evaluation.judge_report(client, {"ppo_token": counts}, [True, True, True, False], "oracle")
+    numbers = report["llm_judge"]
     assert (numbers["position_bias"], numbers["first_shown"], numbers["agreement"]) == (0.4, 5 / 8, 0.75)
     assert "40.0 % of 5 pairs" in text and "1 pairs with a verdict in one order" in text and "75.0 % of 4" in text
 
