@@ -31,7 +31,7 @@ Reads:  RUN/policy/  RUN/edits.jsonl
 Writes: RUN/reward_token/  RUN/reward_sequence/  RUN/reward_generative/  RUN/reward_metrics.json
         RUN/02_args.json
 
-    python 02_reward_model.py             about 3 minutes on two CPU cores (no GPU was at hand to measure)
+    python 02_reward_model.py             3 to 4 minutes on two CPU cores (no GPU was at hand to measure)
 """
 
 import json
