@@ -26,7 +26,8 @@ objective), B6 (imitation), B7 (total), B8 (recipe), E1 (alignment).
 
 Simplified against the papers:
   1. The value model is a second model beside the policy, started from the SFT policy in both runs.
-  2. Rewards are divided by the standard deviation of a response's total reward (stage 2 measured it).
+  2. Rewards are divided by the standard deviation of a response's total reward (stage 2 measured it); the
+     sequence reward is centred first, because A6 knows it only up to a constant.
   3. RLMEC takes one sample a problem, and its rewrites are the GRM's likeliest ones.
 
 Reads:  RUN/policy/  RUN/problems.jsonl  RUN/reward_*/  RUN/reward_metrics.json
