@@ -1,295 +1,330 @@
-"""A1: the built-in tasks and their oracle, sampled pairs, gates, files; data of one's own."""
+"""Stage 1. E1: the minimum edit. A1, B1: tasks, the rule of right, editors, gates, data, input."""
 
 import json
 import random
+import re
 import shutil
-from collections import Counter
+import timeit
+from collections import Counter, defaultdict
+from itertools import product
+from os.path import commonprefix
+from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+@pytest.fixture
+def one(stages):
+    return stages[1]
 
-def rows_of(path):
+@pytest.fixture
+def stage(one, tiny_run, tmp_path, capsys):
+    """Run stage 1 on rows of data, or on a task of 13 prompts without SFT; edits.jsonl, printed."""
+    def call(data=None, **flags):
+        args = {"train_prompts": 8, "test_prompts": 4, "sft_steps": 0, "hidden_size": 8}
+        if data:
+            args = {"data": str(tmp_path / "data"), "model": str(tiny_run / "policy")}
+            (tmp_path / "data").write_text("".join(json.dumps(row) + "\n" for row in data))
+        args = {"run": str(tmp_path / "new"), "max_edit_share": 1.0, **args, **flags}
+        one.main(one.Args(**args))
+        return read(Path(args["run"]) / "edits.jsonl"), capsys.readouterr().out
+    return call
+
+def read(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
+def apply(ops, a, b):
+    """The operations make this out of a; tokens that they bring in come from b."""
+    a = list(a)
+    for op, i, j in reversed(ops):
+        a[i:i + (op != "insert")] = b[j:j + (op != "delete")]
+    return a
 
-@pytest.mark.parametrize("response, wrong_steps, answer_right", [
-    ("3+2=5;-1=4;+4=8;-6=2", 0, True),
-    ("3+2=6;-1=5;+4=9;-6=3", 4, False),         # an error is carried through
-    ("3+2=5;-1=4;+4=8;-6=3", 1, False),
-    ("3+2=5;-1=4;-6=2", 1, True),               # a step left out
-    ("3+2=5;-1=4;+4=8;-6=2;-6=2", 1, True),     # a step too many
-    ("", 4, False),
-    ("no calculation at all", 4, False),        # what does not parse is wrong, never an error
+def plain_distance(a, b):
+    """The textbook table, row by row."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        last, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (x != y)))
+    return row[-1]
+
+@pytest.mark.parametrize("a, b, ops", [
+    ("kitten", "sitting", [["replace", 0, 0], ["replace", 4, 4], ["insert", 6, 6]]),
+    ("abc", "XYabc", [["insert", 0, 0], ["insert", 0, 1]]), ("aXbc", "abc", [["delete", 1, 1]]),
+    ("ab", "", [["delete", 0, 0], ["delete", 1, 0]]), ("", "a", [["insert", 0, 0]]),
+    ("aab", "ab", [["delete", 1, 1]]), ("abc", "abc", []), ("", "", []),
 ])
-def test_oracle_of_math(edit_data, response, wrong_steps, answer_right):
-    assert edit_data.judge(response, {"solutions": ["3+2=5;-1=4;+4=8;-6=2"]}) == (wrong_steps, answer_right)
+def test_ops_by_hand(one, a, b, ops):
+    assert one.edit_ops(a, b) == ops
 
-
-def test_judge_by_rules(edit_data):
-    problem = {"rules": [r"\bsad\b", "(a|b)c"], "solution": "x"}
-    assert edit_data.judge("sad, sadly sad: ac", problem) == (3, False)
-    assert edit_data.judge("glad", problem) == (0, True) and edit_data.right("glad", problem)
-    assert not edit_data.right("sad x", problem)                     # the rules decide, not the final answer
-
-
-@pytest.mark.parametrize("task_name", ["math", "qa"])
-def test_task_knows_solutions_errors_and_corrections(edit_data, task_name):
-    task = {"math": edit_data.Math, "qa": edit_data.Qa}[task_name](1)
+def test_ops_are_a_shortest_path_and_the_distance_is_a_metric(one):
     rng = random.Random(0)
-    operations = Counter()
-    right = 0
+    words = [rng.choices("abc", k=rng.randint(0, 10) if k < 20 else 150) for k in range(23)]
+    distance = {}
+    for (x, a), (y, b) in product(enumerate(words), repeat=2):
+        ops = one.edit_ops(a, b)
+        assert apply(ops, a, b) == b and len(ops) == plain_distance(a, b)
+        in_a, in_b = ({o[k] for o in ops if o[0] != op} for k, op in ((1, "insert"), (2, "delete")))
+        assert [x for i, x in enumerate(a) if i not in in_a] \
+            == [x for j, x in enumerate(b) if j not in in_b]           # kept tokens, in their order
+        start = len(commonprefix([a, b]))
+        assert ops == [] if a == b else ops[0][1:] == [start, start]   # where the two part
+        distance[x, y] = len(ops)
+    assert all(distance[y, x] == d and all(distance[x, z] <= d + distance[y, z] for z in range(23))
+               for (x, y), d in distance.items())
+
+def test_ten_times_faster_than_the_plain_programme(one):
+    rng = random.Random(0)
+    a = rng.choices(range(1000), k=512)
+    b = [rng.randrange(1000) if rng.random() < 0.1 else token for token in a]
+    seconds = [[timeit.timeit(lambda: function(a, b), number=1)        # in turn, under one load
+                for function in (plain_distance, one.edit_ops)] for _ in range(7)]
+    plain, ours = map(min, zip(*seconds))
+    assert plain > 10 * ours
+
+def test_ops_agree_with_the_errors_that_humans_marked(one, shared):
+    """All 487 edits by words. The minimum edits that agree best have only 0.865 and 0.923."""
+    total = Counter()
+    for row in [row for row in read(shared / "data/qa_feedback.jsonl") if row["edited"]]:
+        words = list(re.finditer(r"\S+", row["response"]))
+        ops = one.edit_ops([word[0] for word in words], row["edited"].split())
+        ours = {i for op, i, j in ops if op != "insert"}
+        human = {k for k, word in enumerate(words) if any(
+            word.start() < s["end"] and word.end() > s["start"] for s in row["error_spans"])}
+        total.update(hits=len(ours & human), called=len(ours), marked=len(human))
+    assert total["hits"] > 0.85 * total["called"] and total["hits"] > 0.91 * total["marked"]
+
+@pytest.mark.parametrize("text, answer", [
+    ("12 + 3 = 15", "15"), ("It costs $1,200.00.", "1200"), ("#### 7", "7"), ("x = 3-5", "5"),
+    ("The answer is -5. Or 6?", "-5"), ("The answer is 3. No, the answer is: 4, not 5", "4"),
+    ("The answer is 1/2.", "1/2"), ("The answer is 12:30", "12:30"), ("3.14", "3.14"),
+    ("2 of them.\nThe answer is Paris.\nYes", "Paris"), ("", ""), ("100", "100"), ("50%", "50"),
+])
+def test_final_answer(one, text, answer):
+    assert one.final_answer(text) == answer
+
+TAPE = ["3+2=5;-1=4;+4=8;-6=2"]
+MATH = {"solutions": TAPE, "answer": "2"}
+QA = {"solutions": [" A makes tea. B is in Rome.", " A makes tea. So B lives in Rome."]}
+RULES = {"rules": [r"\bsad\b", "(a|b)c"], "answer": "5"}             # rules go before the answer
+@pytest.mark.parametrize("text, problem, wrong", [
+    ("3+2=5;-1=4;+4=8;-6=2", MATH, 0), ("3+2=6;-1=5;+4=9;-6=3", MATH, 4), ("", MATH, 4),
+    ("3+2=5;-1=4;-6=2", MATH, 1), ("3+2=5;-1=4;+4=8;-6=2;-6=2", MATH, 1), (" A makes soap.", QA, 2),
+    (" A makes tea. B is in Rome.", QA, 0), (" A makes tea. So B lives in Rome.", QA, 0),
+    (" A is. So B lives in Rome.", QA, 1), ("sad, sadly sad: ac", RULES, 3), ("glad 6", RULES, 0),
+    ("9 is right. The answer is 5", {"answer": "$5.00"}, 0), ("5 or 6", {"answer": "5"}, 1),
+    ("The answer is 30", {"answer": "12:30"}, 1), ("The answer is 1", {"answer": "1/2"}, 1),
+])
+def test_wrong_steps_by_hand(one, text, problem, wrong):
+    assert one.wrong_steps(text, True, problem) == wrong
+    assert one.wrong_steps(text, False, problem) == wrong + 1          # not ended is never right
+    assert one.wrong_steps(text, True, {"rules": []}) is None          # nobody knows
+
+def test_right_is_what_the_labels_of_gsm8k_say(one, shared):
+    rows = read(shared / "data" / "gsm8k_model_solutions.jsonl")
+    right = [one.wrong_steps(row["response"], True, row) == 0 for row in rows]
+    assert len(rows) == 5276 and right == [row["is_correct"] for row in rows]
+    assert not any(one.wrong_steps(row["solution"], True, row) for row in rows)
+
+@pytest.mark.parametrize("name", ["Math", "Qa"])
+def test_tasks(one, name):
+    rng, task = random.Random(0), getattr(one, name)(1)
+    right, ops = 0, Counter()
     for _ in range(300):
         problem = task.problem(rng)
-        assert problem["solution"] == problem["solutions"][0] and problem["answer"] in problem["solution"]
-        assert all(edit_data.judge(solution, problem) == (0, True) for solution in problem["solutions"])
-        demonstration = task.demonstration(problem, rng)
-        correction = edit_data.nearest(demonstration, problem["solutions"])
-        distance = edit_data.edit_distance(demonstration, correction)
-        assert distance == min(edit_data.edit_distance(demonstration, s) for s in problem["solutions"])
-        assert (distance == 0) == (edit_data.judge(demonstration, problem)[0] == 0)
-        right += distance == 0
-        words = [text.replace(".", " .").split() for text in (demonstration, correction)]
-        runs = [op for op, i, j in edit_data.align(*words) if op != "keep"]
-        operations.update(runs)
-    assert 0.3 < right / 300 < 0.6                                    # demonstrations err as a real policy does
-    if task_name == "qa":
-        assert all(operations[op] > 20 for op in ("replace", "delete", "insert"))
+        wrong = [one.wrong_steps(text, True, problem) for text in problem["solutions"]]
+        assert wrong == {"Math": [0], "Qa": [0, 0, 0, 0]}[name]
+        text = task.demonstration(problem, rng)
+        right += not one.wrong_steps(text, True, problem)
+        words = [re.findall(r"\w+|\S", t) for t in (text, *problem["solutions"])]
+        ops.update(op for op, i, j in min((one.edit_ops(words[0], w) for w in words[1:]), key=len))
+        assert not re.search(r"\d\d", problem["prompt"] + text)        # digits stay single
+        assert name == "Qa" or re.fullmatch(r"\d([+-]\d=\d;?){4}", text)
+    assert 80 < right < 220 and len(ops) == {"Math": 1, "Qa": 3}[name] and min(ops.values()) > 20
 
+# --- A1, B1: rows, editors, gates ---
+def check_row(one, row, tokenizer):
+    """What contract.md says of every row with an edit."""
+    ops, names = row["edit_ops"], ("rejected", "edited", "chosen")
+    for name, column in zip(names, ("rejected_ids", "edited_ids", "chosen_token_ids")):
+        text, ids = one.plain(row, name), row[column]
+        ended = bool(ids) and ids[-1] == tokenizer.eos_token_id
+        assert ids == (None if text is None else one.encode_response(text, ended, tokenizer))
+    assert apply(ops, row["rejected_ids"], row["edited_ids"]) == row["edited_ids"]
+    assert len(ops) == plain_distance(row["rejected_ids"], row["edited_ids"])
+    assert row["edit_distance"] == len(ops) and not {"margin", "chosen_ids"} & set(row)
+    assert row["first_error"] == (ops[0][1] if ops and ops[0][0] != "insert" else None)
 
-def test_math_values_stay_single_digits_and_errors_carry_on(edit_data):
-    rng = random.Random(0)
-    for _ in range(200):
-        problem = edit_data.Math(1).problem(rng)
-        for text in (problem["solution"], edit_data.Math(1).demonstration(problem, rng)):
-            value = text[0]
-            for step in text.split(";"):
-                operation = step.lstrip("0123456789")[:2] if step[0].isdigit() else step[:2]
-                assert len(step.split("=")[1]) == 1
-                assert operation in problem["prompt"]
-            assert value == problem["prompt"][0]
-    # 5-2=4 is the error; the next step goes on from 4
-    assert edit_data.calculate(4, [("+", 3)]) == "4+3=7"
+def test_rows_of_the_tiny_run(one, tiny_run):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run / "policy")
+    rows, samples = read(tiny_run / "problems.jsonl"), defaultdict(list)
+    assert Counter(row["split"] for row in rows) == {"train": 60, "test": 40, "val": 10}
+    assert len({row["prompt"] for row in rows}) == 110                 # the splits are disjoint
+    problems = {row["id"]: row for row in rows}
+    for row in read(tiny_run / "edits.jsonl"):
+        check_row(one, row, tokenizer)
+        problem, ended = problems[row["id"]], row["rejected_ids"][-1] == tokenizer.eos_token_id
+        assert all(row[name] == problem[name] for name in ("split", "prompt", "prompt_ids"))
+        assert row["edited"] in problem["solutions"] and row["editor"] == "oracle"
+        samples[row["id"]].append((one.wrong_steps(row["rejected"], ended, problem), row))
+    assert samples.keys() == problems.keys()
+    for (wrong, row), (other_wrong, other) in samples.values():        # every sample has its row
+        better, worse = (row, other) if wrong < other_wrong else (other, row)
+        assert better["chosen"] is None and (wrong == 0) == (row["edit_ops"] == [])
+        names = ["rejected", "rejected_ids"] if wrong != other_wrong else ["chosen", "chosen"]
+        assert [worse["chosen"], worse["chosen_token_ids"]] == [better[name] for name in names]
+    assert any(row["chosen"] for pair in samples.values() for _, row in pair)
 
+@pytest.mark.parametrize("text, texts, name, result", [
+    ("3+2=6;-1=4;+4=8;-6=2", TAPE, "oracle", ("replace", 4, 1)), (*TAPE, TAPE, "m", (None,) * 3),
+    ("3+2=5;-1=4;+4=8;-6=3", TAPE, "m", ("replace", 19, 4)),
+    ("3+2=5;-1=4;-6=2", TAPE, "m", ("insert", None, 3)),               # a gap stands nowhere
+    ("3+2=5;-1=4;+4=8;-6=2-", TAPE, "m", ("delete", 20, 4)), ("3+2", [], "m", "editor: no edit"),
+    ("3+2", ["3+2"], "m", "gate: the edit changes nothing"), ("3", [], "human", "editor: no edit"),
+    ("9", TAPE, "m", "gate: the edit changes more than 80%"),
+    ("3+2=5;-1=4;+4=8;-6=3", ["3+2=5;-1=4;+4=8;-6=4"], "m", "gate: the edit is not better"),
+])
+def test_first_error_step_and_gates(one, text, texts, name, result):
+    tokenizer = one.small_policy(["0123456789+-=;"], one.Args(hidden_size=8))[1]
+    problem = {**MATH, "id": "a", "split": "train", "prompt": "3+2-1+4-6=", "prompt_ids": [3]}
+    wrong = one.wrong_steps(text, True, problem)
+    response = {"rejected": text, "ended": True, "chosen": None, "wrong": wrong}
+    row = one.edit_row(problem, response, texts, name, one.Args(), tokenizer)
+    if isinstance(row, dict):
+        check_row(one, row, tokenizer)
+        (op, *_), *_ = row["edit_ops"] or [[None]]
+        row = op, row["first_error"], row["first_wrong_step"]
+    assert row == result
 
-def test_splits_are_disjoint_and_without_duplicates(tiny_run):
-    problems = rows_of(tiny_run / "problems.jsonl")
-    assert len({problem["prompt"] for problem in problems}) == len(problems) == 90
-    assert Counter(problem["split"] for problem in problems) == {"train": 60, "val": 10, "test": 20}
-    split = {problem["prompt"]: problem["split"] for problem in problems}
-    assert all(split[row["prompt"]] == row["split"] for row in rows_of(tiny_run / "edits.jsonl"))
+@pytest.mark.parametrize("editor", ["oracle", "nearest"])
+def test_right_samples_are_rows_in_proportion(one, stage, monkeypatch, editor):
+    def samples(model, prompts, tokenizer, limit, args):         # right, wrong, right, junk
+        for k, ids in enumerate(prompts):
+            first, *operations = map(int, re.findall(r"[+-]?\d", tokenizer.decode(ids)))
+            text = one.Math(1).tape(first, operations)
+            text = [text, text[:-1] + str((int(text[-1]) + 1) % 10), text, ";;;;"][k % 4]
+            yield one.encode_response(text, True, tokenizer)
+    monkeypatch.setattr(one, "generate", samples)
+    rows, shown = stage(editor=editor, train_prompts=175, test_prompts=20, max_edit_share=0.8)
+    right, edits = ([row for row in rows if bool(row["edit_ops"]) == b] for b in (False, True))
+    assert len(edits) == 100 and "dropped 100: gate: the edit changes more than 80%" in shown
+    assert 70 < len(right) < 130                     # 200, and half of the edits could be used
+    assert all(row["edited"] == row["rejected"] and row["chosen"] is None for row in right)
+    assert all(row["edit_ops"] == [["replace", 19, 19]] for row in edits)
+    assert all(row["chosen"] == row["edited"] and row["editor"] == editor for row in edits)
 
+def test_rules_edit_samples_of_prompts_alone(one, stage, tmp_path, monkeypatch):
+    samples = [(" tea and soap", False), (" soap", True), (" tea", True)]
+    monkeypatch.setattr(one, "generate", lambda model, prompts, tokenizer, *rest: [
+        one.encode_response(*samples[k % 3], tokenizer) for k in range(len(prompts))])
+    (tmp_path / "rules").write_text("# a comment\nsoap\tsalt\n\nwine\tcheese\n")
+    data = [{"prompt": f"Ada {name}"} for name in one.PEOPLE]
+    rows, _ = stage(data, editor=f"rules:{tmp_path / 'rules'}", samples=3)
+    assert Counter((row["rejected"], row["edited"], 2 in row["edited_ids"]) for row in rows) == {
+        (" tea and soap", " tea and salt", False): 30, (" soap", " salt", True): 30}   # one ended
+    assert {(row["chosen"], row["editor"]) for row in rows} == {(" tea", "rules")}
+    assert all(p["rules"] == ["soap", "wine"] for p in read(tmp_path / "new" / "problems.jsonl"))
 
-def test_rows_of_edits_follow_the_contract(edit_data, tiny_run):
-    tokenizer = edit_data.open_tokenizer(tiny_run / "policy")
-    rows = rows_of(tiny_run / "edits.jsonl")
-    assert rows
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+@pytest.mark.parametrize("columns, editor, chosen, edited", [
+    ({"chosen": " tea", "rejected": " soap", "edited": " salt"}, "human", " tea", " salt"),
+    ({"chosen": " tea", "rejected": " soap"}, "human", " tea", None),
+    ({"chosen": " tea", "rejected": " soap", "answer": "5"}, "human", " tea", None),
+    ({"response": " soap", "edited": " salt"}, "human", " salt", " salt"),
+    ({"solution": " It tea", "answer": "It tea", "response": " soap"}, "nearest", None, " It tea"),
+])
+def test_shapes_of_data(one, stage, tiny_run, tmp_path, chat, columns, editor, chosen, edited):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_run / "policy")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\nA:{% endfor %}"
+    tokenizer.save_pretrained(shutil.copytree(tiny_run / "policy", tmp_path / "model"))
+    wrap = lambda text: [{"role": "assistant", "content": text}] if chat and text else text
+    columns = {name: text if name == "answer" else wrap(text) for name, text in columns.items()}
+    prompt = [{"role": "user", "content": "What"}] if chat else "What"
+    rows, _ = stage([{"prompt": prompt, **columns}] * 3, model=str(tmp_path / "model"))
+    assert sorted(row["split"] for row in rows) == ["test", "train", "val"]     # split by row
     for row in rows:
-        assert {"id", "split", "prompt", "chosen", "rejected", "edited", "editor", "rejected_ids", "edited_ids",
-                "edit_ops", "edit_distance", "first_error"} <= set(row) and "margin" not in row
-        assert tokenizer.decode(row["rejected_ids"], skip_special_tokens=True) == row["rejected"]
-        assert row["edited_ids"][-1] == tokenizer.eos_token_id        # the end token is a response token
-        assert row["edit_distance"] == len(row["edit_ops"]) > 0
-        result = list(row["rejected_ids"])
-        for op, i, j in reversed(row["edit_ops"]):                    # the operations make edited from rejected
-            if op == "insert":
-                result.insert(i, row["edited_ids"][j])
-            elif op == "delete":
-                del result[i]
-            else:
-                result[i] = row["edited_ids"][j]
-        assert result == row["edited_ids"]
-        wrong = [i for op, i, j in row["edit_ops"] if op != "insert"]
-        assert row["first_error"] == (wrong[0] if wrong else None)
+        assert [row[name] for name in ("prompt", "chosen", "edited", "editor")] == [
+            prompt, wrap(chosen), wrap(edited), editor]
+        assert row["prompt_ids"] == tokenizer("What\nA:" if chat else "What").input_ids
+        assert row["rejected_ids"][-1] == tokenizer.eos_token_id
+        if edited:
+            check_row(one, row, tokenizer)
+        else:
+            assert row["edit_ops"] is row["edited_ids"] is row["edit_distance"] is None
 
+def test_nearest_on_gsm8k(one, stage, shared):
+    data = [row for row in read(shared / "data/gsm8k_model_solutions.jsonl")
+            if len(row["prompt"] + max(row["solution"], row["response"], key=len)) < 300][:80]
+    model = str(shared / "models" / "stories260K")
+    rows, shown = stage([*data, {**data[0], "answer": "no such"}], model=model)
+    assert "dropped 1: row: its solution does not end in its answer" in shown
+    right = {}
+    for row in data:
+        texts = right.setdefault(row["prompt"], [row["solution"]])
+        texts += [row["response"]] * row["is_correct"]
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for row in rows:
+        check_row(one, row, tokenizer)
+        texts = right[row["prompt"]]
+        assert row["prompt_ids"] == tokenizer(row["prompt"]).input_ids     # begins with <s>
+        assert row["edited"] in texts and row["editor"] == "nearest"
+        assert len(row["edit_ops"]) == min(plain_distance(
+            row["rejected_ids"], one.encode_response(text, True, tokenizer)) for text in texts)
+        assert row["chosen"] in (texts[1:] if row["edit_ops"] and texts[1:] else [None])
+    assert sum(row["edit_ops"] != [] for row in rows) == sum(not row["is_correct"] for row in data)
+    assert 20 <= len(right) == len({(row["prompt"], row["split"]) for row in rows})   # by prompt
 
-def test_gates_drop_and_count(edit_data):
-    pair = {"id": "a", "split": "train", "prompt": "p", "chosen": "c", "rejected": "1;2;3", "edited": "1;2;4",
-            "prompt_ids": [1], "preferred_ids": [2], "rejected_ids": [5, 6, 7, 2], "edited_ids": [5, 6, 8, 2],
-            "solutions": ["1;2;4"]}
-    drop = Counter()
-    row = edit_data.edit_row(pair, "oracle", 0.5, None, drop)
-    assert row["edit_ops"] == [["replace", 2, 2]] and row["first_error"] == 2 and not drop
-    assert edit_data.edit_row(pair, "oracle", 0.2, None, drop) is None                             # too large a share
-    assert edit_data.edit_row({**pair, "edited_ids": [5, 6, 7, 2]}, "oracle", 0.5, None, drop) is None     # no change
-    assert edit_data.edit_row({**pair, "edited": "9;2;3"}, "oracle", 0.5, None, drop) is None      # not better
-    assert sum(drop.values()) == 3 and all(reason.startswith("gate") for reason in drop)
-    without = edit_data.edit_row({**pair, "edited": None, "edited_ids": None}, "human", 0.5, None, drop)
-    assert without["edit_ops"] is None and without["preferred_ids"] == [2]
+def test_human_edits_of_qa_feedback(one, stage, shared):
+    model, data = str(shared / "models/stories260K"), read(shared / "data/qa_feedback.jsonl")[:12]
+    rows, shown = stage(data, model=model)
+    assert sum(not row["edited"] for row in data) == 2 and "dropped 2: editor: no edit" in shown
+    assert len(rows) == 12 - sum(map(int, re.findall(r"^dropped (\d+)", shown, re.M))) > 5
+    texts = {(row["prompt"], row["response"], row["edited"], "human") for row in data}
+    for row in rows:
+        check_row(one, row, AutoTokenizer.from_pretrained(model))
+        assert (row["prompt"], row["rejected"], row["edited"], row["editor"]) in texts
 
-
-def test_a_careless_editor_misses_an_error_or_changes_a_token(edit_data):
-    _, tokenizer = edit_data.small_policy(["0123456789+-=;"], edit_data.Args(hidden_size=8, layers=1))
-    encode = lambda text: edit_data.encode_response(tokenizer, text)
-    pair = {"rejected_ids": encode("1+1=3;+1=4"), "edited_ids": encode("1+1=2;+1=3"), "prompt": "1+1+1="}
-    rng = random.Random(0)
-    seen = Counter()
-    for _ in range(400):
-        worse = edit_data.spoil(pair, [3, 4, 5, 6], tokenizer, rng)
-        assert worse["editor"] == "careless" and worse["edited_ids"][-1] == tokenizer.eos_token_id
-        distance = edit_data.edit_distance(pair["edited_ids"], worse["edited_ids"])
-        missed = edit_data.edit_distance(pair["rejected_ids"], worse["edited_ids"]) == 1
-        assert distance <= 1                                          # one change at the most, maybe into itself
-        seen["missed" if missed else "needless"] += 1
-    assert 150 < seen["missed"] < 250 and pair["edited_ids"] == encode("1+1=2;+1=3")
-    for rejected, edited in (("1;2;3", "1;3"), ("1;3", "1;2;3")):     # a deletion and an insertion, both missed
-        pair = {"rejected_ids": encode(rejected), "edited_ids": encode(edited), "prompt": "p"}
-        results = [edit_data.spoil(pair, [3], tokenizer, rng)["edited_ids"] for _ in range(50)]
-        assert all(len(edit_data.align(pair["edited_ids"], ids)) >= len(ids) for ids in results)
-        assert max(edit_data.edit_distance(pair["edited_ids"], ids) for ids in results) == 1
-
-
-def test_worse_edits_reach_training_pairs_only(edit_data, tiny_run, tmp_path, capsys):
-    shutil.copytree(tiny_run / "policy", tmp_path / "run" / "policy")
-    args = json.loads((tiny_run / "01_args.json").read_text())
-    edit_data.main(edit_data.Args(**{**args, "run": str(tmp_path / "run"), "worse_edits": 0.5}))
-    rows = rows_of(tmp_path / "run" / "edits.jsonl")
-    careless = [row for row in rows if row["editor"] == "careless"]
-    assert {row["split"] for row in careless} == {"train"} and 5 < len(careless) < len(rows) - 5
-    assert f"{len(careless)}  of them with a worse edit" in capsys.readouterr().out
-
-
-def test_no_edit_gets_no_worse_edit(edit_data, tiny_run, tmp_path):
-    """The data size must not hang on --worse_edits."""
-    rows = [{"prompt": f"Q: What do Ada and {name} send?\nA:", "response": " Bob makes tea.",
-             "edited": " Bob makes tea." if k % 2 else " Bob makes soap."} for k, name in enumerate(edit_data.PEOPLE[:20])]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    edit_data.main(edit_data.Args(run=str(tmp_path / "run"), data=str(tmp_path / "data.jsonl"), worse_edits=1.0,
-                                  model=str(tiny_run / "policy"), max_edit_share=1.0))
-    assert all(row["prompt"] in {row["prompt"] for row in rows[::2]} for row in rows_of(tmp_path / "run" / "edits.jsonl"))
-
-
-def test_the_same_prompt_and_the_same_answer_in_other_clothes(edit_data, tmp_path):
-    """Keys in another order are the same message, 72 and "72" the same answer, and no id is no name."""
-    turned = [{"content": "Ada", "role": "user"}]
-    rows = [{"prompt": [{"role": "user", "content": "Ada"}], "solution": "It is 72", "answer": 72, "id": None},
-            {"prompt": turned, "solution": "It is 72", "answer": "72.0"}]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    shape, rows = edit_data.read_data(tmp_path / "data.jsonl", "", Counter())
-    assert [row["id"] for row in rows] == ["row-0", "row-1"]
-    assert len(edit_data.split_by_prompt(rows, edit_data.Args())) == 1
-
-
-@pytest.mark.parametrize("row, chosen, edited", [
-    ({"prompt": "p", "chosen": "good", "rejected": "bad"}, "good", None),
-    ({"prompt": "p", "chosen": "good", "rejected": "bad", "answer": "5"}, "good", None),
-    ({"prompt": "p", "response": "bad", "edited": "better", "solution": None}, "better", "better"),
-    ({"prompt": "p", "chosen": "good", "rejected": "bad", "edited": "better"}, "good", "better"),
-    ({"prompt": "p", "response": "bad", "edited": "better"}, "better", "better"),
-    ({"prompt": [{"role": "user", "content": "p"}], "chosen": [{"role": "assistant", "content": "good"}],
-      "rejected": [{"role": "assistant", "content": "bad"}]}, "good", None),
+# --- Bad input: exit status 2 and one line ---
+GOOD = {"prompt": "Ada", "response": " soap", "edited": " tea"}
+PAIR, SOLVED = GOOD | {"chosen": " tea", "rejected": " a"}, GOOD | {"solution": " 5", "answer": "6"}
+TSV, TASK = {"editor": "rules:rules"}, {"data": None, "train_prompts": 8, "test_prompts": 4}
+@pytest.mark.parametrize("data, flags, message", [
+    ([GOOD, "{oops"], {}, "line 2: "), ([GOOD, [1]], {}, "line 2: "), ([], {}, "no rows"),
+    ([{"edited": "a"}], {}, "line 1: .*'prompt'"), (None, {}, "No such file"),
+    ([GOOD, {"prompt": "a"}], {}, "2: .*'response'"), ([SOLVED], {}, "no row is left.* solution"),
+    ([PAIR, {"prompt": "a", "chosen": "b"}], {}, "line 2: .*'rejected'"),
+    ([SOLVED, {"prompt": "a", "answer": "5"}], {}, "line 2: .*'solution'"),
+    ([GOOD | {"prompt": 5}], {}, "`prompt` is no text"), ([GOOD | {"edited": 5}], {}, "`edited`"),
+    ([GOOD, GOOD | {"prompt": ""}], {}, "2: .*`prompt`"), ([GOOD], {"model": "/none"}, "/none"),
+    ([GOOD, GOOD | {"prompt": [{"role": "user"}]}], {}, "line 2: .*`prompt`"),
+    ([GOOD | {"prompt": [{"role": "user", "content": "a"}]}], {}, "line 1: .*chat template"),
+    ([GOOD], {"model": None}, "needs --model"), ([GOOD], {"editor": "oracle"}, "oracle: .*human"),
+    ([PAIR], {"editor": "nearest"}, "human llm"), ([GOOD], {"editor": "llm"}, "--llm_url"),
+    ([GOOD], {"editor": "magic"}, "magic"), ([GOOD], TSV | {"rules": "a b"}, "tab and"),
+    ([GOOD], TSV | {"rules": "(a\tb"}, "regular"), ([GOOD], TSV | {"rules": "a\t\\1"}, "regular"),
+    (None, TASK | {"editor": "human"}, "oracle"), (None, TASK | {"editor": "llm"}, "--llm_model"),
 ])
-def test_shapes_of_data(edit_data, tmp_path, row, chosen, edited):
-    path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    shape, (pair,) = edit_data.read_data(path, "", Counter())
-    assert (pair["chosen"], pair["rejected"], pair["edited"]) == (chosen, "bad", edited)
-
-
-SKY = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What colour is the sky?"}]
-BLUE, GREEN = [{"role": "assistant", "content": "It is blue."}], [{"role": "assistant", "content": "It is green."}]
-HH = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: What colour is the sky?\n\nAssistant:"
-
-
-@pytest.mark.parametrize("row, prompt, chosen, rejected", [
-    ({"prompt": "The sky is", "chosen": " blue.", "rejected": " green.", "score_chosen": 9.0, "margin": 1.0},
-     "The sky is", " blue.", " green."),
-    ({"chosen": "The sky is blue.", "rejected": "The sky is black."}, "The sky is", " blue.", " black."),
-    ({"chosen": "Sky?\nblue", "rejected": "Sky?\nblue, I think"}, "Sky?\n", "blue", "blue, I think"),
-    ({"chosen": HH + " It is blue.", "rejected": HH + " It is green."}, HH, " It is blue.", " It is green."),
-    ({"prompt": SKY, "chosen": BLUE, "rejected": GREEN}, SKY, "It is blue.", "It is green."),
-    ({"chosen": SKY + BLUE, "rejected": SKY + GREEN, "score_chosen": 9.0, "score_rejected": 2.0},
-     SKY, "It is blue.", "It is green."),                                      # trl-lib/ultrafeedback_binarized
-    ({"prompt": SKY[1]["content"], "prompt_id": "f0", "chosen": SKY[1:] + BLUE, "rejected": SKY[1:] + GREEN,
-      "messages": SKY[1:] + BLUE}, SKY[1:], "It is blue.", "It is green."),    # HuggingFaceH4's: prompt repeated
-    ({"prompt": SKY, "chosen": SKY + BLUE, "rejected": SKY + GREEN}, SKY, "It is blue.", "It is green."),
-    ({"chosen": SKY[1:] + BLUE + SKY[1:] + BLUE, "rejected": SKY[1:] + BLUE + SKY[1:] + GREEN},
-     SKY[1:] + BLUE + SKY[1:], "It is blue.", "It is green."),
-])
-def test_preference_formats_of_trl(edit_data, tmp_path, row, prompt, chosen, rejected):
-    """Standard and conversational, explicit and implicit prompt; other columns do not matter."""
-    path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps(row) + "\n")
-    for kind in ("", "llm"):
-        shape, (pair,) = edit_data.read_data(path, kind, Counter())
-        assert [pair[name] for name in ("prompt", "chosen", "rejected", "edited")] == [prompt, chosen, rejected, None]
-
-
-@pytest.mark.parametrize("row, message", [
-    ({"chosen": "blue", "rejected": "green"}, "do not begin with the same"),
-    ({"chosen": " blue", "rejected": " green"}, "do not begin with the same"),
-    ({"chosen": BLUE, "rejected": GREEN}, "do not begin with the same"),
-    ({"chosen": SKY + BLUE, "rejected": SKY[1:] + GREEN}, "behind the same prompt"),
-    ({"chosen": SKY, "rejected": SKY[:1] + GREEN}, "one message of the role assistant"),
-    ({"chosen": SKY + BLUE + SKY[1:] + BLUE, "rejected": SKY + GREEN + SKY[1:] + BLUE}, "behind the same prompt"),
-    ({"prompt": "Another question", "chosen": SKY + BLUE, "rejected": SKY + GREEN}, "not those of `prompt`"),
-    ({"chosen": [{"content": "Hi"}] + BLUE, "rejected": [{"content": "Hi"}] + GREEN}, "`role`"),
-    ({"prompt": [{"content": "Hi"}], "chosen": "a", "rejected": "b"}, "`role`"),
-    ({"chosen": SKY + BLUE, "rejected": "It is green."}, "do not begin with the same"),
-    ({"chosen": "The sky is blue.", "rejected": "The sky is green.", "edited": "The sky is red."}, "`prompt` is missing"),
-])
-def test_a_preference_row_without_a_clear_prompt_is_refused(edit_data, tmp_path, capsys, row, message):
-    path = tmp_path / "data.jsonl"
-    path.write_text(json.dumps(row) + "\n")
+def test_bad_input(one, tiny_run, tmp_path, monkeypatch, capsys, data, flags, message):
+    monkeypatch.chdir(tmp_path)
+    args = {"run": "new", "data": "data", "model": str(tiny_run / "policy"), **flags}
+    Path("rules").write_text(args.pop("rules", ""))
+    if data is not None:
+        lines = [row if isinstance(row, str) else json.dumps(row) for row in data]
+        Path("data").write_text("".join(line + "\n" for line in lines))
     with pytest.raises(SystemExit) as stop:
-        edit_data.read_data(path, "", Counter())
+        one.main(one.Args(**args))
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and "line 1: " in error and message in error
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
+    assert re.search(message, error) and not Path("new").exists()
 
-
-def test_rows_with_one_response_or_the_same_twice_are_dropped_and_counted(edit_data, tmp_path):
-    path = tmp_path / "data.jsonl"
-    rows = [{"chosen": HH + " Blue.", "rejected": HH + rest} for rest in (" Green.", "", " Blue.")]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    drop = Counter()
-    shape, pairs = edit_data.read_data(path, "", drop)
-    assert [pair["rejected"] for pair in pairs] == [" Green."]
-    assert drop == {"row has an empty response": 1, "row has the same response twice": 1}
-
-
-def test_the_stage_reads_a_file_without_the_column_prompt(edit_data, tiny_run, tmp_path):
-    people = "Bob Cleo Dan Eva Finn Gus Hana Ivo Jane Kit".split()
-    rows = [{"chosen": f"Q: What do Ada and {name} send?\nA: tea.", "margin": 1.0,
-             "rejected": f"Q: What do Ada and {name} send?\nA: soap."} for name in people]
-    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    edit_data.main(edit_data.Args(run=str(tmp_path / "run"), data=str(tmp_path / "data.jsonl"),
-                                  model=str(tiny_run / "policy")))
-    edits = rows_of(tmp_path / "run" / "edits.jsonl")
-    assert [row["prompt"] for row in edits] == [f"Q: What do Ada and {name} send?\nA:" for name in people]
-    assert {row["chosen"] for row in edits} == {" tea."} and {row["rejected"] for row in edits} == {" soap."}
-    assert {row["split"] for row in edits} == {"train", "val", "test"} and not any("margin" in row for row in edits)
-
-
-def test_one_prompt_never_stands_in_two_splits(edit_data):
-    pairs = [{"id": str(k), "prompt": f"prompt {k % 40}"} for k in range(100)]
-    problems = edit_data.split_by_prompt(pairs, edit_data.Args())
-    assert len(problems) == 40
-    assert Counter(problem["split"] for problem in problems) == {"train": 32, "val": 4, "test": 4}
-    assert len({(pair["prompt"], pair["split"]) for pair in pairs}) == 40
-
-
-def test_a_second_call_changes_nothing(edit_data, tiny_run):
-    before = {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()}
-    args = json.loads((tiny_run / "01_args.json").read_text())
-    edit_data.main(edit_data.Args(**args))
-    assert {path: path.read_bytes() for path in tiny_run.rglob("*") if path.is_file()} == before
-
-
-def test_real_human_edits_on_a_real_checkpoint(edit_data, shared, tmp_path, capsys):
-    lines = (shared / "data" / "qa_feedback.jsonl").read_text(encoding="utf-8").splitlines()[:60]
-    (tmp_path / "data.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    edit_data.main(edit_data.Args(run=str(tmp_path / "run"), data=str(tmp_path / "data.jsonl"),
-                                  model=str(shared / "models" / "stories260K")))
-    rows = rows_of(tmp_path / "run" / "edits.jsonl")
-    shown = capsys.readouterr().out
-    dropped = sum(int(line.split()[1]) for line in shown.splitlines() if line.startswith("dropped"))
-    assert len(rows) + dropped == 60 and len(rows) > 30               # nothing is dropped silently
-    assert all(row["editor"] == "human" for row in rows)
-
-
-def test_overwriting_stage_1_removes_what_later_stages_made(edit_data, tiny_run, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(tiny_run, run)
-    args = json.loads((run / "01_args.json").read_text())
-    edit_data.main(edit_data.Args(**{**args, "run": str(run), "overwrite": True, "sft_steps": 1}))
-    left = {path.name for path in run.iterdir()}
-    assert "edits.jsonl" in left and not any(name.startswith(("reward_", "ppo_", "value_", "eval")) for name in left)
+def test_stale_outputs_stop_the_stage_or_are_removed(stage, run, capsys):
+    (run / "llm_edits.jsonl").write_text("{}\n")
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    with pytest.raises(SystemExit) as stop:
+        stage(run=str(run))
+    assert re.fullmatch(r"error: .*reward_.*--overwrite\n", capsys.readouterr().err)
+    assert stop.value.code == 2 and before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    stage(run=str(run), overwrite=True)
+    assert {path.name for path in run.iterdir() if "args" not in path.name} == {
+        "policy", "problems.jsonl", "edits.jsonl", "llm_edits.jsonl"}  # what was paid for is kept

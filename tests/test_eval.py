@@ -1,94 +1,149 @@
-"""Stage 4: the win rate by hand, convergence, failure signatures."""
+"""Stage 4: the statistics by hand, verdicts of people, several runs, the report."""
 
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
 import pytest
-import torch
 
+HOSTILE = "<script>alert(1)</script>&"
+COLUMNS = {"win_rate", "win_rate_se", "win_rate_ci95", "n", "accuracy", "wrong_steps_per_response",
+           "kl_to_ref", "updates", "episodes", "seconds"}
 
-def test_win_rate_by_hand(evaluation):
-    # one win, one tie, two losses: mean 0.375; deviations .625 .125 -.375 -.375, sample variance 0.6875 / 3
-    verdicts = evaluation.preferences_of([3, 1, 0, 0], [2, 1, 1, 1], "abcd", "wxyz")
-    assert verdicts == [2, 1.5, 1, 1]
-    result = evaluation.win_rate(verdicts + [None, float("nan"), 7, "2", True])
-    assert result["win_rate"] == 0.375 and result["n"] == 4 and result["left_out"] == 5
-    assert result["win_rate_se"] == pytest.approx((0.6875 / 3 / 4) ** 0.5)
-    assert result["win_rate_ci95"][0] < 0.375 < result["win_rate_ci95"][1]
-    assert evaluation.win_rate([0, 1.5])["win_rate"] == 0.5
-    assert evaluation.preferences_of([5], [1], ["same"], ["same"]) == [1.5]
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
+@pytest.fixture(scope="module")
+def evaluated(stages, tiny_run, tmp_path_factory):
+    """A run with the SFT policy as ppo_sequence, a KL of 91 in a CSV, and prompts of HTML."""
+    run = Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("evaluated") / "run"))
+    shutil.copytree(run / "policy", run / "ppo_sequence", dirs_exist_ok=True)
+    names, first, *rest = csv.reader((run / "ppo_token.csv").read_text().splitlines())
+    first[names.index("kl")] = "91"
+    lines = "".join(",".join(line) + "\n" for line in (names, first, *rest))
+    (run / "ppo_token.csv").write_text(lines)
+    for name in ("problems.jsonl", "reward_examples.jsonl"):
+        rows = [{**row, "prompt": HOSTILE + row["prompt"]} for row in rows_of(run / name)]
+        (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stages[4].main(stages[4].Args(run=str(run), examples=4))
+    return run
 
-def test_bootstrap_agrees_with_the_normal_interval_when_n_is_large(evaluation):
-    low, high = evaluation.bootstrap([0.0] * 600 + [1.0] * 400, seed=1)
-    error = (0.4 * 0.6 / 1000) ** 0.5
-    assert low == pytest.approx(0.4 - 1.96 * error, abs=0.004) and high == pytest.approx(0.4 + 1.96 * error, abs=0.004)
+def test_win_rate_as_alpacaeval_counts_it(stages):
+    # wins 1, 0, 1/2 and, for 0, 1/2 again; the others are no verdicts
+    result = stages[4].win_rate([2, 1, 1.5, 0, None, 3, 0.5, -1, "2", True, float("nan")])
+    assert result["n"] == 4 and result["win_rate"] == 0.5
+    assert result["win_rate_se"] == pytest.approx((0.5 / 3) ** 0.5 / 2)        # n - 1 = 3, sqrt(4)
+    assert stages[4].win_rate([None, 7])["win_rate"] is None
 
+def test_intervals(stages):
+    values = np.random.default_rng(0).choice([0, 0.5, 1], 20_000, p=[0.2, 0.3, 0.5])
+    half = 1.96 * values.std(ddof=1) / len(values) ** 0.5
+    expected = [values.mean() - half, values.mean() + half]    # the normal one, for large n
+    assert stages[4].interval(values, 1) == pytest.approx(expected, abs=0.04 * half)
+    paired = stages[4].difference([2, 1, None, 1.5, 2], [1, 1, 2, 1, None], 1)
+    assert paired["difference"] == pytest.approx(0.5) and paired["n"] == 3
+    assert stages[4].difference(values, values, 1)["ci95"] == [0, 0]           # paired
 
-def test_paired_difference_and_t_test(evaluation):
-    assert not evaluation.difference([1, 0] * 50, [0, 1] * 50, 1)["seen"]
-    assert evaluation.difference([1] * 9 + [0], [0] * 10, 1)["seen"]
-    # t = 4.303 is the 97.5 % point of Student's t with 2 degrees of freedom, 12.706 with 1
-    assert evaluation.paired_t_test([4.3027 / 3 ** 0.5 + x for x in (-1, 0, 1)]) == pytest.approx(0.05, abs=1e-4)
-    assert evaluation.paired_t_test([11.706, 13.706]) == pytest.approx(0.05, abs=1e-4)
-    assert evaluation.paired_t_test([0.2]) is None
+def test_measure_by_hand(stages):
+    log = [{"update": k, "episodes": 10 * k, "seconds": k / 2} for k in range(1, 9)]
+    for row, accuracy in zip(log[1::2], (0.5, 0.9, 0.6, 0.8)):
+        row["accuracy"] = accuracy
+    assert stages[4].measure([0, 2, 0, 1], 0.3, log) == pytest.approx({
+        "accuracy": 0.5, "wrong_steps_per_response": 0.75, "kl_to_ref": 0.3, "updates": 8,
+        "episodes": 80, "seconds": 4.0, "best_accuracy": 0.9, "largest_drop": 0.3,
+        "updates_to_95": 4})                                   # 0.9 >= 0.95 x 0.8
+    assert [stages[4].first_update(log, level) for level in (0.5, 0.51, 0.95)] == [2, 4, None]
+    assert stages[4].measure([None, 1], 0.0, [])["accuracy"] is None
 
+@pytest.mark.parametrize("reward, token, row, needle", [
+    ({}, {}, {}, None),
+    ({"pair_accuracy": 0.7}, {"kl_to_ref": 20}, {"kl": -20.0}, None),
+    ({"pair_accuracy": 0.69}, {}, {}, "reward accuracy under 70 %: reward_token"),
+    ({"pair_accuracy": 0.0}, {}, {}, "reward accuracy"),
+    ({}, {"win_rate": 0.5}, {}, "win rate not above the baseline"),
+    ({}, {"kl_to_ref": 20.5}, {}, "ppo_token reached a kl of 20.5, over 20"),
+    ({}, {"largest_drop": 0.21}, {}, "ppo_token lost 21% accuracy"),
+    ({}, {}, {"kl": -91.0}, "kl of 91, over 20"),
+    ({}, {}, {"approx_kl": 0.11}, "approx_kl of 0.11, over 0.1"),
+    ({}, {}, {"advantage_rms": float("nan")}, "advantage_rms of nan, over 10")])
+def test_failure_signatures(stages, reward, token, row, needle):
+    good = {"pair_accuracy": 0.9, "preference_accuracy": 0.9}
+    policies = {name: {"win_rate": win, "kl_to_ref": 1.0, "largest_drop": 0.1}
+                for name, win in (("ppo_token", 0.6), ("ppo_sequence", 0.5))}
+    policies["ppo_token"].update(token)
+    models = {"sequence": good, "token": {**good, **reward}, "generative": good}
+    logs = {"ppo_token": [{"kl": 2.0}, row], "ppo_sequence": [{"kl": 2.0}]}
+    warnings = stages[4].failure_signatures(models, policies, logs)
+    assert len(warnings) == (needle is not None) and (not needle or needle in warnings[0])
 
-def test_area_under_the_curve_by_hand(evaluation):
-    log = [{"episodes": 10, "accuracy": 0.4}, {"episodes": 15, "accuracy": None}, {"episodes": 20, "accuracy": 0.8}]
-    # from 0.2: (0.2 + 0.4) / 2 * 10 + (0.4 + 0.8) / 2 * 10 + 0.8 * 20 = 25, over 40
-    assert evaluation.accuracy_area(log, 0.2, 40) == pytest.approx(25 / 40)
-    assert evaluation.accuracy_area([], 0.2, 40) is None
+def test_files_of_the_stage(evaluated):
+    result = json.loads((evaluated / "eval.json").read_text())
+    rows = rows_of(evaluated / "responses.jsonl")
+    policies, (gap,) = result["policies"], result["differences"]
+    assert set(policies) == {"sft", "ppo_token", "ppo_sequence"}
+    assert all(COLUMNS <= set(row) for row in policies.values())
+    assert set(result["reward_models"]) == {"token", "sequence", "generative"}
+    assert any("ppo_token reached a kl of 91, over 20" in text for text in result["warnings"])
+    assert gap["difference"] == pytest.approx(
+        policies[gap["a"]]["win_rate"] - policies[gap["b"]]["win_rate"])
+    problems = [row for row in rows_of(evaluated / "problems.jsonl") if row["split"] == "test"]
+    for row, problem in zip(rows, problems, strict=True):
+        assert set(row) == {"id", "prompt", *policies} and row["prompt"] == problem["prompt"]
+    same = policies["ppo_sequence"]                            # the policy against itself
+    assert (same["kl_to_ref"], same["win_rate"], same["win_rate_se"]) == (0, 0.5, 0)
+    assert all(row["sft"] == row["ppo_sequence"] for row in rows) and "ppo_token" in rows[0]
+    text = (evaluated / "report.html").read_text(encoding="utf-8")
+    assert text.count("<polyline") == 2 and '<span class="e"' in text      # curves, heat map
+    assert "<ins>" in text and "<del>" in text and "reached a kl of 91" in text
+    assert "<script" not in text and text.count("&lt;script&gt;alert(1)&lt;/script&gt;&amp;") == 8
+    assert not any(word in text for word in ("http", "url(", "@import", " src=", " href="))
 
+def test_combine_several_runs(stages, tmp_path):
+    runs = [tmp_path / name for name in "abc"]
+    for run, win in zip(runs, (0.5, 0.6, 0.9)):
+        run.mkdir()
+        (run / "eval.json").write_text(json.dumps({
+            "policies": {"ppo_token": {"win_rate": win, "accuracy": None}},
+            "differences": [{"a": "x", "b": "y", "difference": win / 2, "ci95": [0, 1]}]}))
+    stages[4].main(stages[4].Args(run=str(tmp_path), runs=list(map(str, runs))))
+    table = json.loads((tmp_path / "combined.json").read_text())
+    assert table["policies ppo_token win_rate"] == {           # variance: 0.08667 / (3 - 1)
+        "mean": pytest.approx(2 / 3), "sd": pytest.approx((0.13 / 3) ** 0.5),
+        "values": [0.5, 0.6, 0.9]}
+    assert set(table) == {"policies ppo_token win_rate", "differences x - y"}
 
-def test_fewer_wrong_steps_wins_then_the_right_answer(evaluation):
-    scores = [(-1, False), (-2, True), (-1, True), (0, True)]
-    against = [(-2, True), (-2, False), (-1, True), (0, True)]
-    assert evaluation.preferences_of(scores, against, "abcd", "wxyz") == [2, 2, 1.5, 1.5]
+def test_verdicts_of_alpacaeval(stages, tmp_path, capsys):
+    path = tmp_path / "annotations.json"
+    rows = [{"preference": p, "output_1": "a", "output_2": "b"} for p in (2, 2, 1, 0, None)]
+    path.write_text(json.dumps([*rows, {"preference": 2, "output_1": "c", "output_2": "c"}]))
+    stages[4].main(stages[4].Args(verdicts=str(path)))         # wins 1, 1, 0, 1/2, 1/2
+    assert capsys.readouterr().out.split()[1::2] == ["60.000", "18.708", "5"]
+    for text in ("[]", "{", '[{"output_1": "a", "output_2": "b"}]', '[{"preference": 9}]'):
+        path.write_text(text)
+        with pytest.raises(SystemExit, match="2"):
+            stages[4].main(stages[4].Args(verdicts=str(path)))
+        assert str(path) in capsys.readouterr().err
 
-
-def test_first_update_that_reaches_a_level(evaluation):
-    log = [{"update": 1, "accuracy": None}, {"update": 2, "accuracy": 0.4}, {"update": 4, "accuracy": 0.6}]
-    assert evaluation.first_update_at(log, 0.5)["update"] == 4
-    assert evaluation.first_update_at(log, 0.4)["update"] == 2
-    assert evaluation.first_update_at(log, 0.7) is None
-
-
-def test_failure_signatures(evaluation):
-    row = {"accuracy": 0.5, "approx_kl": 0.01, "ended": 1.0}
-    models = {"token": {"pair_accuracy": 0.9, "preference_accuracy": 0.6},
-              "sequence": {"pair_accuracy": None, "preference_accuracy": 0.8}}
-    good = {"ppo_token": {"win_rate": 0.8}, "ppo_sequence": {"win_rate": 0.6}}
-    assert evaluation.failure_signatures(models, good, {"ppo_token": [row]}) == []
-    models["sequence"]["pair_accuracy"] = 0.71
-    models["token"]["pair_accuracy"] = 0.69
-    assert len(evaluation.failure_signatures(models, {}, {})) == 1
-    equal = {"ppo_token": {"win_rate": 0.6}, "ppo_sequence": {"win_rate": 0.6}}
-    assert "not above" in evaluation.failure_signatures({}, equal, {})[0]
-    for bad in ([row, {**row, "accuracy": 0.3}], [{**row, "approx_kl": 0.5}], [{**row, "ended": 0.5}]):
-        assert len(evaluation.failure_signatures({}, good, {"ppo_token": bad})) == 1
-    cut = [{**row, "ended": 0.1}, {**row, "ended": 0.0}]           # the SFT policy did not end its responses either
-    assert "10.0 % before training" in evaluation.failure_signatures({}, good, {"ppo_token": cut})[0]
-    assert "unstable" not in evaluation.failure_signatures({}, good, {"ppo_token": cut})[0]
-
-
-def test_the_reference_against_itself_has_no_kl(evaluation, tiny_run):
-    from transformers import AutoModelForCausalLM
-    model = evaluation.open_model(AutoModelForCausalLM, tiny_run / "policy")
-    tokenizer = evaluation.open_tokenizer(tiny_run / "policy")
-    prompts = [tokenizer("Q: What do Ada and Bob send to Cleo, and where?\nA:").input_ids] * 3
-    args = evaluation.Args(batch=2, max_new_tokens=9)
-    given = evaluation.answer(model, model, prompts, tokenizer, args)
-    assert len(given.ids) == len(given.texts) == 3 and given.kl == 0.0
-    total = 0.0                                     # each response alone, without padding
-    for prompt, response in zip(prompts, given.ids):
-        logprobs = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
-        total += logprobs[range(len(response)), response].sum().item()
-    assert given.ref_logprob == pytest.approx(total / sum(map(len, given.ids)), rel=1e-4)
-
-
-def test_a_difference_reads_from_both_sides(evaluation):
-    row = {"a": "ppo_sequence", "b": "ppo_token", "difference": -0.2, "ci95": [-0.3, -0.1], "seen": True}
-    gaps = evaluation.both_ways([row])
-    assert gaps["ppo_sequence", "ppo_token"] == row
-    assert (gaps["ppo_token", "ppo_sequence"]["difference"], gaps["ppo_token", "ppo_sequence"]["ci95"]) == (0.2, [0.1, 0.3])
-    rates = {name: {"win_rate": rate, "win_rate_ci95": [0.1, 0.9], "best_accuracy": None, "largest_drop": None}
-             for name, rate in (("ppo_sequence", 0.5), ("ppo_token", 0.7))}
-    assert "+20.0 points" in evaluation.headline(rates, [row], "x")[2] and "+20.0" in evaluation.checks({}, rates, {}, [row])[0]
+def test_the_blind_sheet_comes_back(stages, evaluated):
+    """Filled in by a rule that sees only the texts: the longer one is better."""
+    stages[4].main(stages[4].Args(run=str(evaluated), human_eval="ppo_token", seed=3))
+    path = evaluated / "human_eval.csv"
+    text = path.read_text(encoding="utf-8-sig")
+    sheet = list(csv.DictReader(text.splitlines(keepends=True)))
+    pairs = {row["id"]: row for row in rows_of(evaluated / "responses.jsonl")}
+    assert "ppo" not in text and "sft" not in text and {row["id"] for row in sheet} == set(pairs)
+    hidden = [row["output_a"] == pairs[row["id"]]["ppo_token"] for row in sheet
+              if row["output_a"] != row["output_b"]]
+    assert 0.2 < np.mean(hidden) < 0.8                         # both orders
+    for row in sheet[1:]:                                      # the first is left empty
+        row["preference"] = 1.5 + np.sign(len(row["output_b"]) - len(row["output_a"])) / 2
+    with open(path, "w", newline="", encoding="utf-8-sig") as file:
+        csv.writer(file).writerows([list(sheet[0]), *(row.values() for row in sheet)])
+    args = stages[4].Args(verdicts=str(path), seed=3)
+    wins = [0.5 + np.sign(len(pair["ppo_token"]) - len(pair["sft"])) / 2
+            for pair in (pairs[row["id"]] for row in sheet[1:])]
+    result = stages[4].win_rate(stages[4].read_verdicts(args))
+    assert result["n"] == len(wins) and result["win_rate"] == pytest.approx(np.mean(wins))
+    assert abs(np.mean(wins) - 0.5) > 0.01                     # else a swapped sheet would pass

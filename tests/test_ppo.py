@@ -1,190 +1,274 @@
-"""A7-A9: hand-worked numbers, quadratic-time references, gradients, padding, the start of PPO."""
+"""Stage 3, A7 to A9 and B3 to B8: by hand, against slow versions, under padding, and in parts."""
+
+import csv
+import math
+from collections import Counter
 
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
+CONFIG = LlamaConfig(vocab_size=12, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                     num_attention_heads=2, max_position_embeddings=24, initializer_range=0.4)
 
-def full(*shape):
-    return torch.ones(*shape, dtype=torch.bool)
+@pytest.fixture(scope="module")
+def three(stages):
+    return stages[3]
 
+@pytest.fixture(scope="module")
+def tokenizer(three, tiny_run):
+    return three.AutoTokenizer.from_pretrained(tiny_run / "policy")
 
-def test_gae_over_three_tokens_by_hand(ppo):
-    # gamma 0.5, lambda 0.5, rewards 1 0 2, values 1 2 3:
-    # delta3 = 2 - 3 = -1; delta2 = 0 + 1.5 - 2 = -0.5; delta1 = 1 + 1 - 1 = 1
-    # A3 = -1; A2 = -0.5 - 0.25 = -0.75; A1 = 1 - 0.1875 = 0.8125
+@pytest.fixture
+def policy():
+    """Twelve tokens, 24 positions, and weights so large that a wrong place or mask shows."""
+    return LlamaForCausalLM(CONFIG).eval()
+
+def plain_logprobs(model, prompt, response, temperature=1.0):
+    """log pi of one row without padding: logits at t-1 score token t."""
+    logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+    return (logits / temperature).log_softmax(-1)[range(len(response)), response]
+
+def test_scores_and_kl_rewards_by_hand(three, monkeypatch):
+    mask, scale = torch.tensor([[True] * 3, [True, False, False]]), {"mean": 1.0, "std": 2.0}
+    monkeypatch.setattr(three, "sequence_reward", lambda *_: torch.tensor([5.0, 4.0]))
+    monkeypatch.setattr(three, "token_rewards", lambda *_: torch.tensor([[2.0, 4.0, 6.0]]))
+    scores = three.scores_of(None, {}, mask, "sequence", scale)
+    assert scores.tolist() == [[0.0, 0.0, 2.0], [1.5, 0.0, 0.0]]   # A7: on the last token alone
+    assert three.scores_of(None, {}, mask[:1], "token", scale).tolist() == [[1.0, 2.0, 3.0]]
+    old, ref = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([-1.5, -1.0])
+    rewards = three.kl_rewards(torch.tensor([1.0, 0.0]), old, ref, 0.1)
+    assert rewards.tolist() == pytest.approx([1 - 0.05, 0.1]) and not rewards.requires_grad
+
+def test_values_are_read_before_the_token_and_gae_by_hand(three):
+    model = LlamaForTokenClassification(CONFIG).eval()
+    inputs, mask = three.pack([[5, 6, 7], [4] * 7], [[8, 9, 2], [3] * 5], 0, "cpu")
+    plain = model(torch.tensor([[5, 6, 7, 8, 9, 2]])).logits[0, 2:5, 0].tolist()
+    assert three.token_values(model, inputs, mask)[0].tolist() == pytest.approx(plain + [0, 0])
+    # A8 with lambda and gamma 0.5: delta = 1 + 1 - 1, 0 + 1.5 - 2, 2 + 0 - 3
     rewards, values = torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[1.0, 2.0, 3.0]])
-    advantages, returns = ppo.gae(rewards, values, full(1, 3), 0.5, 0.5)                       # A8
-    assert advantages[0].tolist() == pytest.approx([0.8125, -0.75, -1.0])
+    advantages, returns = three.gae(rewards, values, torch.tensor([[True] * 3]), 0.5, 0.5)
+    assert advantages[0].tolist() == pytest.approx([1 - 0.75 / 4, -0.5 - 0.25, -1.0])
     assert returns[0].tolist() == pytest.approx([1.8125, 1.25, 2.0])
 
-
-@pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 1.0), (0.7, 0.0), (1.0, 1.0)])
-def test_gae_equals_the_double_sum(ppo, gamma, lam):
-    torch.manual_seed(1)
-    lengths, T = [5, 1, 3], 5
-    mask = torch.arange(T)[None] < torch.tensor(lengths)[:, None]
-    rewards, values = torch.randn(3, T) * mask, torch.randn(3, T) * mask
-    advantages, returns = ppo.gae(rewards, values, mask, gamma, lam)
-    for row, length in enumerate(lengths):
-        for t in range(length):
-            total = 0.0
-            for l in range(length - t):
-                following = values[row, t + l + 1].item() if t + l + 1 < length else 0.0
-                delta = rewards[row, t + l].item() + gamma * following - values[row, t + l].item()
-                total += (gamma * lam) ** l * delta
-            assert advantages[row, t].item() == pytest.approx(total, abs=1e-5)
-    assert (advantages * ~mask).abs().max() == 0 and (returns * ~mask).abs().max() == 0
-
-
-def test_gae_with_gamma_and_lambda_one_is_reward_to_go_minus_value(ppo):
-    rewards, values = torch.randn(2, 4), torch.randn(2, 4)
-    advantages, returns = ppo.gae(rewards, values, full(2, 4), 1.0, 1.0)
-    assert torch.allclose(returns, rewards.flip(1).cumsum(1).flip(1), atol=1e-5)
-
-
-def test_kl_reward_by_hand(ppo):
-    scores, old, ref = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, -2.0]]), torch.tensor([[-1.5, -1.0]])
-    rewards = ppo.kl_rewards(scores, old.requires_grad_(), ref, 0.1)                           # A7
-    assert rewards[0].tolist() == pytest.approx([1 - 0.05, 0.1])
-    assert not rewards.requires_grad                                  # detached: it lives in the reward
-
+@pytest.mark.parametrize("lam, gamma", [(0.95, 1.0), (1.0, 0.9), (0.0, 0.7)])
+def test_gae_equals_the_double_sum_and_ignores_padding(three, lam, gamma):
+    mask = torch.arange(7) < torch.tensor([5, 1, 3])[:, None]
+    rewards, values, slow = torch.randn(3, 7) * mask, torch.randn(3, 7) * mask, torch.zeros(3, 7)
+    advantages, returns = three.gae(rewards, values, mask, lam, gamma)
+    for row, T in enumerate([5, 1, 3]):
+        v = values[row].tolist()[:T] + [0.0]                       # V(s_{T+1}) = 0
+        deltas = [rewards[row, t].item() + gamma * v[t + 1] - v[t] for t in range(T)]
+        for t in range(T):
+            slow[row, t] = sum((gamma * lam) ** l * deltas[t + l] for l in range(T - t))
+    assert torch.allclose(advantages, slow, atol=1e-5)
+    assert torch.allclose(returns, slow + values, atol=1e-5)
 
 @pytest.mark.parametrize("ratio, advantage, loss, gradient", [
-    (1.1, 1.0, -1.1, -1.1),        # inside: d(-rho A)/d logprob = -rho A
-    (1.5, 1.0, -1.2, 0.0),         # above and good: clipped, no gradient
-    (0.5, 1.0, -0.5, -0.5),        # below and good: the minimum keeps rho A
-    (1.5, -1.0, 1.5, 1.5),         # above and bad: the minimum keeps rho A
-    (0.5, -1.0, 0.8, 0.0),         # below and bad: clipped, no gradient
-])
-def test_policy_loss_on_each_side_of_the_clip(ppo, ratio, advantage, loss, gradient):
-    logprobs = torch.tensor([[ratio]]).log().requires_grad_()
-    value = ppo.policy_loss(logprobs, torch.zeros(1, 1), torch.tensor([[advantage]]), full(1, 1), 0.2)   # A9
-    assert value.item() == pytest.approx(loss)
-    assert torch.autograd.grad(value, logprobs)[0].item() == pytest.approx(gradient)
+    (1.1, 1.0, -1.1, -1.1), (1.5, 1.0, -1.2, 0.0), (0.5, 1.0, -0.5, -0.5),
+    (1.5, -1.0, 1.5, 1.5), (0.5, -1.0, 0.8, 0.0)])                 # A9: min, for bad tokens too
+def test_policy_loss_on_each_side_of_the_clip(three, ratio, advantage, loss, gradient):
+    logprobs = torch.tensor([ratio, 9.0]).log().requires_grad_()
+    value = three.policy_loss(logprobs, torch.zeros(2), torch.tensor([advantage, 9.0]),
+                              torch.tensor([True, False]), 0.2, 4)
+    value.backward()
+    assert value.item() == pytest.approx(loss / 4)
+    assert logprobs.grad.tolist() == pytest.approx([gradient / 4, 0.0])
 
+def test_value_loss_and_whitening_by_hand(three):
+    mask, old = torch.tensor([True, True, True, False]), torch.zeros(4)
+    values, returns = torch.tensor([1.0, 0.1, -1.0, 9.0]), torch.tensor([0.5, 0.5, -2.0, 0.0])
+    loss = three.value_loss(values, old, returns, mask, 0.2, 5)    # clipped to 0.2 0.1 -0.2
+    assert loss.item() == pytest.approx(0.5 * (0.5 ** 2 + 0.4 ** 2 + 1.8 ** 2) / 5)
+    white = three.masked_whiten(torch.tensor([1.0, 2.0, 3.0, 99.0]), mask)
+    assert white.tolist() == pytest.approx([-1.5 ** 0.5, 0.0, 1.5 ** 0.5, 0.0])
 
-def test_policy_loss_counts_tokens_not_responses(ppo):
-    """N is the number of response tokens of the minibatch: a long response weighs more, padding nothing."""
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    advantages = torch.tensor([[1.0, 1.0, 1.0], [5.0, 99.0, 99.0]])
-    loss = ppo.policy_loss(torch.zeros(2, 3), torch.zeros(2, 3), advantages, mask, 0.2)
-    assert loss.item() == pytest.approx(-(3 * 1.0 + 5.0) / 4)
+@pytest.mark.parametrize("reward", [1.0, -1.0])
+def test_a_reward_moves_its_token_and_with_lambda_0_no_other(three, policy, reward):
+    inputs, mask = three.pack([[5, 6]], [[7, 8, 9, 2]], 0, "cpu")
+    rewards = torch.tensor([[0.0, reward, 0.0, 0.0]])
+    advantages, _ = three.gae(rewards, torch.zeros(1, 4), mask, 0.0)
+    assert advantages.equal(rewards)
+    before = three.response_logprobs(policy, inputs, mask)
+    three.policy_loss(before, before.detach(), advantages, mask, 0.2, 4).backward()
+    torch.optim.SGD(policy.parameters(), 1e-3).step()
+    assert reward * (three.response_logprobs(policy, inputs, mask) - before)[0, 1] > 0
 
-
-def test_value_loss_by_hand(ppo):
-    # old 0, clip 0.2: V = 1 against return 0.5 gives max(0.25, (0.2 - 0.5)^2) / 2; V = 0.1 is not clipped
-    loss = ppo.value_loss(torch.tensor([[1.0, 0.1]]), torch.zeros(1, 2), torch.tensor([[0.5, 0.5]]), full(1, 2), 0.2)
-    assert loss.item() == pytest.approx((0.25 + 0.16) / 2 / 2)
-
-
-def test_whitening_ignores_padding(ppo):
-    x = torch.tensor([[1.0, 2.0, 3.0, 100.0]])
-    mask = torch.tensor([[True, True, True, False]])
-    white = ppo.masked_whiten(x, mask)
-    assert white[0].tolist() == pytest.approx([-1.2247449, 0.0, 1.2247449, 0.0], abs=1e-5)
-    assert ppo.masked_mean(x, mask).item() == 2.0
-
-
-def test_logprob_of_a_token_is_read_one_position_before(ppo, tiny_run):
-    """Against F.log_softmax on the bare sequence, without padding, position by position."""
-    model = ppo.open_model(AutoModelForCausalLM, tiny_run / "policy")
-    prompt, response = [5, 6, 7], [8, 9, 2]
-    inputs, mask = ppo.pack([prompt, [4] * 7], [response, [3] * 5], 0, "cpu")
-    ours = ppo.token_logprobs(ppo.response_logits(model, inputs, mask), inputs, mask)
-    logits = model(input_ids=torch.tensor([prompt + response])).logits[0]
-    for t, token in enumerate(response):
-        expected = F.log_softmax(logits[len(prompt) + t - 1], dim=-1)[token]
-        assert ours[0, t].item() == pytest.approx(expected.item(), abs=1e-5)
-    assert ours[0, 3:].abs().max() == 0
-
-
-def test_value_is_read_before_the_token_and_reward_at_it(ppo, tiny_run):
-    model = ppo.open_model(AutoModelForTokenClassification, tiny_run / "reward_token")
-    torch.nn.init.normal_(model.score.weight)
-    inputs, mask = ppo.pack([[5, 6, 7]], [[8, 9, 2]], 0, "cpu")
-    outputs = model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 2]])).logits[0, :, 0]
-    assert torch.allclose(ppo.token_values(model, inputs, mask)[0], outputs[2:5], atol=1e-5)
-    assert torch.allclose(ppo.token_rewards(model, inputs, mask)[0], outputs[3:6], atol=1e-5)
-
-
-def test_sequence_score_sits_on_the_end_token_alone(ppo, monkeypatch):
-    mask = torch.tensor([[True, True, True], [True, False, False]])
-    monkeypatch.setattr(ppo, "sequence_reward", lambda model, inputs: torch.tensor([5.0, 3.0]))
-    scores = ppo.scores_of("sequence", None, {}, mask, {"mean": 1.0, "std": 2.0})
-    assert scores.tolist() == [[0.0, 0.0, 2.0], [1.0, 0.0, 0.0]]
-    monkeypatch.setattr(ppo, "token_rewards", lambda model, inputs, mask: torch.tensor([[2.0, 4.0, 6.0]]))
-    assert ppo.scores_of("token", None, {}, mask[:1], {"mean": 1.0, "std": 2.0}).tolist() == [[1.0, 2.0, 3.0]]
-
-
-def test_a_reward_on_one_token_raises_that_token_and_with_lambda_zero_only_that(ppo, tiny_run):
-    model = ppo.open_model(AutoModelForCausalLM, tiny_run / "policy")
-    inputs, mask = ppo.pack([[5, 6]], [[7, 8, 9, 2]], 0, "cpu")
-    rewards = torch.tensor([[0.0, 1.0, 0.0, 0.0]])
-    advantages, _ = ppo.gae(rewards, torch.zeros(1, 4), mask, 1.0, 0.0)
-    logits = ppo.response_logits(model, inputs, mask)
-    logits.retain_grad()
-    logprobs = ppo.token_logprobs(logits, inputs, mask)
-    ppo.policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2).backward()
-    assert logits.grad[0, 1, 8] < 0                                   # descent raises the rewarded token
-    assert (logits.grad[0, 1, :8] >= 0).all() and (logits.grad[0, 1, 9:] >= 0).all()
-    assert logits.grad[0, [0, 2, 3]].abs().max() == 0                 # lambda = 0: no other token moves
-
-
-def test_packing_marks_exactly_the_response_tokens(ppo):
-    inputs, mask = ppo.pack([[5, 6, 7], [5]], [[2], [8, 9, 2]], 0, "cpu")
-    assert inputs["input_ids"].tolist() == [[5, 6, 7, 2, 0, 0], [0, 0, 5, 8, 9, 2]]
-    assert inputs["attention_mask"].tolist() == [[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]]
-    assert inputs["position_ids"][0, :4].tolist() == [0, 1, 2, 3]
-    assert inputs["position_ids"][1, 2:].tolist() == [0, 1, 2, 3]
-    assert mask.tolist() == [[True, False, False], [True, True, True]]
-
-
-def test_extra_padding_changes_neither_loss_nor_statistics(ppo, tiny_run):
-    """A rollout batch packed with one much longer row: the short rows keep log-probs, values and advantages."""
-    policy = ppo.open_model(AutoModelForCausalLM, tiny_run / "policy")
-    value = ppo.open_model(AutoModelForTokenClassification, tiny_run / "reward_token")
-    prompts, responses = [[5, 6], [7, 8, 9]], [[8, 9, 2], [4, 2]]
-    results = []
-    for more in ([], [3] * 20):
-        extra = [more] if more else []
-        inputs, mask = ppo.pack(prompts + extra, responses + extra, 0, "cpu")
-        logprobs = ppo.token_logprobs(ppo.response_logits(policy, inputs, mask), inputs, mask)
-        values = ppo.token_values(value, inputs, mask)
-        advantages, returns = ppo.gae(logprobs, values, mask, 1.0, 0.95)
-        rows = slice(0, 2)
-        loss = ppo.policy_loss(logprobs[rows], logprobs[rows] - 0.1, advantages[rows], mask[rows], 0.2)
-        results.append((loss.item(), ppo.value_loss(values[rows], values[rows] + 1, returns[rows], mask[rows], 0.2).item()))
-    assert results[0] == pytest.approx(results[1], abs=1e-5)
-
-
-def test_samples_stop_at_the_end_token_and_follow_the_policy(ppo, tiny_run):
-    """Pure sampling: the frequency of the first token is its probability, whatever the checkpoint's settings say."""
-    policy = ppo.open_model(AutoModelForCausalLM, tiny_run / "policy")
-    tokenizer = ppo.open_tokenizer(tiny_run / "policy")
-    policy.generation_config.top_k, policy.generation_config.temperature = 1, 0.1
-    prompt = tokenizer("Q: What do Ada and Bob send to Cleo, and where?\nA:").input_ids
-    responses = ppo.sample(policy, [prompt] * 2000, tokenizer, 2, temperature=2.0)
-    assert all(len(r) == 2 or r[-1] == tokenizer.eos_token_id for r in responses)
-    counts = torch.bincount(torch.tensor([r[0] for r in responses]), minlength=len(tokenizer)) / 2000
-    probs = torch.softmax(policy(input_ids=torch.tensor([prompt])).logits[0, -1] / 2.0, dim=-1)
-    assert (counts - probs).abs().max() < 0.05
-
-
-@pytest.mark.parametrize("target_kl, expected", [(None, 6), (1e-7, 2)])
-def test_an_update_takes_all_minibatches_or_stops_on_kl(ppo, tiny_run, target_kl, expected):
-    """Three epochs of two minibatches, the short one included; the KL of the first is 0, the second stops it."""
-    models = {"policy": ppo.open_model(AutoModelForCausalLM, tiny_run / "policy"),
-              "value": ppo.open_model(AutoModelForTokenClassification, tiny_run / "reward_token")}
-    inputs, mask = ppo.pack([[5, 6]] * 3, [[7, 8, 2], [9, 2], [4, 2]], 0, "cpu")
-    with torch.no_grad():
-        logprobs = ppo.token_logprobs(ppo.response_logits(models["policy"], inputs, mask), inputs, mask)
-    batch = {"mask": mask, "old_logprobs": logprobs, "advantages": torch.randn(3, 3), "old_values": mask * 0.0,
-             "returns": torch.randn(3, 3)}
-    optimizer = ppo.Optimizer((models["policy"], 0.1), (models["value"], 0.1))
+@pytest.fixture
+def grads(monkeypatch):
+    """The gradient of every optimiser step, before it is clipped."""
     steps = []
-    optimizer.register_step_post_hook(lambda *_: steps.append(1))
-    args = ppo.Args(ppo_epochs=3, minibatch=2, target_kl=target_kl)
-    ppo.update(models, optimizer, inputs, batch, args, 1)
-    assert len(steps) == expected
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, _: steps.append(
+        torch.cat([p.grad.flatten() for p in parameters])))
+    return steps
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_first_rollout_and_its_micro_batches(three, tiny_run, tokenizer, kind, grads):
+    args, scale = three.Args(device="cpu", max_new_tokens=12), {"mean": 0.5, "std": 2.0}
+    models = three.open_models(kind, tiny_run, args)
+    prompts = [row["prompt_ids"] for row in three.read_jsonl(tiny_run / "problems.jsonl")[:7]]
+    row, inputs, batch = three.rollout(kind, models, prompts, tokenizer, scale, args)
+    assert row["kl"] == 0 and row["reward"] == row["score"] and not batch["old_values"].any()
+    stay = torch.optim.SGD([*models["policy"].parameters(), *models["value"].parameters()], 0.0)
+    for args.micro_batch in (None, 2):
+        step = three.minibatch_step(models, stay, inputs, batch, torch.arange(7), args)
+        assert abs(step["approx_kl"]) < 1e-7 and step["clipfrac"] == 0
+    for whole, parts in zip(grads[:2], grads[2:]):                 # of the policy, and of V
+        assert (whole - parts).norm() < 1e-5 * whole.norm()
+    batch["old_logprobs"] -= 0.5 * batch["mask"]                   # rho is e^0.5
+    step = three.minibatch_step(models, stay, inputs, batch, torch.arange(7), args)
+    assert step["approx_kl"] == pytest.approx(math.exp(0.5) - 1 - 0.5, rel=1e-3)
+    assert step["clipfrac"] == pytest.approx(1)
+
+def test_the_log_of_ppo(tiny_run):
+    log = list(csv.DictReader(open(tiny_run / "ppo_token.csv")))
+    assert {"update", "episodes", "score", "score_std", "reward", "kl", "advantage_rms",
+            "approx_kl", "clipfrac", "accuracy", "seconds"} <= set(log[0])
+    assert [(row["update"], row["episodes"]) for row in log] == [("1", "32"), ("2", "64")]
+    assert float(log[0]["kl"]) == 0 != float(log[1]["kl"]) and log[1]["accuracy"]
+
+def chi_squared(tokens, probabilities):
+    """In standard deviations above its mean, where tokens follow the probabilities."""
+    expected = probabilities.detach() * len(tokens)
+    seen = torch.bincount(torch.tensor(tokens), minlength=12)
+    return (((seen - expected) ** 2 / expected).sum() - 11) / 22 ** 0.5
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_samples_follow_the_policy(three, policy, tokenizer, temperature):
+    prompts = [[5, 6], [4, 9, 3, 7, 8]] * 2000                     # half of the rows are padded
+    args = three.Args(device="cpu", max_new_tokens=2)
+    rows = three.sample(policy, prompts, tokenizer, args, temperature)[::2]
+    share = lambda ids: (policy(torch.tensor([ids])).logits[0, -1] / temperature).softmax(-1)
+    assert chi_squared([row[0] for row in rows], share([5, 6])) < 4
+    a = Counter(row[0] for row in rows if row[0] != 2).most_common(1)[0][0]
+    second = [row[1] for row in rows if row[0] == a]
+    assert chi_squared(second, share([5, 6, a])) < 4 and chi_squared(second, share([5, 6])) > 10
+
+def test_likeliest_samples_equal_one_by_one_without_a_cache(three, policy, tokenizer):
+    prompts = [[k, j] * (1 + k % 3) for k in range(3, 12) for j in (4, 7)]
+    args, expected = three.Args(device="cpu", max_new_tokens=9), []
+    for prompt in prompts:
+        expected.append([])
+        while len(expected[-1]) < 9 and 2 not in expected[-1]:
+            logits = policy(torch.tensor([prompt + expected[-1]])).logits[0, -1]
+            expected[-1].append(logits.argmax().item())
+    assert len({len(row) for row in expected}) > 2                 # they end at several times
+    for args.micro_batch in (None, 4):
+        assert three.sample(policy, prompts, tokenizer, args, 0.0) == expected
+
+def test_samples_fit_the_context_and_teacher_forcing_agrees(three, policy, tokenizer):
+    prompts, args = [[5, 6], [4, 9, 3, 7, 8], [3] * 20] * 20, three.Args(device="cpu")
+    responses = three.sample(policy, prompts, tokenizer, args, 1.0)
+    assert max(map(len, responses)) == 4 and any(row[-1] == 2 for row in responses)
+    assert all(2 not in row[:-1] and (row[-1] == 2 or len(row) == 4) for row in responses)
+    args.micro_batch = 25
+    for temperature in (1.0, 0.5):
+        rows = (policy, prompts, responses, tokenizer, args, temperature)
+        for row, x, y in zip(three.read(three.response_logprobs, *rows), prompts, responses):
+            plain = plain_logprobs(policy, x, y, temperature).tolist()
+            assert row.tolist() == pytest.approx(plain + [0] * (4 - len(y)), abs=1e-5)
+
+def test_b3_b5_and_b6_by_hand(three):
+    p, mask = torch.tensor([[0.9, 0.6, 0.3, 0.45, 0.7]] * 2), torch.tensor([[True] * 4 + [False]])
+    r = three.generative_rewards(p, torch.tensor([True, False]), mask)
+    assert torch.allclose(r, torch.tensor([[0.4, 0.1, 0, 0, 0], [0, 0, -0.1, -0.05, 0]]))
+    for a, b, gamma in (("kitten", "sitting", [1, .5, .5, .5, 1, .5, 1]), ("aXb", "ab", [.5, .5]),
+                        ("bc", "XYbc", [1, 1, .5, .5]), ("abc", "abc", [.5, .5, .5])):
+        assert three.imitation_weights([*a], [*b]).tolist() == gamma
+    logprobs = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]], requires_grad=True)
+    loss = three.imitation_loss(logprobs, torch.tensor([[1, 0.5], [0.5, 0]]), 7)
+    assert loss.item() == pytest.approx((1 + 1 + 1.5) / 7)
+    loss = three.rlmec_loss(logprobs, logprobs.detach(), torch.zeros(2, 2), 0.3, 0)
+    loss.backward()                                                # no token has a reward
+    assert loss.item() == 0 and not logprobs.grad.any()
+
+@pytest.mark.parametrize("reward, ratio, weight", [
+    (0.4, 2.0, 1.3 * 0.4), (0.4, 0.5, 0.5 * 0.4), (-0.1, 2, 2 * -0.1), (-0.1, 0.5, 0.7 * -0.1)])
+def test_b5_stops_the_weights_gradient_and_keeps_that_of_log_pi(three, reward, ratio, weight):
+    old = torch.tensor([-1.0, -2.0])
+    logprobs = (old + torch.tensor([math.log(ratio), 0.3])).requires_grad_()
+    loss = three.rlmec_loss(logprobs, old, torch.tensor([reward, 0.0]), 0.3, 2)
+    loss.backward()
+    assert loss.item() == pytest.approx(-weight * (math.log(ratio) - 1) / 2)
+    assert logprobs.grad.tolist() == pytest.approx([-weight / 2, 0.0])
+
+@pytest.mark.parametrize("method", ["rlmec", "rlmec_imitation"])
+def test_b7_of_single_rows(three, policy, tokenizer, method, tiny_run, monkeypatch, grads):
+    """And of micro-batches. L_RL is at the temperature, L_IR is not; rho is 1 in the first step."""
+    samples, expected = [], 0.0
+    for prompt, response, rewrite, rewards, gamma in (
+            ([5], [6, 7, 2], [6, 8, 9, 2], [-0.1, 0.0, -0.05], [0.5, 1.0, 1.0, 0.5]),
+            ([5, 6, 7, 8, 9], [11, 2], [11, 2], [0.5, 0.25], [0.5, 0.5]),
+            ([3, 4], [2], [2], [0.0], [0.5])):
+        old, rewards = plain_logprobs(policy, prompt, response, 0.5).detach(), torch.tensor(rewards)
+        imitation = torch.tensor(gamma) * plain_logprobs(policy, prompt, rewrite)
+        expected -= 3 * imitation.sum().item() / 7                 # M = 4 + 2 + 1
+        expected -= (2 if method == "rlmec" else 0) * (rewards * old).sum().item() / 4
+        samples.append({"prompt_ids": prompt, "response_ids": response, "rewrite_ids": rewrite,
+                        "rewards": rewards, "gamma": torch.tensor(gamma), "old_logprobs": old})
+    monkeypatch.setattr(three, "open_model", lambda *_, **__: policy)
+    monkeypatch.setattr(three, "collect", lambda *_: samples)
+    for micro_batch in (None, 2):
+        args = three.Args(offline_lr=0.0, temperature=0.5, reward_weight=2.0,
+                          imitation_weight=3.0, micro_batch=micro_batch, device="cpu")
+        _, log = three.rlmec(method, [{}] * 300, [], tokenizer, tiny_run, args)
+        assert [row["loss"] for row in log] == pytest.approx([expected] * 3, rel=1e-5)
+    assert (grads[0] - grads[-1]).norm() < 1e-5 * grads[0].norm()
+
+@pytest.fixture
+def collect(three, tiny_run, tokenizer, monkeypatch):
+    """B8 on two problems: `collect` with a `sample` that gives these responses, call after call."""
+    args = three.Args(device="cpu", temperature=0.7)
+    grm = three.open_model(three.AutoModelForCausalLM, tiny_run / "policy", args)
+    problems, seen = three.read_jsonl(tiny_run / "problems.jsonl")[:2], []
+
+    def collect_of(*answers):
+        monkeypatch.setattr(three, "sample", lambda model, prompts, *_: (
+            seen.append(prompts) or answers[len(seen) - 1]))
+        return three.collect(grm, grm, problems, tokenizer, args)
+    return collect_of, grm, problems, seen
+
+def test_collect_keeps_the_steps_before_the_error_and_the_ids(three, tokenizer, collect):
+    collect_of, grm, problems, seen = collect
+    solution, right = [problem["solution_ids"] for problem in problems]
+    start = three.step_starts(solution, tokenizer)[2]
+    wrong = solution[:start] + [solution[0]] + solution[start + 1:]
+    rows = collect_of([wrong, right], [three.locate_answer(3, tokenizer)], [solution[start:]])
+    assert seen[1] == [three.grm_prompt("locate", problems[0], wrong, tokenizer)]
+    assert seen[2] == [rows[0]["grm_prompt"] + solution[:start]]   # B4
+    assert [(row["right"], row["response_ids"], row["rewrite_ids"]) for row in rows] == [
+        (False, wrong, solution), (True, right, right)]
+    for row, problem, low, high in zip(rows, problems, (-0.1, 0), (0, 0.5)):
+        ids = row["response_ids"]
+        old = plain_logprobs(grm, problem["prompt_ids"], ids, 0.7)
+        assert torch.allclose(row["old_logprobs"], old, atol=1e-5)
+        p = plain_logprobs(grm, three.grm_prompt("rewrite", problem, ids, tokenizer), ids).exp()
+        assert torch.allclose(row["rewards"], (p - 0.5).clamp(low, high), atol=1e-5)
+        assert row["gamma"].equal(three.imitation_weights(ids, row["rewrite_ids"]))
+
+@pytest.mark.parametrize("answer, ending, reason", [
+    (None, None, "the locator names no step"), (12, None, "the locator names no step"),
+    (1, slice(0, 5), "the rewrite is wrong"), (1, slice(0, -1), "the rewrite is wrong")])
+def test_a_wrong_sample_is_never_praised(three, tokenizer, collect, answer, ending, reason, capsys):
+    """The locator's [12] is not step 1; the last rewrite does not end."""
+    collect_of, _, problems, _ = collect
+    solution, right = [problem["solution_ids"] for problem in problems]
+    answer = three.locate_answer(answer, tokenizer) if answer else [2]
+    rows = collect_of([solution[:5] + [2], right], [answer], [solution[ending]] if ending else [])
+    assert [row["response_ids"] for row in rows] == [right]
+    assert f"1 right, 0 wrong and rewritten, dropped: {{'{reason}': 1}}" in capsys.readouterr().out
+
+@pytest.mark.parametrize("name, old, new, message", [
+    ("problems.jsonl", '{"id": "qa-6", ', "{", "problems.jsonl, line 7:"),         # no column id
+    ("problems.jsonl", '{"id": "qa-6", ', "{,", "problems.jsonl, line 7:"),        # no JSON
+    ("reward_token/tokenizer.json", '"[9]"', '"[ten]"', "its vocabulary is not that of"),
+    ("reward_token", "", "", "no reward model for ppo_token; 02_reward_model.py")])
+def test_bad_input_is_named(three, run, name, old, new, message, capsys):
+    if old:
+        (run / name).write_text((run / name).read_text().replace(old, new))
+    else:
+        (run / name).rename(run / "gone")
+    with pytest.raises(SystemExit) as stop:
+        three.main(three.Args(run=str(run), method="ppo_token", overwrite=True, device="cpu"))
+    errors = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(errors) == 1 and message in errors[0]

@@ -1,130 +1,156 @@
-"""A2-A6: losses number for number, gradients, edge rows; the metrics of localisation."""
+"""Stage 2, A2 to A6 and B2: by hand, against slow versions, under padding, and in parts."""
 
-import math
+import copy
+from math import exp, log
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+@pytest.fixture(scope="module")
+def two(stages):
+    return stages[2]
 
-def test_response_reward_is_mean_or_sum_of_response_tokens(reward_model):
-    rewards = torch.tensor([[1.0, 2.0, 99.0], [3.0, 4.0, 5.0]])
-    mask = torch.tensor([[True, True, False], [True, True, True]])
-    assert reward_model.response_reward(rewards, mask, "mean").tolist() == [1.5, 4.0]          # A3
-    assert reward_model.response_reward(rewards, mask, "sum").tolist() == [3.0, 12.0]
+@pytest.fixture(scope="module")
+def tokenizer(two, tiny_run):
+    return two.AutoTokenizer.from_pretrained(tiny_run / "policy")
 
+def new_model(two, run, kind):
+    """Stage 2's new model; its head of zeros is made random, so that it rewards something."""
+    model = two.open_reward_model(kind, run / "policy", two.Args(device="cpu"))
+    if kind != "generative":
+        assert not model.score.weight.any()
+        torch.nn.init.normal_(model.score.weight, std=0.3)
+    return model
 
-def test_kept_tokens_are_what_no_operation_touches(reward_model):
-    # kitten -> sitting: k/s and e/i replaced, g inserted; kept are i t t and n
-    ops = [["replace", 0, 0], ["replace", 4, 4], ["insert", 6, 6]]
-    assert reward_model.kept_tokens(ops, 6, 7) == [(1, 1), (2, 2), (3, 3), (5, 5)]             # A4
-    assert reward_model.kept_tokens([["delete", 1, 1]], 3, 2) == [(0, 0), (2, 1)]
-    assert reward_model.kept_tokens([["replace", 0, 0]], 1, 1) == []
+# Prompts and responses of many lengths; the last response is cut off and ends in the pad id
+ROWS = [([5, 6, 7], [8, 9, 2]), ([5] * 9, [9, 4, 7, 6, 5, 3, 2]), ([8], [11, 12, 0, 0])]
 
+@pytest.mark.parametrize("kind", ["token", "sequence", "generative"])
+def test_rewards_are_those_of_a_plain_forward_of_one_row(two, tiny_run, tokenizer, kind):
+    model = new_model(two, tiny_run, kind)
+    rows = [{"prompt_ids": x, "rewrite_prompt": x, "rejected_ids": y} for x, y in ROWS]
+    rewards, _ = two.score(kind, model, rows, "rejected", tokenizer)
+    for reward, (x, y) in zip(rewards, ROWS):
+        ids = torch.tensor([x + y])
+        if kind == "sequence":                                     # A6: at the last token, pad too
+            plain = model.score(model.model(ids).last_hidden_state[0, -1])[0]
+        elif kind == "token":                                      # A2: at the token's own place
+            plain = F.pad(model(ids).logits[0, len(x):, 0], (0, 7 - len(y)))
+        else:                                                      # the logits before a token
+            p = model(ids).logits[0].softmax(-1)[range(len(x) - 1, len(x + y) - 1), y]
+            plain = F.pad(p - 0.5, (0, 7 - len(y)))
+        assert torch.allclose(reward, plain, atol=1e-5)
 
-def test_fine_grained_loss_worked_by_hand(reward_model):
-    # edited (1, 2), rejected (0, 1, -1), kept: first with first and second with third
-    rewards_w, mask_w = torch.tensor([[1.0, 2.0]]), torch.ones(1, 2, dtype=torch.bool)
-    rewards_l, mask_l = torch.tensor([[0.0, 1.0, -1.0]]), torch.ones(1, 3, dtype=torch.bool)
-    kept = [[(0, 0), (2, 1)]]
-    margin = 1.5 - 0.0
-    preference = -math.log(1 / (1 + math.exp(-2 * margin)))
-    consistency = ((1 - 0) ** 2 + (2 - -1) ** 2) / 2
-    zero = ((1 ** 2 + 0 ** 2) / 2 + (2 ** 2 + 1 ** 2) / 2) / 2
-    loss = reward_model.fine_grained_loss(rewards_w, mask_w, rewards_l, mask_l, kept, 2.0, 3.0, 0.0, "mean")
-    assert loss.item() == pytest.approx(preference + 3 * consistency)                          # A5
-    loss = reward_model.fine_grained_loss(rewards_w, mask_w, rewards_l, mask_l, kept, 2.0, 3.0, 5.0, "mean")
-    assert loss.item() == pytest.approx(preference + 3 * consistency + 5 * zero)
+@pytest.mark.parametrize("ops, lengths, kept", [
+    ([["replace", 0, 0], ["replace", 4, 4], ["insert", 6, 6]], (6, 7),  # kitten, sitting
+     [(1, 1), (2, 2), (3, 3), (5, 5)]),
+    ([["delete", 1, 1]], (3, 2), [(0, 0), (2, 1)]), ([["insert", 0, 0]], (1, 2), [(0, 1)]),
+    ([["replace", 0, 0]], (1, 1), [])])
+def test_kept_tokens(two, ops, lengths, kept):
+    assert two.kept_tokens(ops, *lengths) == kept                  # A4
 
+@pytest.mark.parametrize("how, margin", [("mean", 1.5 - 0.25), ("sum", 3.0 - 0.75)])  # A3
+def test_fine_grained_loss_by_hand(two, how, margin):
+    # edited 1 2 and padding, rejected 0 1.75 -1; U_0: first with first, third with second
+    w, l = torch.tensor([[1.0, 2.0, 9.0]]), torch.tensor([[0.0, 1.75, -1.0]])
+    mask_w, mask_l = torch.tensor([[True, True, False]]), torch.tensor([[True] * 3])
+    pull, zero = ((1 - 0) ** 2 + (2 + 1) ** 2) / 2, ((1 + 0) / 2 + (4 + 1) / 2) / 2
+    for b, z in ((0, 0), (3, 0), (3, 5)):
+        loss = two.fine_grained_loss(w, mask_w, l, mask_l, [[(0, 0), (2, 1)]], 1, 2.0, b, z, how)
+        assert loss.item() == pytest.approx(log(1 + exp(-2 * margin)) + b * pull + z * zero)
 
-def test_fine_grained_loss_is_a_mean_over_pairs_each_with_its_own_u0(reward_model):
-    torch.manual_seed(0)
-    rewards_w, rewards_l = torch.randn(3, 4), torch.randn(3, 5)
-    mask_w, mask_l = torch.ones(3, 4, dtype=torch.bool), torch.ones(3, 5, dtype=torch.bool)
-    kept = [[(0, 0)], [(0, 0), (1, 2), (4, 3)], []]
-    whole = reward_model.fine_grained_loss(rewards_w, mask_w, rewards_l, mask_l, kept, 1.5, 2.0, 0.5, "sum")
-    each = [reward_model.fine_grained_loss(rewards_w[k:k + 1], mask_w[:1], rewards_l[k:k + 1], mask_l[:1],
-                                           kept[k:k + 1], 1.5, 2.0, 0.5, "sum") for k in range(3)]
-    assert whole.item() == pytest.approx(sum(loss.item() for loss in each) / 3, rel=1e-5)
+def test_fine_grained_loss_equals_a_slow_one_and_its_parts_add_up(two):
+    w, l, kept = torch.randn(3, 5), torch.randn(3, 6), [[(0, 0), (1, 2), (3, 4)], [(5, 1)], []]
+    T_w, T_l, slow = [5, 2, 3], [4, 6, 1], []                      # the last U_0 is empty
+    mask_w, mask_l = (torch.arange(n) < torch.tensor(T)[:, None] for n, T in ((5, T_w), (6, T_l)))
+    for k in range(3):
+        r_w, r_l = w[k].tolist(), l[k].tolist()
+        slow.append(log(1 + exp(1.5 * (sum(r_l[:T_l[k]]) - sum(r_w[:T_w[k]])))))
+        for i, j in kept[k]:
+            square = 2 * (r_w[j] - r_l[i]) ** 2 + 0.5 * (r_w[j] ** 2 + r_l[i] ** 2) / 2
+            slow[k] += square / len(kept[k])
+    for part in (slice(0, 3), slice(0, 2), slice(2, 3)):
+        rows = (x[part] for x in (w, mask_w, l, mask_l, kept))
+        loss = two.fine_grained_loss(*rows, 3, 1.5, 2, 0.5)
+        assert loss.item() == pytest.approx(sum(slow[part]) / 3, rel=1e-5)
 
+def test_a6_and_b2_count_the_pairs_and_the_output_tokens_of_the_batch(two, tiny_run, tokenizer):
+    loss = two.sequence_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]), 5)
+    assert loss.item() == pytest.approx((log(1 + exp(-1)) + log(1 + exp(2))) / 5)
+    logprobs, tasks = torch.tensor([[-1.0, -2.0], [-3.0, 0.0], [-5.0, -1.0]]), ["r", "l", "r"]
+    assert two.generative_loss(logprobs, tasks, {"r": 4, "l": 2}).item() == 9 / 4 + 3 / 2
+    model, slow = new_model(two, tiny_run, "generative"), []
+    for x, y in ROWS:
+        logits = model(torch.tensor([x + y])).logits[0, len(x) - 1:-1]
+        slow.append(F.cross_entropy(logits, torch.tensor(y), reduction="sum").item())
+    batch = [(x, y, task) for (x, y), task in zip(ROWS, "rrl")]
+    for row, expected in zip(batch, (slow[0] / 10, slow[1] / 10, slow[2] / 4)):
+        part = two.loss_of("generative", model, [row], batch, tokenizer, two.Args())
+        assert part.item() == pytest.approx(expected, rel=1e-5)
 
-def test_without_kept_tokens_a5_is_bradley_terry(reward_model):
-    rewards_w, rewards_l, mask = torch.tensor([[0.3, 0.1]]), torch.tensor([[0.2, -0.4]]), torch.ones(1, 2).bool()
-    loss = reward_model.fine_grained_loss(rewards_w, mask, rewards_l, mask, [[]], 1.0, 7.0, 7.0, "mean")
-    assert loss.item() == pytest.approx(-F.logsigmoid(torch.tensor(0.2 - -0.1)).item())
+@pytest.mark.parametrize("kind", ["token", "sequence", "generative"])
+def test_micro_batches_give_the_batches_gradient(two, tiny_run, tokenizer, kind, monkeypatch):
+    model, grads = new_model(two, tiny_run, kind), []
+    rows = two.read_rows(tiny_run, kind, model, tokenizer, two.Args())[0][:7]
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, _: grads.append(
+        torch.cat([p.grad.flatten() for p in parameters])))
+    for micro_batch in (None, 3):
+        args = two.Args(epochs=1, sequence_epochs=1, locate_epochs=1, micro_batch=micro_batch)
+        two.train(kind, copy.deepcopy(model), rows, tokenizer, args)
+    assert (grads[0] - grads[1]).norm() < 1e-5 * grads[0].norm()
 
+def test_prompts_of_the_grm_carry_the_ids_as_they_are(two, tokenizer, tiny_run):
+    words = lambda text: tokenizer(text, add_special_tokens=False).input_ids
+    end, dot = tokenizer.eos_token_id, words("They send jam.")[-1]
+    problem = {"prompt_ids": [5, 6], "solution_ids": [8, 9, dot, 7, end]}
+    attempt = [7, 7, dot, 9, dot, 4]
+    first, second, third = words("[1]"), words("[2]"), words("[3]")
+    before, behind = [5, 6] + words("\nReference solution:\n"), words("\nAttempt:\n")
+    rewrite = before + [8, 9, dot, 7] + behind + attempt + words("\nCorrected attempt:\n")
+    locate = before + first + [8, 9, dot] + second + [7] + behind + first + [7, 7, dot] + second + [
+        9, dot] + third + [4] + words("\nFirst wrong step:\n")
+    for response in (attempt, attempt + [end]):                    # cut off, and ended
+        assert two.grm_prompt("rewrite", problem, response, tokenizer) == rewrite
+        assert two.grm_prompt("locate", problem, response, tokenizer) == locate
+    assert two.locate_answer(3, tokenizer) == third + [end] != first + [end]
 
-def test_signs_of_the_gradient_of_a5(reward_model):
-    """Edited tokens rise, original tokens fall; beta pulls a kept pair together; zero pulls it to zero."""
-    rewards_w = torch.tensor([[0.5, 0.0]], requires_grad=True)
-    rewards_l = torch.tensor([[0.1, 0.0]], requires_grad=True)
-    mask = torch.ones(1, 2, dtype=torch.bool)
-    loss = reward_model.fine_grained_loss(rewards_w, mask, rewards_l, mask, [[(0, 0)]], 1.0, 0.0, 0.0, "sum")
-    grad_w, grad_l = torch.autograd.grad(loss, (rewards_w, rewards_l))
-    assert grad_w[0, 1] < 0 < grad_l[0, 1]
-    loss = reward_model.fine_grained_loss(rewards_w, mask, rewards_l, mask, [[(0, 0)]], 0.0, 1.0, 0.0, "sum")
-    grad_w, grad_l = torch.autograd.grad(loss, (rewards_w, rewards_l))
-    assert grad_w[0].tolist() == pytest.approx([0.8, 0.0])            # 2 (0.5 - 0.1)
-    assert grad_l[0].tolist() == pytest.approx([-0.8, 0.0])
-    loss = reward_model.fine_grained_loss(rewards_w, mask, rewards_l, mask, [[(0, 0)]], 0.0, 0.0, 1.0, "sum")
-    grad_w, grad_l = torch.autograd.grad(loss, (rewards_w, rewards_l))
-    assert grad_w[0].tolist() == pytest.approx([0.5, 0.0]) and grad_l[0].tolist() == pytest.approx([0.1, 0.0])
+def test_examples_of_a_wrong_and_a_right_response(two, tokenizer):
+    names = ("rewrite_prompt", "locate_prompt", "edited_ids", "first_wrong_step")
+    rows = [dict(zip(names, row)) for row in (([5], [6], [7, 2], 2), ([8], [9], [3, 2], None))]
+    located = ([6], two.locate_answer(2, tokenizer), "locate")
+    examples = two.examples_of(rows, tokenizer, two.Args(rewrite_epochs=1, locate_epochs=2))
+    assert examples == [([5], [7, 2], "rewrite"), ([8], [3, 2], "rewrite"), located, located]
 
+def test_pairs_limit_the_models_of_a_and_not_the_grm(two, tokenizer, tiny_run):
+    model = new_model(two, tiny_run, "generative")
+    for kind in two.KINDS:
+        (training, held_out), (fewer, same) = (two.read_rows(
+            tiny_run, kind, model, tokenizer, two.Args(pairs=pairs)) for pairs in (None, 10))
+        assert len(training) > 20 and same == held_out
+        assert fewer == training if kind == "generative" else fewer == training[:10]
+        assert (kind == "generative") == any(row["chosen"] is None for row in training)
 
-def test_sequence_loss(reward_model):
-    loss = reward_model.sequence_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]))      # A6
-    assert loss.item() == pytest.approx((math.log(1 + math.exp(-1)) + math.log(1 + math.exp(2))) / 2)
+def test_auroc_and_in_order(two):
+    assert two.auroc([3.0, 1.0], [2.0, 0.0]) == 0.75 and two.auroc([], [1.0]) is None
+    positive, negative = torch.randint(9, (40,)).tolist(), torch.randint(7, (60,)).tolist()
+    pairs = [(p > n) + (p == n) / 2 for p in positive for n in negative]
+    assert two.auroc(positive, negative) == pytest.approx(sum(pairs) / 2400)
+    better, worse = [[1.0, 1.0], [2.0]], [[1.5], [1.0, 1.0]]
+    assert two.in_order("token", better, worse, "sum") == 0.75     # the second is a tie
+    assert two.in_order("token", better, worse, "mean") == 0.5
+    assert two.in_order("sequence", [1.0, 2.0, 0.0], [0.0, 1.0, 0.0], "sum") == pytest.approx(5 / 6)
+    assert two.in_order("generative", [[-0.2, -0.2]], [[-0.45, 0.4]], "sum") == 1.0  # log p
 
-
-@pytest.mark.parametrize("kind", ["token", "sequence"])
-def test_padding_changes_no_reward(reward_model, tiny_run, kind):
-    """The same response alone and beside longer ones, prompt and response, gets the same rewards."""
-    auto = AutoModelForTokenClassification if kind == "token" else AutoModelForSequenceClassification
-    model = reward_model.open_model(auto, tiny_run / f"reward_{kind}")
-    torch.nn.init.normal_(model.score.weight)
-    short = {"prompt_ids": [5, 6, 7], "preferred_ids": [8, 9, 2]}
-    long = {"prompt_ids": [5] * 9, "preferred_ids": [9] * 11 + [2]}
-    alone, _ = reward_model.score(kind, model, [short], "preferred", 0)
-    beside, mask = reward_model.score(kind, model, [long, short], "preferred", 0)
-    if kind == "token":
-        assert mask.sum(1).tolist() == [12, 3]
-        assert torch.allclose(alone[0], beside[1, :3], atol=1e-5) and beside[1, 3:].abs().max() == 0
-        plain = model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 2]])).logits[0, 3:, 0]
-        assert torch.allclose(alone[0], plain, atol=1e-5)             # A2: read at the token's own position
-    else:
-        assert torch.allclose(alone[0], beside[1], atol=1e-5)
-        hidden = model.model(input_ids=torch.tensor([[5, 6, 7, 8, 9, 2]])).last_hidden_state[0, -1]
-        assert torch.allclose(alone[0], model.score(hidden)[0], atol=1e-5)     # A6: read at the last token
-
-
-def test_auroc_and_average_precision_by_hand(reward_model):
-    # ranked: 3+ 2- 1+ 0-: of four pairs three are in order; precision 1/1 at 3 and 2/3 at 1
-    assert reward_model.auroc([3.0, 1.0], [2.0, 0.0]) == 0.75
-    assert reward_model.average_precision([3.0, 1.0], [2.0, 0.0]) == pytest.approx((1 + 2 / 3) / 2)
-    assert reward_model.auroc([1.0, 1.0], [1.0]) == 0.5               # ties count one half
-    assert reward_model.average_precision([1.0], [1.0]) == 0.5        # and stand last
-    rng = np.random.default_rng(0)
-    positive, negative = rng.integers(0, 9, 40), rng.integers(0, 7, 60)
-    pairs = np.sign(positive[:, None] - negative[None]) / 2 + 0.5
-    assert reward_model.auroc(positive, negative) == pytest.approx(pairs.mean())
-
-
-def test_one_optimiser_step_raises_the_edited_token(reward_model, tiny_run):
-    """A5 learns: after a few steps on one pair the edited token beats the original at the same place."""
-    model = reward_model.open_reward_model("token", tiny_run / "policy", "float32",
-                                           reward_model.open_tokenizer(tiny_run / "policy"))
-    row = {"prompt_ids": [5, 6], "edited_ids": [7, 8, 2], "rejected_ids": [7, 9, 2],
-           "edit_ops": [["replace", 1, 1]]}
-    args = reward_model.Args()
-    assert reward_model.score("token", model, [row], "edited", 0)[0].abs().max() == 0         # head of zeros
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for _ in range(5):
-        optimizer.zero_grad()
-        reward_model.pair_loss("token", model, [row], 0, args).backward()
-        optimizer.step()
-    edited = reward_model.score("token", model, [row], "edited", 0)[0][0]
-    rejected = reward_model.score("token", model, [row], "rejected", 0)[0][0]
-    assert edited[1] > rejected[1]
-    assert edited[0].item() == pytest.approx(rejected[0].item(), abs=1e-5)     # causal: same prefix, same reward
+def test_localisation_by_hand(two):
+    rows = [{"first_error": 1, "edit_ops": [["replace", 1, 1], ["delete", 3, 3]]},
+            {"first_error": None, "edit_ops": [["insert", 1, 1]]},  # no token is the error
+            {"first_error": 2, "edit_ops": [["replace", 2, 2]]}]
+    rejected = [[-2.0, -1.0, -0.1, -0.3], [0.0, -9.0], [0.0, 0.5, -0.2]]
+    edited = [[-2.0, 0.0, -0.1], [0.0, 1.0, -9.0], [0.0, 0.5, -0.3]]
+    found = two.localisation("token", rows, rejected, edited)
+    assert (found["auroc"], found["first_edit"]) == pytest.approx((4 / 6, 2 / 3))
+    assert found["called_wrong"] == {"right": 0.2, "replace": 0.5, "first": 0.5, "delete": 1.0,
+                                     "insert": 1.0}
+    found = two.localisation("generative", rows, rejected, edited)["called_wrong"]
+    assert found["right"] == 0.4 and found["replace"] == 1.0       # p_t < 0.5

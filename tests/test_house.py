@@ -1,0 +1,103 @@
+"""The rules of the house, and the four scripts as a user runs them."""
+
+import ast
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, STAGES
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
+                          AutoModelForTokenClassification, AutoTokenizer)
+
+# what they measure now; the author lowers them
+SCRIPT_LINES = 2425
+SCRIPT_CHARACTERS = 139_000
+README_LINES = 478
+TEST_LINES = 1200
+OPTIONS = 23
+FUNCTION_LINES = 45
+COLUMNS = 100
+
+PACKAGES = {"torch", "transformers", "numpy", "tqdm", "huggingface_hub", "tokenizers",
+            "safetensors", *sys.stdlib_module_names}
+QUIET = {"logging.set_verbosity_error()", "logging.disable_progress_bar()"}
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+def fields(script):
+    (args,) = [node for node in ast.parse(read(script)).body
+               if isinstance(node, ast.ClassDef) and node.name == "Args"]
+    return {node.target.id for node in args.body if isinstance(node, ast.AnnAssign)}
+
+def test_the_whole_is_small():
+    scripts = "".join(read(ROOT / f"{name}.py") for name in STAGES)
+    assert len(scripts.splitlines()) <= SCRIPT_LINES and len(scripts) <= SCRIPT_CHARACTERS
+    tests = "".join(map(read, (ROOT / "tests").glob("*.py")))
+    assert 400 < len(tests.splitlines()) <= TEST_LINES
+    assert len(read(ROOT / "README.md").splitlines()) <= README_LINES
+
+@pytest.mark.parametrize("folder", [".", "tests"])
+def test_lines_and_functions_are_short(folder):
+    for path in (ROOT / folder).glob("*.py"):
+        nodes = list(ast.walk(ast.parse(read(path))))
+        starts = [node.lineno for node in nodes if isinstance(node, ast.stmt)]
+        sizes = {node.name: node.end_lineno - node.lineno + 1 for node in nodes
+                 if isinstance(node, ast.FunctionDef)}
+        lines = enumerate(read(path).splitlines(), 1)
+        assert not [number for number, line in lines if len(line) > COLUMNS], path.name
+        assert not [line for line in {*starts} if starts.count(line) > 1], path.name
+        assert not [name for name, size in sizes.items() if size > FUNCTION_LINES], path.name
+
+def test_copies_of_a_helper_are_equal():
+    """A function or a constant that stands in several scripts is the same in all of them."""
+    seen, copies = {}, 0
+    for stage in STAGES:
+        for node in ast.parse(read(ROOT / f"{stage}.py")).body:
+            names = {getattr(node, "name", None), *map(ast.unparse, getattr(node, "targets", []))}
+            for name in names - {None, "main", "Args"}:
+                copies += name in seen
+                assert seen.setdefault(name, ast.dump(node)) == ast.dump(node), (name, stage)
+    assert copies > 20
+
+def test_a_script_stands_alone(script):
+    """Few options, all read; only allowed packages, no other script; to import it runs nothing."""
+    tree = ast.parse(read(script))
+    nodes = list(ast.walk(tree))
+    names = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
+    assert 10 < len(fields(script)) <= OPTIONS
+    assert not {f"args.{name}" for name in fields(script)} - names
+    modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    modules += [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
+    assert {module.split(".")[0] for module in modules} <= PACKAGES - {"importlib", "runpy"}
+    *body, last = tree.body[1:]
+    defines = (ast.Import, ast.ImportFrom, ast.Assign, ast.FunctionDef, ast.ClassDef)
+    assert {ast.unparse(node) for node in body if not isinstance(node, defines)} <= QUIET
+    assert ast.unparse(last).startswith("if __name__ == '__main__':")
+
+def test_the_four_scripts_in_order(tmp_path):
+    flags = ["--train_prompts 40 --test_prompts 16 --sft_steps 9 --hidden_size 16 "
+             "--samples 4 --max_edit_share 1.0", "--kind token --epochs 1",
+             "--updates 1 --rollout_batch 8", "--examples 2"]
+    for name, more in zip(STAGES, flags):
+        script = ROOT / f"{name}.py"
+        result = subprocess.run([sys.executable, script, "--run", "run", *more.split()],
+                                cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        assert {*json.loads(read(tmp_path / "run" / f"{name[:2]}_args.json"))} == fields(script)
+    assert len([*tmp_path.iterdir()]) == 1 and not [*(tmp_path / "run").glob("*.part")]
+    assert json.loads(read(tmp_path / "run" / "eval.json"))["policies"]["ppo_token"]["n"] == 16
+
+def test_model_folders_open_plainly(tiny_run):
+    vocabulary = AutoTokenizer.from_pretrained(tiny_run / "policy").get_vocab()
+    classes = {"reward_token": AutoModelForTokenClassification,
+               "reward_sequence": AutoModelForSequenceClassification}
+    folders = [path.parent for path in tiny_run.glob("*/model.safetensors")]
+    for path in folders:
+        auto_class = classes.get(path.name, AutoModelForCausalLM)
+        model, info = auto_class.from_pretrained(path, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        assert path.name not in classes or model.config.num_labels == 1
+        assert AutoTokenizer.from_pretrained(path).get_vocab() == vocabulary
+    assert len(folders) == 6
