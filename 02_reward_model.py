@@ -34,10 +34,10 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm, trange
+from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoModelForTokenClassification, AutoTokenizer, GenerationConfig,
-                          HfArgumentParser, get_cosine_schedule_with_warmup)
+                          AutoModelForTokenClassification, AutoTokenizer, HfArgumentParser,
+                          get_cosine_schedule_with_warmup)
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
@@ -233,22 +233,6 @@ def response_logprobs(model, inputs, response_mask, temperature=1.0):
     losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
     return -losses.view(tokens.shape) * response_mask
 
-def generate(model, prompts, tokenizer, limit, args, temperature=1.0):
-    """A response of at most `limit` tokens to each prompt (ids), without a checkpoint's own top-k;
-    temperature 0: the likeliest tokens. The end token, where a response has one, is its last."""
-    size, rows, end = args.micro_batch or 500, [], tokenizer.eos_token_id
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-    for k in trange(0, len(prompts), size, desc="sampling", leave=False):
-        part = prompts[k:k + size]
-        inputs, _ = pack(part, [[]] * len(part), tokenizer.pad_token_id, args.device)
-        P = inputs["input_ids"].shape[1]
-        model.generation_config = GenerationConfig(
-            max_new_tokens=min(limit, context_of(model) - P), eos_token_id=end,
-            pad_token_id=tokenizer.pad_token_id, **how)
-        ids = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        rows += ids[:, P:].tolist()
-    return [row[:row.index(end) + 1] if end in row else row for row in rows]
-
 def token_texts(ids, tokenizer):
     """The text that each token adds to the ones before it, spaces included."""
     texts = tokenizer.batch_decode([ids[:k] for k in range(len(ids) + 1)])
@@ -381,20 +365,27 @@ def localisation(kind, rows, rejected, edited):
     return {"auroc": auroc(wrong, before), "first_edit": float(np.mean(beats or [np.nan])),
             "called_wrong": {name: float(np.mean(hits)) for name, hits in counts.items()}}
 
+@torch.no_grad()
 def rewriting(model, rows, tokenizer, args):
-    """B2 on held-out rows, likeliest answers: share of rewrites that are the editor's own, of
-    right responses left as they are, and of first wrong steps that are located."""
-    limit = 2 * max(len(row["edited_ids"]) for row in rows)
-    answers = lambda task, rows: generate(model, [row[f"{task}_prompt"] for row in rows], tokenizer,
-                                          limit, args, temperature=0.0)
-    mean = lambda hits: float(np.mean(hits)) if hits else None
-    wrong = [row for row in rows if row["edit_ops"]][:500]
-    right = [row for row in rows if not row["edit_ops"]][:500]
-    same = lambda rows: mean([ids == row["edited_ids"]
-                              for ids, row in zip(answers("rewrite", rows), rows)])
-    located = [ids == locate_answer(row["first_wrong_step"], tokenizer)
-               for ids, row in zip(answers("locate", wrong), wrong) if row["first_wrong_step"]]
-    return {"rewritten": same(wrong), "copied": same(right), "located": mean(located)}
+    """B2 on held-out rows: share of rewrites that are the editor's own, of right responses left as
+    they are, of first wrong steps that are located. An answer is given where each of its tokens is
+    the likeliest after the ones before it, so that one forward pass tells."""
+    found, size = {"rewritten": [], "copied": [], "located": []}, args.micro_batch or 256
+    for task in ("rewrite", "locate"):
+        part = [row for row in rows if task == "rewrite" or row["first_wrong_step"]]
+        for k in range(0, len(part), size):
+            some = part[k:k + size]
+            outputs = [row["edited_ids"] if task == "rewrite" else
+                       locate_answer(row["first_wrong_step"], tokenizer) for row in some]
+            inputs, mask = pack([row[f"{task}_prompt"] for row in some], outputs,
+                                tokenizer.pad_token_id, args.device)
+            T = mask.shape[1]
+            likeliest = model(**inputs, logits_to_keep=T + 1).logits[:, :-1].argmax(dim=2)
+            hits = ((likeliest == inputs["input_ids"][:, -T:]) | ~mask).all(dim=1).tolist()
+            for row, hit in zip(some, hits):
+                found["located" if task == "locate" else "rewritten" if row["edit_ops"]
+                      else "copied"].append(hit)
+    return {name: float(np.mean(hits)) if hits else None for name, hits in found.items()}
 
 def evaluate(kind, model, rows, tokenizer, args):
     """The entry of reward_metrics.json, and place of a row -> rewards of its `rejected`."""

@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassificat
 
 CONFIG = LlamaConfig(vocab_size=12, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
                      num_attention_heads=2, max_position_embeddings=24, initializer_range=0.4)
+SCALE = {"mean": 1.0, "std": 2.0}
 
 @pytest.fixture(scope="module")
 def three(stages):
@@ -30,12 +31,12 @@ def plain_logprobs(model, prompt, response, temperature=1.0):
     return (logits / temperature).log_softmax(-1)[range(len(response)), response]
 
 def test_scores_and_kl_rewards_by_hand(three, monkeypatch):
-    mask, scale = torch.tensor([[True] * 3, [True, False, False]]), {"mean": 1.0, "std": 2.0}
+    mask = torch.tensor([[True] * 3, [True, False, False]])
     monkeypatch.setattr(three, "sequence_reward", lambda *_: torch.tensor([5.0, 4.0]))
     monkeypatch.setattr(three, "token_rewards", lambda *_: torch.tensor([[2.0, 4.0, 6.0]]))
-    scores = three.scores_of(None, {}, mask, "sequence", scale)
+    scores = three.scores_of(None, {}, mask, "sequence", SCALE)
     assert scores.tolist() == [[0.0, 0.0, 2.0], [1.5, 0.0, 0.0]]   # A7: on the last token alone
-    assert three.scores_of(None, {}, mask[:1], "token", scale).tolist() == [[1.0, 2.0, 3.0]]
+    assert three.scores_of(None, {}, mask[:1], "token", SCALE).tolist() == [[1.0, 2.0, 3.0]]
     old, ref = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([-1.5, -1.0])
     rewards = three.kl_rewards(torch.tensor([1.0, 0.0]), old, ref, 0.1)
     assert rewards.tolist() == pytest.approx([1 - 0.05, 0.1]) and not rewards.requires_grad
@@ -61,8 +62,7 @@ def test_gae_equals_the_double_sum_and_ignores_padding(three, lam, gamma):
         deltas = [rewards[row, t].item() + gamma * v[t + 1] - v[t] for t in range(T)]
         for t in range(T):
             slow[row, t] = sum((gamma * lam) ** l * deltas[t + l] for l in range(T - t))
-    assert torch.allclose(advantages, slow, atol=1e-5)
-    assert torch.allclose(returns, slow + values, atol=1e-5)
+    assert torch.allclose(torch.cat([advantages, returns - values]), slow.repeat(2, 1), atol=1e-5)
 
 @pytest.mark.parametrize("ratio, advantage, loss, gradient", [
     (1.1, 1.0, -1.1, -1.1), (1.5, 1.0, -1.2, 0.0), (0.5, 1.0, -0.5, -0.5),
@@ -104,21 +104,25 @@ def grads(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["token", "sequence"])
 def test_first_rollout_and_its_micro_batches(three, tiny_run, tokenizer, kind, grads):
-    args, scale = three.Args(device="cpu", max_new_tokens=12), {"mean": 0.5, "std": 2.0}
+    args = three.Args(device="cpu", max_new_tokens=12, temperature=0.5, lam=0.0)
     models = three.open_models(kind, tiny_run, args)
     prompts = [row["prompt_ids"] for row in three.read_jsonl(tiny_run / "problems.jsonl")[:7]]
-    row, inputs, batch = three.rollout(kind, models, prompts, tokenizer, scale, args)
+    row, inputs, batch = three.rollout(kind, models, prompts, tokenizer, SCALE, args)
     assert row["kl"] == 0 and row["reward"] == row["score"] and not batch["old_values"].any()
+    assert batch["advantages"].equal(three.masked_whiten(batch["returns"], batch["mask"]))  # V = 0
     stay = torch.optim.SGD([*models["policy"].parameters(), *models["value"].parameters()], 0.0)
     for args.micro_batch in (None, 2):
         step = three.minibatch_step(models, stay, inputs, batch, torch.arange(7), args)
         assert abs(step["approx_kl"]) < 1e-7 and step["clipfrac"] == 0
-    for whole, parts in zip(grads[:2], grads[2:]):                 # of the policy, and of V
-        assert (whole - parts).norm() < 1e-5 * whole.norm()
+    whole, parts = torch.cat(grads).chunk(2)                       # of the policy and of V
+    assert (whole - parts).norm() < 1e-5 * whole.norm()
     batch["old_logprobs"] -= 0.5 * batch["mask"]                   # rho is e^0.5
     step = three.minibatch_step(models, stay, inputs, batch, torch.arange(7), args)
-    assert step["approx_kl"] == pytest.approx(math.exp(0.5) - 1 - 0.5, rel=1e-3)
-    assert step["clipfrac"] == pytest.approx(1)
+    assert [step["approx_kl"], step["clipfrac"]] == pytest.approx([math.exp(0.5) - 1.5, 1], 1e-3)
+    models["reference"].get_input_embeddings().weight.data *= 1.5
+    row, _, batch = three.rollout(kind, models, prompts, tokenizer, SCALE, args)
+    assert row["reward"] == pytest.approx(row["score"] - 0.1 * row["kl"]) and row["kl"] > 0.1
+    assert batch["returns"].sum(dim=1).mean().item() == pytest.approx(row["reward"])
 
 def test_the_log_of_ppo(tiny_run):
     log = list(csv.DictReader(open(tiny_run / "ppo_token.csv")))
@@ -176,8 +180,7 @@ def test_b3_b5_and_b6_by_hand(three):
                         ("bc", "XYbc", [1, 1, .5, .5]), ("abc", "abc", [.5, .5, .5])):
         assert three.imitation_weights([*a], [*b]).tolist() == gamma
     logprobs = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]], requires_grad=True)
-    loss = three.imitation_loss(logprobs, torch.tensor([[1, 0.5], [0.5, 0]]), 7)
-    assert loss.item() == pytest.approx((1 + 1 + 1.5) / 7)
+    assert three.imitation_loss(logprobs, torch.tensor([[1, 0.5], [0.5, 0]]), 7).item() == 3.5 / 7
     loss = three.rlmec_loss(logprobs, logprobs.detach(), torch.zeros(2, 2), 0.3, 0)
     loss.backward()                                                # no token has a reward
     assert loss.item() == 0 and not logprobs.grad.any()
@@ -228,29 +231,29 @@ def collect(three, tiny_run, tokenizer, monkeypatch):
         return three.collect(grm, grm, problems, tokenizer, args)
     return collect_of, grm, problems, seen
 
-def test_collect_keeps_the_steps_before_the_error_and_the_ids(three, tokenizer, collect):
+def test_collect_keeps_ids_and_the_steps_before_the_error(three, tokenizer, collect, monkeypatch):
     collect_of, grm, problems, seen = collect
     solution, right = [problem["solution_ids"] for problem in problems]
     start = three.step_starts(solution, tokenizer)[2]
     wrong = solution[:start] + [solution[0]] + solution[start + 1:]
+    monkeypatch.setattr(three, "generative_rewards", lambda p, right, mask: p * mask)
     rows = collect_of([wrong, right], [three.locate_answer(3, tokenizer)], [solution[start:]])
     assert seen[1] == [three.grm_prompt("locate", problems[0], wrong, tokenizer)]
     assert seen[2] == [rows[0]["grm_prompt"] + solution[:start]]   # B4
     assert [(row["right"], row["response_ids"], row["rewrite_ids"]) for row in rows] == [
         (False, wrong, solution), (True, right, right)]
-    for row, problem, low, high in zip(rows, problems, (-0.1, 0), (0, 0.5)):
+    for row, problem in zip(rows, problems):
         ids = row["response_ids"]
-        old = plain_logprobs(grm, problem["prompt_ids"], ids, 0.7)
-        assert torch.allclose(row["old_logprobs"], old, atol=1e-5)
+        plain = plain_logprobs(grm, problem["prompt_ids"], ids, 0.7)
+        assert torch.allclose(row["old_logprobs"], plain, atol=1e-5)
         p = plain_logprobs(grm, three.grm_prompt("rewrite", problem, ids, tokenizer), ids).exp()
-        assert torch.allclose(row["rewards"], (p - 0.5).clamp(low, high), atol=1e-5)
+        assert torch.allclose(row["rewards"], p, rtol=1e-3, atol=0)    # B3, before its clip
         assert row["gamma"].equal(three.imitation_weights(ids, row["rewrite_ids"]))
 
 @pytest.mark.parametrize("answer, ending, reason", [
     (None, None, "the locator names no step"), (12, None, "the locator names no step"),
-    (1, slice(0, 5), "the rewrite is wrong"), (1, slice(0, -1), "the rewrite is wrong")])
+    (1, slice(0, 5), "the rewrite is wrong"), (1, slice(0, -1), "the rewrite is wrong")])  # no end
 def test_a_wrong_sample_is_never_praised(three, tokenizer, collect, answer, ending, reason, capsys):
-    """The locator's [12] is not step 1; the last rewrite does not end."""
     collect_of, _, problems, _ = collect
     solution, right = [problem["solution_ids"] for problem in problems]
     answer = three.locate_answer(answer, tokenizer) if answer else [2]
@@ -264,10 +267,8 @@ def test_a_wrong_sample_is_never_praised(three, tokenizer, collect, answer, endi
     ("reward_token/tokenizer.json", '"[9]"', '"[ten]"', "its vocabulary is not that of"),
     ("reward_token", "", "", "no reward model for ppo_token; 02_reward_model.py")])
 def test_bad_input_is_named(three, run, name, old, new, message, capsys):
-    if old:
-        (run / name).write_text((run / name).read_text().replace(old, new))
-    else:
-        (run / name).rename(run / "gone")
+    path = run / name
+    path.write_text(path.read_text().replace(old, new)) if old else path.rename(run / "gone")
     with pytest.raises(SystemExit) as stop:
         three.main(three.Args(run=str(run), method="ppo_token", overwrite=True, device="cpu"))
     errors = capsys.readouterr().err.splitlines()

@@ -104,8 +104,7 @@ def test_prompts_of_the_grm_carry_the_ids_as_they_are(two, tokenizer, tiny_run):
     words = lambda text: tokenizer(text, add_special_tokens=False).input_ids
     end, dot = tokenizer.eos_token_id, words("They send jam.")[-1]
     problem = {"prompt_ids": [5, 6], "solution_ids": [8, 9, dot, 7, end]}
-    attempt = [7, 7, dot, 9, dot, 4]
-    first, second, third = words("[1]"), words("[2]"), words("[3]")
+    attempt, (first, second, third) = [7, 7, dot, 9, dot, 4], map(words, ("[1]", "[2]", "[3]"))
     before, behind = [5, 6] + words("\nReference solution:\n"), words("\nAttempt:\n")
     rewrite = before + [8, 9, dot, 7] + behind + attempt + words("\nCorrected attempt:\n")
     locate = before + first + [8, 9, dot] + second + [7] + behind + first + [7, 7, dot] + second + [
