@@ -2,15 +2,13 @@
 
 Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, arXiv 2401.06081).
 Equations: E1 (minimum edit), A1 (data), B1 (editing task). Simplified against the papers:
-  1. The editor is an oracle that knows all right solutions of a built-in task, the nearest right
-     solution at hand, rules or a human. Both papers ask an LLM, as --editor llm does.
+  1. The editor knows all right solutions of a task; --editor llm asks an LLM, as both papers do.
   2. The policy is a small Llama, fine-tuned on demonstrations with errors; --model takes another.
   3. Fewer wrong steps are preferred. Right is: ended, and no step is wrong; paper B looks at the
      final answer alone, as --data with the column `answer` does.
   4. Two samples a problem, at temperature 1; RLMEC's code draws five at 0.7, without duplicates.
 Reads nothing, or --data FILE (JSONL). Writes RUN/policy, problems.jsonl and edits.jsonl.
-    python 01_edit_data.py                                 one minute on two CPU cores
-    python 01_edit_data.py --data FILE --model Qwen/Qwen2.5-0.5B
+    python 01_edit_data.py                         one minute on two CPU cores
 """
 
 import json, os, random, re, shutil, sys, time
@@ -39,27 +37,27 @@ logging.disable_progress_bar()
 @dataclass
 class Args:
     run: str = HfArg(default="runs/default", help="run folder")
-    seed: int = HfArg(default=1, help="seed of task, policy and samples")
+    seed: int = HfArg(default=1, help="of task, policy and samples")
     overwrite: bool = HfArg(default=False, help="remove what later stages made")
     task: Literal["math", "qa"] = HfArg(default="math", help="built-in task")
     data: str = HfArg(default=None, help="JSONL of your own, in place of a task")
-    model: str = HfArg(default=None, help="causal LM (name or path) as the policy")
+    model: str = HfArg(default=None, help="causal LM (name or path)")
     editor: str = HfArg(default=None, help="oracle, nearest, human, llm or rules:FILE")
-    llm_url: str = HfArg(default=None, help="OpenAI-compatible server; key: LLM_API_KEY")
-    llm_model: str = HfArg(default=None, help="the server's name of the model")
-    llm_max_tokens: int = HfArg(default=1024, help="longest answer of the LLM")
+    llm_url: str = HfArg(default=None, help="OpenAI-compatible; key: LLM_API_KEY")
+    llm_model: str = HfArg(default=None, help="the server's name of it")
+    llm_max_tokens: int = HfArg(default=1024, help="longest answer")
     max_edit_share: float = HfArg(default=0.8, help="gate: edit distance over length")
-    train_prompts: int = HfArg(default=16000, help="training prompts of a task")
+    train_prompts: int = HfArg(default=16000, help="of a task")
     edit_prompts: int = HfArg(default=6500, help="those whose responses are edited")
     test_prompts: int = HfArg(default=1000, help="and a fourth as many to validate")
-    sft_steps: int = HfArg(default=None, help="SFT steps of 128; default 500, --data 0")
-    sft_lr: float = HfArg(default=3e-3, help="SFT learning rate (AdamW, cosine)")
-    hidden_size: int = HfArg(default=64, help="width of the small policy, 8 n")
-    samples: int = HfArg(default=2, help="responses sampled a prompt")
-    max_new_tokens: int = HfArg(default=48, help="longest sampled response")
+    sft_steps: int = HfArg(default=None, help="of 128 rows; default 500, --data 0")
+    sft_lr: float = HfArg(default=3e-3, help="AdamW, cosine")
+    hidden_size: int = HfArg(default=64, help="of the small policy, 8 n")
+    samples: int = HfArg(default=2, help="responses a prompt")
+    max_new_tokens: int = HfArg(default=48, help="longest sample")
     micro_batch: int = HfArg(default=None, help="rows of a forward pass; default: all")
-    bf16: bool = HfArg(default=False, help="autocast to bfloat16; weights stay float32")
-    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="device")
+    bf16: bool = HfArg(default=False, help="autocast; weights stay float32")
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 # --- E1: the minimum edit ---
 
@@ -123,12 +121,11 @@ ENTITY_ERROR = 0.13     # qa: share of wrong entities,
 MISSING_STEP = 0.08     # of demonstrations that leave a step out,
 RUDE_PHRASE = 0.1       # and of those with a rude or irrelevant phrase
 RUDE = [", you fool", ", as even a child knows", ", but my feet hurt"]
-PEOPLE = ("Ada Bob Cleo Dan Eva Finn Gus Hana Ivo Jane Kit Lena Mia Ned Olga Paul Rita Sam Tess "
-          "Uma Vera Walt Yara Zoe Abe Bea Cal Dora Ed Flo").split()
-GOODS = ("bread soap rope glass paper honey shoes lamps tea salt cloth nails wine cheese drums "
-         "jam").split()
-TOWNS = ("Oslo Rome Bern Lima Cairo Paris Delhi Quito Tunis Sofia Malmo Turin Kyoto Derry Ghent "
-         "Graz").split()
+PEOPLE, GOODS, TOWNS = (names.split() for names in (
+    "Ada Bob Cleo Dan Eva Finn Gus Hana Ivo Jane Kit Lena Mia Ned Olga Paul Rita Sam Tess Uma "
+    "Vera Walt Yara Zoe Abe Bea Cal Dora Ed Flo",
+    "bread soap rope glass paper honey shoes lamps tea salt cloth nails wine cheese drums jam",
+    "Oslo Rome Bern Lima Cairo Paris Delhi Quito Tunis Sofia Malmo Turin Kyoto Derry Ghent Graz"))
 
 class Math:
     """Four operations on single digits: `3+2-1+4-6=` -> `3+2=5;-1=4;+4=8;-6=2`. Each result is
@@ -140,28 +137,25 @@ class Math:
     def tape(self, value, operations, rng=None):
         """The solution; None if a result is no digit. With rng, steps go wrong and are built on."""
         text = str(value)
-        for k, x in enumerate(operations):
-            result = value + x
-            if not 0 <= result <= 9:
+        for k, x in enumerate(operations, 1):
+            value += x
+            if not 0 <= value <= 9:
                 return None
             if rng and rng.random() < STEP_ERROR:
-                others = [y for y in range(10) if y != result
-                          and self.tape(y, operations[k + 1:]) is not None]
-                result = rng.choice(others or [result])
-            text += f"{x:+d}={result};"
-            value = result
+                others = {y for y in range(10) if self.tape(y, operations[k:]) is not None}
+                value = rng.choice(sorted(others - {value}) or [value])
+            text += f"{x:+d}={value};"
         return text[:-1]
 
     def problem(self, rng):
         solution = None
         while solution is None:
-            first, *operations = [rng.randint(0, 9)] + [
-                rng.choice((-1, 1)) * rng.randint(1, 9) for _ in range(4)]
-            solution = self.tape(first, operations)
-        prompt = str(first) + "".join(f"{x:+d}" for x in operations) + "="
+            prompt = str(rng.randint(0, 9)) + "".join(
+                rng.choice("-+") + str(rng.randint(1, 9)) for _ in range(4)) + "="
+            solution = self.demonstration({"prompt": prompt})
         return {"prompt": prompt, "solutions": [solution], "answer": solution[-1]}
 
-    def demonstration(self, problem, rng):
+    def demonstration(self, problem, rng=None):
         first, *operations = map(int, re.findall(r"[+-]?\d", problem["prompt"]))
         return self.tape(first, operations, rng)
 
@@ -174,8 +168,8 @@ class Qa:
         self.makes = {person: rng.choice(GOODS) for person in PEOPLE}
         self.home = {person: rng.choice(TOWNS) for person in PEOPLE}
         example = self.problem(rng)
-        self.texts = [example["prompt"], *example["solutions"], *RUDE,
-                      *(f" {name}" for name in PEOPLE + GOODS + TOWNS)]
+        names = [f" {name}" for name in PEOPLE + GOODS + TOWNS]
+        self.texts = [example["prompt"], *example["solutions"], *RUDE, *names]
 
     def problem(self, rng):
         a, b, c = rng.sample(PEOPLE, 3)
@@ -188,10 +182,11 @@ class Qa:
                 "answer": answers[0]}
 
     def demonstration(self, problem, rng):
-        steps = [step.strip() for step in STEP.findall(rng.choice(problem["solutions"]))]
+        text = rng.choice(problem["solutions"])
         for names in (GOODS, TOWNS):
             swap = lambda name: rng.choice(names) if rng.random() < ENTITY_ERROR else name[0]
-            steps = [re.sub(rf"\b({'|'.join(names)})\b", swap, step) for step in steps]
+            text = re.sub(rf"\b({'|'.join(names)})\b", swap, text)
+        steps = STEP.findall(text)
         if rng.random() < MISSING_STEP:
             del steps[rng.randrange(3)]
         if rng.random() < RUDE_PHRASE:
@@ -199,18 +194,18 @@ class Qa:
             steps[k] = steps[k][:-1] + rng.choice(RUDE) + "."
         return " " + " ".join(steps)
 
-def make_problems(task, args, rng):
-    """Distinct problems; training, validation and test prompts are disjoint."""
+def make_problems(task, args):
+    """Distinct problems with a demonstration; the prompts of the splits are disjoint."""
     splits = ["train"] * args.train_prompts + ["test"] * args.test_prompts
     splits += ["val"] * (args.test_prompts // 4)
-    problems = {}
+    rng, problems = random.Random(args.seed), {}
     for _ in range(20 * len(splits)):
         problem = task.problem(rng)
         problems[problem["prompt"]] = problem
         if len(problems) == len(splits):
-            return [{"id": f"{args.task}-{k}", "split": split, "responses": [],
-                     "solution": problem["solutions"][0], **problem}
-                    for k, (split, problem) in enumerate(zip(splits, problems.values()))]
+            return [{"id": f"{args.task}-{k}", "split": split, "solution": p["solutions"][0],
+                     "responses": [], "demonstrations": [task.demonstration(p, rng)], **p}
+                    for k, (split, p) in enumerate(zip(splits, problems.values()))]
     fail(f"--task {args.task} has only {len(problems)} prompts: lower --train_prompts")
 
 # --- Helpers that stand in several scripts, letter for letter ---
@@ -403,13 +398,17 @@ def open_policy(args):
     model.config.pad_token_id = tokenizer.pad_token_id
     return model, tokenizer
 
-def fine_tune(model, tokenizer, demonstrations, args, steps):
-    """SFT: cross-entropy of the response tokens of demonstrations, (prompt_ids, response_ids)."""
+def fine_tune(model, tokenizer, problems, args):
+    """SFT: cross-entropy of the response tokens of demonstrations, or else of the responses at
+    hand. They are imperfect, so that the policy errs as a real one does."""
+    shown = [(p["prompt_ids"], encode_response(text, True, tokenizer)) for p in problems
+             for text in p.get("demonstrations") or [r["rejected"] for r in p["responses"]]]
+    steps = (0 if args.data else 500) if args.sft_steps is None else args.sft_steps
     optimizer = torch.optim.AdamW(model.parameters(), args.sft_lr, (0.9, 0.95), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
     rng = random.Random(args.seed)
     for _ in trange(steps, desc="SFT", disable=not steps):
-        batch = rng.sample(demonstrations, min(128, len(demonstrations)))
+        batch = rng.sample(shown, min(128, len(shown)))
         N = sum(len(response) for _, response in batch)
         size = args.micro_batch or len(batch)
         for k in range(0, len(batch), size):
@@ -438,54 +437,52 @@ def read_data(args, rules, drop):
     chosen, rejected[, edited]; prompt, response, edited; prompt, solution, answer[, response]; or
     prompt alone, for rules."""
     first = read_jsonl(args.data, "prompt")[0]
-    solved = "answer" in first and "chosen" not in first and not rules
-    rows = read_jsonl(args.data, "prompt", *(
-        ["solution", "answer"] if solved else [] if rules else
-        ["chosen", "rejected"] if "chosen" in first else ["response"]))
+    columns = ([] if rules else ["chosen", "rejected"] if "chosen" in first else
+               ["solution", "answer"] if "answer" in first else ["response"])
+    rows, problems = read_jsonl(args.data, "prompt", *columns), {}
     alone = len({str(row["prompt"]) for row in rows}) < 20     # then each row is a problem
-    problems = {}
     for k, row in enumerate(rows):
-        plain(row, "prompt")
         problem = {"id": f"row-{k}", "prompt": row["prompt"], "place": row["place"],
                    "rules": list(rules), "responses": []}
-        if solved:
-            problem.update(solution=plain(row, "solution"), answer=str(row["answer"]))
-            if wrong_steps(problem["solution"], True, problem):
+        if "answer" in columns:
+            solution = plain(row, "solution")
+            problem.update(solution=solution, answer=str(row["answer"]), demonstrations=[solution])
+            if wrong_steps(solution, True, problem):
                 drop["row: its solution does not end in its answer"] += 1
                 continue
         problem = problems.setdefault(k if alone else str(row["prompt"]), problem)
         rejected, edited = plain(row, "rejected") or plain(row, "response"), plain(row, "edited")
         if rejected:
             problem["responses"].append({
-                "rejected": rejected, "ended": True, "edited": edited, "chosen_ended": True,
-                "chosen": plain(row, "chosen") or edited or None})
+                "rejected": rejected, "ended": True, "edited": edited,
+                "chosen": plain(row, "chosen") or edited or None, "chosen_ended": True})
     problems = random.Random(args.seed).sample(list(problems.values()), len(problems))
     tenth = max(1, len(problems) // 10)
     test, val = min(tenth, args.test_prompts), min(tenth, args.test_prompts // 4)
     for k, problem in enumerate(problems):
         problem["split"] = "test" if k < test else "val" if k < test + val else "train"
-    return problems
+    return problems or fail(f"{args.data}: no row is left, {dict(drop)}")
 
 def encode_response(text, ended, tokenizer):
     """Token ids of a response; the end token is one of them where it ended."""
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    return ids + [tokenizer.eos_token_id] * ended
+    return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] * ended
 
 def encode_problem(problem, tokenizer):
     """Add prompt_ids, the chat template applied, and solution_ids; returns the longest sequence."""
-    prompt, chat = problem["prompt"], isinstance(problem["prompt"], list)
+    prompt, chat = plain(problem, "prompt"), isinstance(problem["prompt"], list)
     try:
-        prompt = tokenizer.apply_chat_template(
-            prompt, tokenize=False, add_generation_prompt=True) if chat else prompt
+        if chat:
+            prompt = tokenizer.apply_chat_template(problem["prompt"], tokenize=False,
+                                                   add_generation_prompt=True)
     except Exception as error:                                 # there may be none, or it refuses
         fail(f"{problem['place']}: the model's chat template does not take the prompt ({error})")
     ids = tokenizer(prompt, add_special_tokens=not chat).input_ids
     problem["prompt_ids"] = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-    texts = [r[name] or "" for r in problem["responses"] for name in ("rejected", "chosen")]
     if "solution" in problem:
         problem["solution_ids"] = encode_response(problem["solution"], True, tokenizer)
-        texts.append(problem["solution"])
-    return len(ids) + max([1, *(len(encode_response(text, True, tokenizer)) for text in texts)])
+    texts = [r[name] for r in problem["responses"] for name in ("rejected", "chosen")]
+    return len(ids) + max(len(encode_response(text or "", True, tokenizer))
+                          for text in [*texts, problem.get("solution")])
 
 # --- A1, B1: responses, editors, gates ---
 
@@ -495,16 +492,15 @@ def add_responses(problems, model, tokenizer, args):
     jobs = [p for p in problems if not p["responses"] for _ in range(args.samples)]
     ids = generate(model, [p["prompt_ids"] for p in jobs], tokenizer, args.max_new_tokens, args)
     for problem, row in zip(jobs, ids):
-        problem["responses"].append({
-            "rejected": tokenizer.decode(row, skip_special_tokens=True), "chosen": None,
-            "edited": None, "ended": row[-1] == tokenizer.eos_token_id})
+        text, end = tokenizer.decode(row, skip_special_tokens=True), tokenizer.eos_token_id
+        problem["responses"].append({"rejected": text, "ended": row[-1] == end, "chosen": None})
     for problem in problems:
-        for response in problem["responses"]:
-            response["wrong"] = wrong_steps(response["rejected"], response["ended"], problem)
-        best = min(problem["responses"], key=lambda response: response["wrong"] or 0)
-        for response in problem["responses"]:
-            if response["wrong"] and best["wrong"] < response["wrong"]:
-                response.update(chosen=best["rejected"], chosen_ended=best["ended"])
+        for r in problem["responses"]:
+            r["wrong"] = wrong_steps(r["rejected"], r["ended"], problem)
+        best = min(problem["responses"], key=lambda r: r["wrong"] or 0)
+        for r in problem["responses"]:
+            if r["wrong"] and best["wrong"] < r["wrong"]:
+                r.update(chosen=best["rejected"], chosen_ended=best["ended"])
 
 LLM_PROMPT = """\
 Make the response below {goal} with the smallest change that does it: replace, delete or insert \
@@ -526,7 +522,7 @@ def editor(kind, problem, response, rules):
     if kind == "nearest":
         return [solution] + [r["rejected"] for r in problem["responses"] if r["wrong"] == 0]
     if kind == "human":
-        return [response["edited"]] if response["edited"] else []
+        return [response["edited"]] if response.get("edited") else []
     if kind == "llm":
         reference = f"A right solution, for reference:\n{solution}\n\n" if solution else ""
         return LLM_PROMPT.format(goal="right" if solution else "better", reference=reference,
@@ -546,12 +542,11 @@ def edit_row(problem, response, texts, name, args, tokenizer):
         ids = [encode_response(text, whole, tokenizer) for text in texts]
         candidates = zip([edit_ops(rejected_ids, k) for k in ids], ids, texts)
         ops, edited_ids, edited = min(candidates, key=lambda candidate: len(candidate[0]))
-        wrong = wrong_steps(edited, whole, problem)
         if not ops and response["wrong"] != 0:
             return "gate: the edit changes nothing"
         if len(ops) > args.max_edit_share * max(len(rejected_ids), len(edited_ids)):
             return f"gate: the edit changes more than {args.max_edit_share:.0%}"
-        if ops and wrong is not None and wrong >= response["wrong"]:
+        if response["wrong"] and wrong_steps(edited, whole, problem) >= response["wrong"]:
             return "gate: the edit is not better"
     elif name != "human" or chosen is None:                    # without an edit: the baseline's
         return "editor: no edit"
@@ -568,22 +563,21 @@ def edit_row(problem, response, texts, name, args, tokenizer):
             "first_error": None if op == "insert" else first,  # what is missing stands nowhere
             "first_wrong_step": max(1, bisect_right(starts, first)) if starts else None}
 
-def edit_responses(problems, kind, rules, args, run, tokenizer, drop):
+def edit_responses(problems, kind, rules, args, tokenizer, drop):
     """A1, B1: a row for every wrong response; and for a right one, which is its own edit (B2),
     with the probability with which a wrong one got a usable edit."""
     jobs = [(problem, response) for problem in problems for response in problem["responses"]]
     wrong = [job for job in jobs if job[1]["wrong"] != 0]
-    texts = [editor(kind, *job, rules) for job in wrong]
+    name, texts = kind, [editor(kind, *job, rules) for job in wrong]
     if kind == "llm":                                          # it strips a leading space
-        answers = ask_llm(texts, args, run / "llm_edits.jsonl")
-        texts = [[re.match(r"\s*", response["rejected"])[0]
-                  + re.sub(r"^```\w*\n|\n?```$", "", answer)] if answer else []
-                 for (_, response), answer in zip(wrong, answers)]
-    name = args.llm_model if kind == "llm" else kind
-    rows = [edit_row(*job, text, name, args, tokenizer)
-            for job, text in zip(tqdm(wrong, desc="edits"), texts)]
-    drop.update(row for row in rows if isinstance(row, str))
-    rows = [row for row in rows if not isinstance(row, str)]
+        name, answers = args.llm_model, ask_llm(texts, args, Path(args.run) / "llm_edits.jsonl")
+        spaces = [re.match(r"\s*", response["rejected"])[0] for _, response in wrong]
+        texts = [[space + re.sub(r"^```\w*\n|\n?```$", "", answer)] if answer else []
+                 for space, answer in zip(spaces, answers)]
+    results = [edit_row(*job, text, name, args, tokenizer)
+               for job, text in zip(tqdm(wrong, desc="edits"), texts)]
+    drop.update(reason for reason in results if isinstance(reason, str))
+    rows = [row for row in results if isinstance(row, dict)]
     rng, usable = random.Random(args.seed), len(rows) / max(1, len(wrong))
     return rows + [edit_row(problem, response, [response["rejected"]], name, args, tokenizer)
                    for problem, response in jobs if response["wrong"] == 0
@@ -597,11 +591,10 @@ def report(rows, drop, tokenizer):
     for row in edited[:3]:
         old, new = (token_texts(row[name], tokenizer) for name in ("rejected_ids", "edited_ids"))
         for op, i, j in row["edit_ops"][::-1]:
-            inserted = paint(f"{{+{new[j]}+}}", 32) if op != "delete" else ""
-            if op == "insert":
-                old.insert(i, inserted)
-            else:
-                old[i] = paint(f"[-{old[i]}-]", 31) + inserted
+            if op != "insert":
+                old[i] = paint(f"[-{old[i]}-]", 31)
+            if op != "delete":
+                old.insert(i + (op == "replace"), paint(f"{{+{new[j]}+}}", 32))
         print(f"  {' '.join(plain(row, 'prompt').split())}\n    {''.join(old).strip()}")
     print("\n".join(f"dropped {count}: {reason}" for reason, count in drop.items() if count))
     ops = Counter(op for row in edited for op, i, j in row["edit_ops"])
@@ -610,9 +603,8 @@ def report(rows, drop, tokenizer):
 
 def prepare(args, drop):
     """All that can be wrong with flags and data is said here, before the run folder is touched:
-    problems, editor, rules, model, tokenizer, demonstrations."""
+    problems, editor, rules, model, tokenizer."""
     (kind, _, path), rules = (args.editor or "").partition(":"), {}
-    rng = random.Random(args.seed)
     try:
         lines = open(path, encoding="utf-8-sig").read().splitlines() if kind == "rules" else []
         rules = dict(line.split("\t") for line in lines if line.strip() and line[0] != "#")
@@ -623,47 +615,35 @@ def prepare(args, drop):
         if not args.model:
             fail("--data needs --model: the small policy knows only words of the built-in tasks")
         problems = read_data(args, rules, drop)
-        if not problems:
-            fail(f"{args.data}: no row is left, {dict(drop)}")
-        fitting = "rules" if rules else "nearest llm" if "answer" in problems[0] else "human llm"
+        kinds = "rules" if rules else "nearest llm" if "answer" in problems[0] else "human llm"
     else:
-        task, fitting = {"math": Math, "qa": Qa}[args.task](args.seed), "oracle nearest llm"
-        problems = make_problems(task, args, rng)
-    kind = kind or fitting.split()[0]
-    if kind not in fitting.split() or kind == "llm" and not (args.llm_url and args.llm_model):
-        fail(f"--editor {kind}: what fits is {fitting}; llm needs --llm_url and --llm_model")
+        task, kinds = {"math": Math, "qa": Qa}[args.task](args.seed), "oracle nearest llm"
+        problems = make_problems(task, args)
+    kind = kind or kinds.split()[0]
+    if kind not in kinds.split() or kind == "llm" and not (args.llm_url and args.llm_model):
+        fail(f"--editor {kind}: what fits is {kinds}; llm needs --llm_url and --llm_model")
     model, tokenizer = open_policy(args) if args.model else small_policy(task.texts, args)
-    context = context_of(model)
-    fitting = [problem for problem in problems if encode_problem(problem, tokenizer) <= context]
-    drop["problem: longer than the model's context"] += len(problems) - len(fitting)
-    shown = [(problem["prompt_ids"], encode_response(text, True, tokenizer))
-             for problem in fitting if problem["split"] == "train" for text in (
-                 [task.demonstration(problem, rng)] if not args.data else [problem["solution"]]
-                 if "solution" in problem else [r["rejected"] for r in problem["responses"]])]
-    return fitting, kind, rules, model, tokenizer, shown
+    short = [p for p in problems if encode_problem(p, tokenizer) <= context_of(model)]
+    drop["problem: longer than the model's context"] = len(problems) - len(short)
+    return short, kind, rules, model, tokenizer
 
 def main(args):
     torch.manual_seed(args.seed)
     drop = Counter()
-    problems, kind, rules, model, tokenizer, shown = prepare(args, drop)
+    problems, kind, rules, model, tokenizer = prepare(args, drop)
     run = start_stage(args, "01", "reward_* ppo_* rlmec* responses.jsonl eval.json report.html")
-    # the policy: fine-tuned on imperfect demonstrations, so that it errs as a real policy does
-    steps = args.sft_steps if args.sft_steps is not None else 0 if args.data else 500
-    fine_tune(model, tokenizer, shown, args, steps)
+    train = [p for p in problems if p["split"] == "train"]
+    fine_tune(model, tokenizer, train, args)
     if not args.model:
         renew_words(model)
     save_model(model, tokenizer, run / "policy")
     columns = "id split prompt prompt_ids solution solution_ids answer solutions rules".split()
-    write_text(run / "problems.jsonl", "".join(json.dumps({
-        name: problem[name] for name in columns if problem.get(name)}) + "\n"
-        for problem in problems))
-    # responses of the data or of the policy, and their minimal edits
-    train = [problem for problem in problems if problem["split"] == "train"]
+    rows = [{name: p[name] for name in columns if p.get(name)} for p in problems]
+    write_text(run / "problems.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     used = train[:args.edit_prompts] + [p for p in problems if p["split"] != "train"]
     add_responses(used, model, tokenizer, args)
-    rows = edit_responses(used, kind, rules, args, run, tokenizer, drop)
-    if not rows:
-        fail(f"no response has a usable edit: {dict(drop)}")
+    rows = (edit_responses(used, kind, rules, args, tokenizer, drop)
+            or fail(f"no response has a usable edit: {dict(drop)}"))
     write_text(run / "edits.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     report(rows, drop, tokenizer)
 

@@ -10,12 +10,10 @@ Equations: A2 to A6, B2.
     r_t, R(tau)    rewards, response_reward(...)     (B, T), (B,)
     U_0            kept                              pairs (i in rejected, j in edited)
 Simplified against the papers:
-  1. A3 and A5 are our reading of the paper's words. R is the sum of the token rewards;
-     --response_reward mean wants a larger --alpha.
-  2. --zero is ours: it pulls the reward of kept tokens to 0. A5 only asks that it is the same
-     before and after the edit, which leaves a heat map speckled. --zero 0 is A5.
-  3. The two tasks of the GRM weigh the same in its loss, and `locate`, the harder one, takes
-     --locate_epochs. AdamW has betas 0.9 and 0.95.
+  1. A3 and A5 are our reading; --response_reward mean wants a larger --alpha than sum.
+  2. --zero is ours: it pulls the reward of kept tokens to 0. A5 (--zero 0) only asks that it is
+     the same before and after the edit, which leaves a heat map speckled.
+  3. The two tasks of the GRM weigh the same; `locate` is the harder one and takes more epochs.
 Reads RUN/policy, problems.jsonl, edits.jsonl. Writes RUN/reward_token, reward_sequence,
 reward_generative, reward_metrics.json and reward_examples.jsonl.
     python 02_reward_model.py                      two minutes on two CPU cores
@@ -24,10 +22,10 @@ reward_generative, reward_metrics.json and reward_examples.jsonl.
 
 import json, os, random, re, shutil, sys, time
 from bisect import bisect_right
-from collections import Counter
-from dataclasses import asdict, dataclass
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +50,7 @@ class Args:
     run: str = HfArg(default="runs/default", help="run folder")
     seed: int = HfArg(default=1, help="seed of the order of the rows")
     overwrite: bool = HfArg(default=False, help="remove what later stages made")
-    kind: Literal["all", "token", "sequence", "generative"] = HfArg(default="all", help="model")
+    kind: Literal[("all", *KINDS)] = HfArg(default="all", help="model to train")
     pairs: int = HfArg(default=None, help="A1: preference pairs for A5 and A6; default: all")
     alpha: float = HfArg(default=2.0, help="A5: scale of the preference, alpha")
     beta: float = HfArg(default=1.0, help="A5: weight of equal rewards on kept tokens")
@@ -257,8 +255,8 @@ def score(kind, model, rows, column, tokenizer):
     """Rewards of a column of responses (rejected, edited, chosen_token): (B, T) and its mask, or
     (B,) and None. generative: p_t - 0.5 after the rewrite prompt, which is B3 before its clip."""
     prompts = [row["rewrite_prompt" if kind == "generative" else "prompt_ids"] for row in rows]
-    inputs, mask = pack(prompts, [row[f"{column}_ids"] for row in rows], tokenizer.pad_token_id,
-                        model.device)
+    responses = [row[f"{column}_ids"] for row in rows]
+    inputs, mask = pack(prompts, responses, tokenizer.pad_token_id, model.device)
     if kind == "sequence":
         return sequence_reward(model, inputs), None
     if kind == "token":
@@ -269,17 +267,15 @@ def loss_of(kind, model, rows, batch, tokenizer, args):
     """The part of a batch's loss that some of its rows add: A5 on (edited, rejected), A6 on
     (chosen, rejected), B2 on triples (prompt, output, task)."""
     if kind == "generative":
-        N = Counter()
-        for _, output, task in batch:
-            N[task] += len(output)
+        N = Counter(task for _, output, task in batch for token in output)
         prompts, outputs, tasks = zip(*rows)
         inputs, mask = pack(prompts, outputs, tokenizer.pad_token_id, model.device)
         return generative_loss(response_logprobs(model, inputs, mask), tasks, N)
+    better = "chosen_token" if kind == "sequence" else "edited"
     rewards_l, mask_l = score(kind, model, rows, "rejected", tokenizer)
+    rewards_w, mask_w = score(kind, model, rows, better, tokenizer)
     if kind == "sequence":
-        rewards_w, _ = score(kind, model, rows, "chosen_token", tokenizer)
         return sequence_loss(rewards_w, rewards_l, len(batch))
-    rewards_w, mask_w = score(kind, model, rows, "edited", tokenizer)
     kept = [kept_tokens(row["edit_ops"], len(row["rejected_ids"]), len(row["edited_ids"]))
             for row in rows]
     return fine_grained_loss(rewards_w, mask_w, rewards_l, mask_l, kept, len(batch), args.alpha,
@@ -332,16 +328,16 @@ def score_all(kind, model, rows, column, tokenizer, args):
     """Rewards of all rows: a list of floats a response, or one float (sequence)."""
     size, rewards = args.micro_batch or 256, []
     for k in range(0, len(rows), size):
-        values, mask = score(kind, model, rows[k:k + size], column, tokenizer)
-        masks = [...] * len(values) if mask is None else mask
-        rewards += [v[m].tolist() for v, m in zip(values, masks)]
+        some, mask = score(kind, model, rows[k:k + size], column, tokenizer)
+        rewards += some.tolist() if mask is None else [r[m].tolist() for r, m in zip(some, mask)]
     return rewards
 
 def in_order(kind, better, worse, how):
-    """Share of pairs whose better response has the higher reward, a tie counts one half. The GRM
-    ranks by the log-likelihood of the response."""
-    total = {"generative": lambda r: np.log(np.clip(np.add(r, 0.5), 1e-12, 1)).sum()}.get(
-        kind, np.mean if how == "mean" else np.sum)
+    """Share of pairs whose better response has the higher reward (GRM: the higher log-likelihood);
+    a tie counts one half."""
+    total = np.mean if how == "mean" else np.sum
+    if kind == "generative":
+        total = lambda r: np.log(np.clip(np.add(r, 0.5), 1e-12, 1)).sum()
     signs = [np.sign(total(w) - total(l)) for w, l in zip(better, worse)]
     return float(np.mean(signs) + 1) / 2 if signs else None
 
@@ -350,7 +346,7 @@ def localisation(kind, rows, rejected, edited):
     right ones before it. first_edit: share of rows whose edited token beats the original where
     they part. called_wrong: share of tokens below -0.25 (GRM: p_t < 0.5), of right tokens, first
     wrong ones, replaced and deleted ones, and those that stand where some are missing (insert)."""
-    wrong, before, beats, counts = [], [], [], {}
+    wrong, before, beats, called = [], [], [], defaultdict(list)
     for row, r_l, r_w in zip(rows, rejected, edited):
         first, (_, i, j) = row["first_error"], row["edit_ops"][0]
         if first is not None:                                  # else no token stands for the error
@@ -360,40 +356,38 @@ def localisation(kind, rows, rejected, edited):
             beats.append(r_w[j] > r_l[i])
         names = {i: op for op, i, j in row["edit_ops"][::-1]}
         for t, r in enumerate(r_l):
-            for name in {names.get(t, "right"), "first" if t == first else names.get(t, "right")}:
-                counts.setdefault(name, []).append(r < (0 if kind == "generative" else -0.25))
+            for name in [names.get(t, "right")] + ["first"] * (t == first):
+                called[name].append(r < (0 if kind == "generative" else -0.25))
     return {"auroc": auroc(wrong, before), "first_edit": float(np.mean(beats or [np.nan])),
-            "called_wrong": {name: float(np.mean(hits)) for name, hits in counts.items()}}
+            "called_wrong": {name: float(np.mean(hits)) for name, hits in called.items()}}
 
 @torch.no_grad()
 def rewriting(model, rows, tokenizer, args):
     """B2 on held-out rows: share of rewrites that are the editor's own, of right responses left as
     they are, of first wrong steps that are located. An answer is given where each of its tokens is
     the likeliest after the ones before it, so that one forward pass tells."""
-    found, size = {"rewritten": [], "copied": [], "located": []}, args.micro_batch or 256
-    for task in ("rewrite", "locate"):
-        part = [row for row in rows if task == "rewrite" or row["first_wrong_step"]]
-        for k in range(0, len(part), size):
-            some = part[k:k + size]
-            outputs = [row["edited_ids"] if task == "rewrite" else
-                       locate_answer(row["first_wrong_step"], tokenizer) for row in some]
-            inputs, mask = pack([row[f"{task}_prompt"] for row in some], outputs,
-                                tokenizer.pad_token_id, args.device)
+    size, found = args.micro_batch or 256, {}
+    for name, part in (("rewritten", [row for row in rows if row["edit_ops"]]),
+                       ("copied", [row for row in rows if not row["edit_ops"]]), ("located", rows)):
+        examples = examples_of(part, tokenizer, replace(
+            args, rewrite_epochs=name != "located", locate_epochs=name == "located"))
+        hits = []
+        for k in range(0, len(examples), size):
+            prompts, outputs, _ = zip(*examples[k:k + size])
+            inputs, mask = pack(prompts, outputs, tokenizer.pad_token_id, model.device)
             T = mask.shape[1]
             likeliest = model(**inputs, logits_to_keep=T + 1).logits[:, :-1].argmax(dim=2)
-            hits = ((likeliest == inputs["input_ids"][:, -T:]) | ~mask).all(dim=1).tolist()
-            for row, hit in zip(some, hits):
-                found["located" if task == "locate" else "rewritten" if row["edit_ops"]
-                      else "copied"].append(hit)
-    return {name: float(np.mean(hits)) if hits else None for name, hits in found.items()}
+            hits += ((likeliest == inputs["input_ids"][:, -T:]) | ~mask).all(dim=1).tolist()
+        found[name] = float(np.mean(hits)) if hits else None
+    return found
 
 def evaluate(kind, model, rows, tokenizer, args):
     """The entry of reward_metrics.json, and place of a row -> rewards of its `rejected`."""
     edited = [row for row in rows if row["edit_ops"]]
     pairs = [row for row in rows if row["chosen"] is not None]
-    r_l, r_w, chosen, rejected = (
-        score_all(kind, model, part, column, tokenizer, args) for part, column in (
-            (edited, "rejected"), (edited, "edited"), (pairs, "chosen_token"), (pairs, "rejected")))
+    rewards_of = lambda part, column: score_all(kind, model, part, column, tokenizer, args)
+    r_l, r_w = rewards_of(edited, "rejected"), rewards_of(edited, "edited")
+    chosen, rejected = rewards_of(pairs, "chosen_token"), rewards_of(pairs, "rejected")
     totals = [np.sum(r) for r in rejected + chosen or r_l + r_w]
     metrics = {"pair_accuracy": in_order(kind, r_w, r_l, args.response_reward),
                "preference_accuracy": in_order(kind, chosen, rejected, args.response_reward),
@@ -402,11 +396,11 @@ def evaluate(kind, model, rows, tokenizer, args):
     if kind != "sequence":
         metrics["localisation"] = localisation(kind, edited, r_l, r_w)
         print("\nRed: reward below -0.25, green: above 0.25, [first wrong token]:")
-        for row, r in list(zip(edited, r_l))[:3]:
-            texts = token_texts(row["rejected_ids"], tokenizer)
-            print("   ", "".join(paint(f"[{text}]" if t == row["first_error"] else text, code)
-                  for t, text in enumerate(texts)
-                  for code in [31 if r[t] < -0.25 else 32 if r[t] > 0.25 else 0]).strip())
+        for row, r in zip(edited[:3], r_l):
+            texts = [f"[{text}]" if t == row["first_error"] else text
+                     for t, text in enumerate(token_texts(row["rejected_ids"], tokenizer))]
+            colours = [31 if x < -0.25 else 32 if x > 0.25 else 0 for x in r]
+            print("   ", "".join(map(paint, texts, colours)).strip())
     if kind == "generative":
         metrics["rewriting"] = rewriting(model, rows, tokenizer, args)
     return metrics, {row["place"]: r for row, r in zip(edited, r_l)}
@@ -417,7 +411,7 @@ def open_reward_model(kind, path, args):
     """A2, A6: the policy with one output and a head of zeros, so that rewards start at 0; B2: the
     policy itself."""
     if kind == "generative":
-        return open_model(KINDS[kind], path, args)
+        return open_model(AutoModelForCausalLM, path, args)
     model = open_model(KINDS[kind], path, args, num_labels=1)
     model.config.problem_type = "regression"                   # a pipeline then shows R itself
     for name, weight in model.named_parameters():
@@ -429,24 +423,21 @@ def read_rows(run, kind, model, tokenizer, args):
     """(training, held-out) rows of edits.jsonl. token, sequence: A1's pairs, the first --pairs of
     them; generative: all responses with a known solution, with their prompts."""
     rows = read_jsonl(run / "edits.jsonl", "id", "split", "chosen", "rejected_ids", "edit_ops")
-    limit = args.pairs
-    if kind == "generative":
-        problems = read_jsonl(run / "problems.jsonl", "id", "prompt_ids")
-        problems = {problem["id"]: problem for problem in problems}
-        known = [row for row in rows if "solution_ids" in problems[row["id"]]]
-        context = context_of(model)
-        for row in known:
-            for task in ("rewrite", "locate"):
-                row[f"{task}_prompt"] = grm_prompt(task, problems[row["id"]], row["rejected_ids"],
-                                                   tokenizer)
-        rows = [row for row in known if len(row["locate_prompt"]) + 2 * max(
-            len(row["rejected_ids"]), len(row["edited_ids"])) <= context]
-        limit = None
-        print(f"reward_{kind}: {len(known) - len(rows)} of {len(known)} rows exceed its context")
-    else:
+    if kind != "generative":
         rows = [row for row in rows if row["chosen"] is not None
                 and (row["edit_ops"] or kind == "sequence")]
-    return ([row for row in rows if row["split"] == "train"][:limit],
+    else:
+        problems = read_jsonl(run / "problems.jsonl", "id", "prompt_ids")
+        problems = {problem["id"]: problem for problem in problems if "solution_ids" in problem}
+        known = [row for row in rows if row["id"] in problems]
+        for row, task in product(known, ("rewrite", "locate")):
+            row[f"{task}_prompt"] = grm_prompt(task, problems[row["id"]], row["rejected_ids"],
+                                               tokenizer)
+        rows = [row for row in known if len(row["locate_prompt"]) + 2 * max(
+            len(row["rejected_ids"]), len(row["edited_ids"])) <= context_of(model)]
+        print(f"reward_{kind}: {len(known) - len(rows)} of {len(known)} rows exceed its context")
+    training = [row for row in rows if row["split"] == "train"]
+    return (training if kind == "generative" else training[:args.pairs],
             [row for row in rows if row["split"] != "train"])
 
 def hand_on(run, kind, metrics, rewards, tokenizer):
@@ -461,13 +452,13 @@ def hand_on(run, kind, metrics, rewards, tokenizer):
     if not rows:
         return
     path = run / "reward_examples.jsonl"
-    old = read_jsonl(path) if path.exists() else [{}] * len(rows)
+    examples = read_jsonl(path) if path.exists() else [{}] * len(rows)
     write_text(path, "".join(json.dumps({
         "id": row["id"], "prompt": row["prompt"],
         "tokens": token_texts(row["rejected_ids"], tokenizer),
         "wrong": [i for op, i, j in row["edit_ops"] if op != "insert"],
-        **{name: rewards.get(row["place"]) if name == kind else known_row.get(name)
-           for name in KINDS}}) + "\n" for row, known_row in zip(rows, old)))
+        **{name: example.get(name) for name in KINDS}, kind: rewards.get(row["place"])}) + "\n"
+        for row, example in zip(rows, examples)))
 
 def main(args):
     read_jsonl(Path(args.run) / "edits.jsonl")

@@ -16,12 +16,12 @@ One index convention, for a prompt p1 p2 and a response a1 a2 a3, all in columns
     reward of                       a1   a2   a3      its reward is read at a1 itself.
 Simplified against the papers:
   1. GAE is kept with token rewards, our reading; --lam 1 or 0 are the alternatives. A response
-     that did not end is treated as terminal. AdamW has betas 0.9 and 0.95.
+     that did not end is treated as terminal.
   2. The value model is a second model, started from the SFT policy, for both kinds of reward.
   3. Rewards are divided by the standard deviation of a response's total reward (stage 2); the
      sequence reward is centred first, because A6 knows it only up to a constant.
-  4. B8: one sample a problem at temperature 1, where RLMEC's code draws five at 0.7; rewrites are
-     the GRM's likeliest. What is right, the answer says, never the locator.
+  4. B8: one sample a problem, where RLMEC's code draws five at temperature 0.7; rewrites are the
+     GRM's likeliest. What is right, the answer says, never the locator.
 Reads RUN/policy, problems.jsonl, reward_*. Writes RUN/ppo_token, ppo_sequence, rlmec,
 rlmec_imitation, and a CSV each.
     python 03_ppo.py                               two minutes on two CPU cores
@@ -56,23 +56,23 @@ METHODS = {"ppo_token": "token", "ppo_sequence": "sequence", "rlmec": "generativ
 @dataclass
 class Args:
     run: str = HfArg(default="runs/default", help="run folder")
-    seed: int = HfArg(default=1, help="seed of prompts and samples, the same for all methods")
+    seed: int = HfArg(default=1, help="seed of prompts and samples")
     overwrite: bool = HfArg(default=False, help="remove what stage 4 made of the old policies")
     method: Literal[("all", *METHODS)] = HfArg(default="all", help="what to train")
-    updates: int = HfArg(default=16, help="PPO updates; off-line methods sample as often, at once")
-    rollout_batch: int = HfArg(default=256, help="responses sampled an update (episodes)")
+    updates: int = HfArg(default=16, help="rollouts; the off-line methods draw all at once")
+    rollout_batch: int = HfArg(default=256, help="responses sampled an update")
     ppo_epochs: int = HfArg(default=2, help="A9: passes over a rollout")
     minibatch: int = HfArg(default=64, help="responses an optimiser step")
-    lr: float = HfArg(default=1e-4, help="A9: learning rate of the policy (AdamW)")
-    value_lr: float = HfArg(default=1e-3, help="A9: learning rate of the value model (AdamW)")
+    lr: float = HfArg(default=1e-4, help="A9: learning rate of the policy")
+    value_lr: float = HfArg(default=1e-3, help="A9: learning rate of the value model")
     offline_lr: float = HfArg(default=1e-3, help="B8: learning rate; cosine with 3 %% warm-up")
     kappa: float = HfArg(default=0.1, help="A7: KL coefficient, kappa, in reward per nat")
-    lam: float = HfArg(default=0.95, help="A8: lambda of generalised advantage estimation")
-    clip: float = HfArg(default=0.2, help="A9: clip range, epsilon, of ratio and of value")
-    rlmec_clip: float = HfArg(default=0.3, help="B5: clip range of the ratio, epsilon")
+    lam: float = HfArg(default=0.95, help="A8: lambda of GAE")
+    clip: float = HfArg(default=0.2, help="A9: clip range, epsilon")
+    rlmec_clip: float = HfArg(default=0.3, help="B5: clip range, epsilon")
     reward_weight: float = HfArg(default=1.0, help="B7: weight of L_RL; 0 in rlmec_imitation")
     imitation_weight: float = HfArg(default=1.0, help="B7: weight of L_IR, lambda")
-    temperature: float = HfArg(default=1.0, help="of sampling and of the log-probs of A7, A9, B5")
+    temperature: float = HfArg(default=1.0, help="of samples and of A7, A9, B5")
     max_new_tokens: int = HfArg(default=48, help="longest response, in tokens")
     micro_batch: int = HfArg(default=None, help="rows of a forward pass; default: all")
     bf16: bool = HfArg(default=False, help="autocast to bfloat16; the weights stay float32")
@@ -349,12 +349,11 @@ def sample(model, prompts, tokenizer, args, temperature):
     """Draw a response to each prompt (ids) from pi(a_t | s_t); temperature 0 takes the likeliest
     tokens. The end token, where a response has one, is its last."""
     size = args.micro_batch or 512
-    if len(prompts) > size:
+    if len(prompts) > size or not prompts:
         return [row for k in range(0, len(prompts), size)
                 for row in sample(model, prompts[k:k + size], tokenizer, args, temperature)]
     responses, running, cache = [[] for _ in prompts], list(range(len(prompts))), None
-    inputs, _ = pack(prompts or [[0]], [[]] * max(1, len(prompts)), tokenizer.pad_token_id,
-                     args.device)
+    inputs, _ = pack(prompts, responses, tokenizer.pad_token_id, args.device)
     ids, mask, position = inputs.values()
     for _ in range(min(args.max_new_tokens, context_of(model) - ids.shape[1])):
         if not running:                                        # the rows that have not ended
@@ -383,18 +382,23 @@ def right_responses(responses, problems, tokenizer):
     return [wrong_steps(text, row[-1] == tokenizer.eos_token_id, problem) == 0
             for text, row, problem in zip(texts, responses, problems)]
 
+def draw(problems, args):
+    """The problems of all updates, in passes of a new order each, the same for all methods."""
+    rng, drawn, episodes = random.Random(args.seed), [], args.updates * args.rollout_batch
+    while len(drawn) < episodes:
+        drawn += rng.sample(problems, len(problems))
+    return drawn[:episodes]
+
 def accuracy(policy, problems, tokenizer, args):
     """Share of right responses to the validation problems."""
     prompts = [problem["prompt_ids"] for problem in problems]
     responses = sample(policy, prompts, tokenizer, args, args.temperature)
     return float(np.mean(right_responses(responses, problems, tokenizer)))
 
-@torch.no_grad()
 def read(function, model, prompts, responses, tokenizer, args, *more):
     """function(model, inputs, mask, *more) of all rows, a micro-batch at a time, as (B, T): the
     logits of a whole rollout may need more memory than its training."""
-    size = args.micro_batch or len(prompts)
-    rows = []
+    size, rows = args.micro_batch or len(prompts), []
     for k in range(0, len(prompts), size):
         inputs, mask = pack(prompts[k:k + size], responses[k:k + size], tokenizer.pad_token_id,
                             args.device)
@@ -416,9 +420,9 @@ def rollout(kind, models, prompts, tokenizer, scale, args):
     scores = read(scores_of, models["reward"], *rows, kind, scale)
     rewards = kl_rewards(scores, logprobs, ref_logprobs, args.kappa)           # A7
     advantages, returns = gae(rewards, values, mask, args.lam)                 # A8
-    ended = [row[-1] == tokenizer.eos_token_id for row in responses]
     residual = masked_mean((returns - values) ** 2, mask)
     variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
+    ended = sum(row[-1] == tokenizer.eos_token_id for row in responses)
     total = scores.sum(dim=1)                                  # sums a response, means a rollout
     row = {"score": total.mean().item(), "score_std": total.std().item(),
            "reward": rewards.sum(dim=1).mean().item(),
@@ -426,7 +430,7 @@ def rollout(kind, models, prompts, tokenizer, scale, args):
            "entropy": -masked_mean(logprobs, mask).item(),     # estimated by the sample itself
            "advantage_rms": masked_mean(advantages ** 2, mask).sqrt().item(),
            "explained_variance": (1 - residual / variance.clamp(min=1e-8)).item(),
-           "length": mask.sum().item() / len(mask), "ended": float(np.mean(ended))}
+           "length": mask.sum().item() / len(mask), "ended": ended / len(mask)}
     return row, inputs, {"mask": mask, "old_logprobs": logprobs, "old_values": values,
                          "returns": returns, "advantages": masked_whiten(advantages, mask)}
 
@@ -435,8 +439,8 @@ def minibatch_step(models, optimizer, inputs, batch, rows, args):
     means over the N response tokens."""
     N, total = batch["mask"][rows].sum().item(), Counter()
     for micro in rows.split(args.micro_batch or len(rows)):
-        part = {name: x[micro] for name, x in {**batch, **inputs}.items()}
-        part_inputs = {name: part[name] for name in inputs}
+        part = {name: x[micro] for name, x in batch.items()}
+        part_inputs = {name: x[micro] for name, x in inputs.items()}
         mask, old_logprobs = part["mask"], part["old_logprobs"]
         logprobs = response_logprobs(models["policy"], part_inputs, mask, args.temperature)
         loss = policy_loss(logprobs, old_logprobs, part["advantages"], mask, args.clip, N)
@@ -445,60 +449,56 @@ def minibatch_step(models, optimizer, inputs, batch, rows, args):
         loss_v = value_loss(values, part["old_values"], part["returns"], mask, args.clip, N)
         loss_v.backward()
         logratio = (logprobs - old_logprobs).detach()
-        clipped = (logratio.exp() - 1).abs() > args.clip
-        total.update({"policy_loss": loss.item(), "value_loss": loss_v.item(),
-                      "approx_kl": ((logratio.exp() - 1 - logratio) * mask).sum().item() / N,  # k3
-                      "clipfrac": (clipped * mask).sum().item() / N})
+        change = logratio.exp() - 1
+        total.update(policy_loss=loss.item(), value_loss=loss_v.item(),
+                     approx_kl=((change - logratio) * mask).sum().item() / N,  # Schulman's k3
+                     clipfrac=((change.abs() > args.clip) * mask).sum().item() / N)
     if not np.isfinite(sum(total.values())):
         fail(f"PPO: not finite any more, {dict(total)}; lower --lr or raise --kappa")
     optimizer_step(optimizer)
     return total
 
-def optimizer_step(optimizer, schedule=None):
-    """Gradients clipped to norm 1 a model (a parameter group), a step, and none left."""
+def optimizer_step(optimizer):
+    """A step with gradients clipped to norm 1 a model (a parameter group); none are left."""
     for group in optimizer.param_groups:
         torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    if schedule:
-        schedule.step()
 
 def open_models(kind, run, args):
     """The four models of PPO; the value model starts from the SFT policy, with V = 0."""
-    auto_class = {"token": AutoModelForTokenClassification,
-                  "sequence": AutoModelForSequenceClassification}[kind]
-    value = open_model(AutoModelForTokenClassification, run / "policy", args, num_labels=1)
+    folder = run / "policy"
+    reward_class = (AutoModelForTokenClassification if kind == "token"
+                    else AutoModelForSequenceClassification)
+    value = open_model(AutoModelForTokenClassification, folder, args, num_labels=1)
     for name, weight in value.named_parameters():
         if not name.startswith(value.base_model_prefix + "."):
             torch.nn.init.zeros_(weight)
-    return {"policy": open_model(AutoModelForCausalLM, run / "policy", args), "value": value,
-            "reference": open_model(AutoModelForCausalLM, run / "policy", args, frozen=True),
-            "reward": open_model(auto_class, run / f"reward_{kind}", args, frozen=True)}
+    return {"policy": open_model(AutoModelForCausalLM, folder, args), "value": value,
+            "reference": open_model(AutoModelForCausalLM, folder, args, frozen=True),
+            "reward": open_model(reward_class, run / f"reward_{kind}", args, frozen=True)}
 
 def ppo(method, train, val, tokenizer, run, args):
     """A policy trained on one kind of reward, and its log: one row an update."""
-    kind, log, queue, seconds = METHODS[method], [], [], 0.0
+    kind, size, log, seconds = METHODS[method], args.rollout_batch, [], 0.0
     scale = json.loads((run / "reward_metrics.json").read_text())[kind]["scale"]
-    models, rng = open_models(kind, run, args), random.Random(args.seed)
+    models, drawn = open_models(kind, run, args), draw(train, args)
     optimizer = torch.optim.AdamW([{"params": models["policy"].parameters(), "lr": args.lr},
                                    {"params": models["value"].parameters(), "lr": args.value_lr}],
                                   betas=(0.9, 0.95), weight_decay=0.0)
     bar = trange(1, args.updates + 1, desc=method)
     for number in bar:
-        start = time.time()
-        while len(queue) < args.rollout_batch:
-            queue += rng.sample(train, len(train))
-        prompts = [problem["prompt_ids"] for problem in queue[:args.rollout_batch]]
-        queue = queue[args.rollout_batch:]
+        start, episodes = time.time(), number * size
+        prompts = [problem["prompt_ids"] for problem in drawn[episodes - size:episodes]]
         row, inputs, batch = rollout(kind, models, prompts, tokenizer, scale, args)
         steps = [minibatch_step(models, optimizer, inputs, batch, rows, args)
                  for _ in range(args.ppo_epochs)
-                 for rows in torch.randperm(len(prompts), device=args.device).split(args.minibatch)]
+                 for rows in torch.randperm(size, device=args.device).split(args.minibatch)]
         if number == 1:                                        # rho = 1, pi = pi_ref at the start
             assert steps[0]["approx_kl"] < (1e-2 if args.bf16 else 1e-6) and abs(row["kl"]) < 1e-2
         row.update({name: float(np.mean([step[name] for step in steps])) for name in steps[0]})
         seconds += time.time() - start
-        row = {"update": number, "episodes": number * args.rollout_batch, "seconds": seconds, **row}
+        row = {"update": number, "episodes": episodes, "seconds": seconds, **row}
         if val and (number % 2 == 0 or number == args.updates):
             row["accuracy"] = accuracy(models["policy"], val, tokenizer, args)
         log.append(row)
@@ -510,23 +510,25 @@ def ppo(method, train, val, tokenizer, run, args):
 def rewrite(grm, samples, tokenizer, args, drop):
     """B4: for every wrong sample the GRM locates the first wrong step, keeps the steps before it
     and writes the rest anew, as `rewrite_ids`. Where that is wrong, the sample is dropped."""
-    samples = [row for row in samples if not row["right"]]
-    for row, answer in zip(samples, sample(grm, [
-            grm_prompt("locate", row["problem"], row["response_ids"], tokenizer)
-            for row in samples], tokenizer, args, 0.0)):
+    wrong, located = [row for row in samples if not row["right"]], []
+    answers = sample(grm, [grm_prompt("locate", row["problem"], row["response_ids"], tokenizer)
+                           for row in wrong], tokenizer, args, 0.0)
+    for row, answer in zip(wrong, answers):
         starts = step_starts(row["response_ids"], tokenizer)
-        row["kept"] = next((row["response_ids"][:start] for k, start in enumerate(starts, 1)
-                            if answer == locate_answer(k, tokenizer)), None)
-    located = [row for row in samples if row["kept"] is not None]
-    drop["the locator names no step"] += len(samples) - len(located)
+        labels = [locate_answer(k, tokenizer) for k in range(1, len(starts) + 1)]
+        if answer in labels:
+            row["kept"] = row["response_ids"][:starts[labels.index(answer)]]
+            located.append(row)
+    drop["the locator names no step"] += len(wrong) - len(located)
     prompts = [row["grm_prompt"] + row["kept"] for row in located]
     endings = sample(grm, prompts, tokenizer, args, 0.0)
     rewrites = [row["kept"] + ending for row, ending in zip(located, endings)]
     right = right_responses(rewrites, [row["problem"] for row in located], tokenizer)
-    drop["the rewrite is wrong"] += len(right) - sum(right)
+    drop["the rewrite is wrong"] += right.count(False)
     for row, ids, good in zip(located, rewrites, right):
         row["rewrite_ids"] = ids if good else None
 
+@torch.no_grad()
 def collect(policy, grm, problems, tokenizer, args):
     """B8: one sample a problem, rewarded (B3), rewritten (B4) and aligned (B6) once: dictionaries
     with ids as they were sampled, old_logprobs and rewards (T,), gamma (T~,)."""
@@ -537,42 +539,38 @@ def collect(policy, grm, problems, tokenizer, args):
                 "right": good, "rewrite_ids": ids if good else None,
                 "grm_prompt": grm_prompt("rewrite", problem, ids, tokenizer)}
                for problem, ids, good in zip(problems, responses, right)]
-    context = context_of(grm)
     fitting = [row for row in samples
-               if len(row["grm_prompt"]) + 2 * len(row["response_ids"]) <= context]
+               if len(row["grm_prompt"]) + 2 * len(row["response_ids"]) <= context_of(grm)]
     drop["it exceeds the GRM's context"] += len(samples) - len(fitting)
     rewrite(grm, fitting, tokenizer, args, drop)
     samples = [row for row in fitting if row["rewrite_ids"]]
     column = lambda name: [row[name] for row in samples]
-    if samples:
-        rows = (column("response_ids"), tokenizer, args)
-        logprobs = read(response_logprobs, policy, column("prompt_ids"), *rows, args.temperature)
-        probabilities = read(response_logprobs, grm, column("grm_prompt"), *rows).exp()
-        mask = torch.arange(logprobs.shape[1])[None] < torch.tensor([*map(len, rows[0])])[:, None]
-        right = torch.tensor(column("right"), device=args.device)
-        rewards = generative_rewards(probabilities, right, mask.to(args.device))              # B3
-    for k, row in enumerate(samples):
-        T = len(row["response_ids"])
-        row.update(old_logprobs=logprobs[k, :T], rewards=rewards[k, :T], gamma=imitation_weights(
-            row["response_ids"], row["rewrite_ids"]).to(args.device))
     print(f"{len(problems)} sampled: {sum(column('right'))} right, "
           f"{len(samples) - sum(column('right'))} wrong and rewritten, dropped: {dict(+drop)}")
+    if not samples:
+        fail("the GRM could rewrite no sample; train it longer in stage 2")
+    rows = (column("response_ids"), tokenizer, args)
+    logprobs = read(response_logprobs, policy, column("prompt_ids"), *rows, args.temperature)
+    probabilities = read(response_logprobs, grm, column("grm_prompt"), *rows).exp()
+    right = torch.tensor(column("right"), device=args.device)
+    rewards = generative_rewards(probabilities, right, 1)      # B3; padding is cut off below
+    for k, row in enumerate(samples):
+        T = len(row["response_ids"])
+        gamma = imitation_weights(row["response_ids"], row["rewrite_ids"]).to(args.device)
+        row.update(old_logprobs=logprobs[k, :T], rewards=rewards[k, :T], gamma=gamma)
     return samples
 
 def rlmec_part(policy, rows, N, M, weights, tokenizer, args):
     """B7 on some rows of a batch: their part of L_RL + lambda L_IR, and the largest |log rho|."""
     column = lambda name: [row[name] for row in rows]
-    padded = lambda name: pad_sequence(column(name), True)
-    inputs, mask = pack(column("prompt_ids"), column("response_ids"), tokenizer.pad_token_id,
-                        args.device)
-    logprobs = response_logprobs(policy, inputs, mask, args.temperature)
-    loss_reward = rlmec_loss(logprobs, padded("old_logprobs"), padded("rewards"), args.rlmec_clip,
-                             N)                                                               # B5
-    inputs, rewrite_mask = pack(column("prompt_ids"), column("rewrite_ids"), tokenizer.pad_token_id,
-                                args.device)
-    rewrite_logprobs = response_logprobs(policy, inputs, rewrite_mask)         # at temperature 1
-    loss_imitation = imitation_loss(rewrite_logprobs, padded("gamma"), M)                     # B6
-    logratio = (logprobs - padded("old_logprobs")).detach().abs().max().item()
+    read_policy = lambda name, temperature: read(response_logprobs, policy, column("prompt_ids"),
+                                                 column(name), tokenizer, args, temperature)
+    old_logprobs, rewards, gamma = (
+        pad_sequence(column(name), True) for name in ("old_logprobs", "rewards", "gamma"))
+    logprobs = read_policy("response_ids", args.temperature)
+    loss_reward = rlmec_loss(logprobs, old_logprobs, rewards, args.rlmec_clip, N)             # B5
+    loss_imitation = imitation_loss(read_policy("rewrite_ids", 1.0), gamma, M)                # B6
+    logratio = (logprobs - old_logprobs).abs().max().item()
     return weights[0] * loss_reward + weights[1] * loss_imitation, logratio                   # B7
 
 def rlmec(method, train, val, tokenizer, run, args):
@@ -580,21 +578,16 @@ def rlmec(method, train, val, tokenizer, run, args):
     weights = 0.0 if method == "rlmec_imitation" else args.reward_weight, args.imitation_weight
     policy = open_model(AutoModelForCausalLM, run / "policy", args)
     grm = open_model(AutoModelForCausalLM, run / "reward_generative", args, frozen=True)
-    start, rng, log, drawn = time.time(), random.Random(args.seed), [], []
-    episodes = args.updates * args.rollout_batch
-    while len(drawn) < episodes:
-        drawn += rng.sample(train, len(train))
-    samples = collect(policy, grm, drawn[:episodes], tokenizer, args)
-    if not samples:
-        fail(f"{method}: the GRM could rewrite no sample; train it longer in stage 2")
-    batches = [rows.tolist() for _ in range(3)
-               for rows in torch.randperm(len(samples)).split(args.minibatch)]
+    start, drawn, log = time.time(), draw(train, args), []
+    samples = collect(policy, grm, drawn, tokenizer, args)
+    batches = [[samples[k] for k in indices.tolist()] for _ in range(3)
+               for indices in torch.randperm(len(samples)).split(args.minibatch)]
     optimizer = torch.optim.AdamW(policy.parameters(), args.offline_lr, (0.9, 0.95),
                                   weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * len(batches)), len(batches))
     seconds = time.time() - start
-    for number, indices in enumerate(tqdm(batches, desc=method), 1):
-        start, rows = time.time(), [samples[k] for k in indices]
+    for number, rows in enumerate(tqdm(batches, desc=method), 1):
+        start = time.time()
         N = sum((row["rewards"] != 0).sum().item() for row in rows)
         M = sum(len(row["rewrite_ids"]) for row in rows)
         size, total = args.micro_batch or len(rows), 0.0
@@ -605,9 +598,10 @@ def rlmec(method, train, val, tokenizer, run, args):
             total += loss.item()
         if not np.isfinite(total):
             fail(f"{method}: the loss is {total}; lower --offline_lr")
-        optimizer_step(optimizer, schedule)
+        optimizer_step(optimizer)
+        schedule.step()
         seconds += time.time() - start
-        log.append({"update": number, "episodes": episodes, "seconds": seconds, "loss": total})
+        log.append({"update": number, "episodes": len(drawn), "seconds": seconds, "loss": total})
         if val and (number % max(1, len(batches) // 10) == 0 or number == len(batches)):
             log[-1]["accuracy"] = accuracy(policy, val, tokenizer, args)
     return policy, log
@@ -617,9 +611,10 @@ def rlmec(method, train, val, tokenizer, run, args):
 def main(args):
     run = Path(args.run)
     problems = read_jsonl(run / "problems.jsonl", "id", "split", "prompt_ids")
-    train, val = ([row for row in problems if row["split"] == split] for split in ("train", "val"))
-    val = [row for row in val if {"solutions", "answer", "rules"} & {*row}]
-    solved = [row for row in train if "solution_ids" in row]
+    train = [row for row in problems if row["split"] == "train"]
+    solved = [row for row in train if "solution_ids" in row]   # RLMEC needs them
+    val = [row for row in problems if row["split"] == "val"
+           and {"solutions", "answer", "rules"} & {*row}]
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
     methods = METHODS if args.method == "all" else [args.method]
     there = [method for method in methods if (run / f"reward_{METHODS[method]}").is_dir()]

@@ -3,10 +3,9 @@
 Paper A's checks (arXiv 2406.02756): (1) accuracy of the reward models with and without minimal
 edits, (2) win rate of fine-grained against ordinary PPO, (3) convergence of both. Paper B's
 (arXiv 2401.06081): right responses and wrong steps of RLMEC beside imitation alone, steadiness.
-Simplified against the papers:
-  1. The judge is the oracle of the built-in tasks (fewer wrong steps win), or the final answer, or
-     --judge llm, or people. Paper A simulates human preferences.
-  2. The opponent is the SFT policy on the same prompts; win rates count as in AlpacaEval.
+Simplified: the judge is the oracle of the built-in tasks (fewer wrong steps win), the final answer,
+--judge llm, or people, where paper A simulates people; the opponent is the SFT policy on the same
+prompts, and win rates count as in AlpacaEval.
 Reads RUN/policy, ppo_*, rlmec*, *.csv, problems.jsonl, reward_metrics.json, reward_examples.jsonl.
 Writes RUN/responses.jsonl, eval.json and report.html.
     python 04_eval.py                              fifteen seconds on two CPU cores
@@ -52,33 +51,34 @@ class Args:
     bf16: bool = HfArg(default=False, help="bfloat16 weights")
     device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="device")
 
-# --- Statistics ---
+# --- Statistics: None where nothing was measured ---
+
+def mean(values):
+    return float(np.mean(values)) if len(values) else None
 
 def interval(values, seed, draws=10_000):
     """95 % bootstrap interval of the mean of values: resampling n prompts is one multinomial draw
     over the distinct values."""
+    n = len(values)
+    if not n:
+        return None
     distinct, counts = np.unique(values, return_counts=True)
-    n = counts.sum()
     means = np.random.default_rng(seed).multinomial(n, counts / n, draws) @ distinct / n
     return np.percentile(means, [2.5, 97.5]).tolist()
 
 def win_rate(preferences, seed=1):
     """Win rate as AlpacaEval counts it. Preferences: 1 the opponent, 2 the policy, 1.5 or 0 a tie,
     anything else no verdict. The mean of preference - 1, and its standard error, with n - 1."""
-    usable = [p or 1.5 for p in preferences if isinstance(p, (int, float))
-              and not isinstance(p, bool) and (p == 0 or 1 <= p <= 2)]
-    n, wins = len(usable), np.array(usable) - 1
-    if not n:
-        return {"win_rate": None, "win_rate_se": None, "win_rate_ci95": None, "n": 0}
-    error = float(wins.std(ddof=1)) / n ** 0.5 if n > 1 else 0.0
-    return {"win_rate": float(wins.mean()), "win_rate_se": error, "n": n,
-            "win_rate_ci95": interval(wins, seed)}
+    wins = [(p or 1.5) - 1 for p in preferences
+            if type(p) in (int, float) and (p == 0 or 1 <= p <= 2)]
+    n = len(wins)
+    return {"win_rate": mean(wins), "win_rate_ci95": interval(wins, seed), "n": n,
+            "win_rate_se": float(np.std(wins, ddof=n > 1)) / n ** 0.5 if n else None}
 
 def difference(a, b, seed):
     """Paired difference of the win rates of two policies, on prompts with both preferences."""
     gaps = [x - y for x, y in zip(a, b, strict=True) if None not in (x, y)]
-    return {"difference": float(np.mean(gaps)) if gaps else None, "n": len(gaps),
-            "ci95": interval(gaps, seed) if gaps else None}
+    return {"difference": mean(gaps), "n": len(gaps), "ci95": interval(gaps, seed)}
 
 def first_update(log, level):
     """The first update whose validation accuracy reaches a level, None if none does."""
@@ -268,16 +268,10 @@ def ask_llm(texts, args, path):
 
 JUDGE_PROMPT = """\
 Below are two responses, A and B, to the same prompt. Which of them is better? Answer with A or B \
-alone, or with tie if neither is better.
-
-Prompt:
-{prompt}
-
-Response A:
-{a}
-
-Response B:
-{b}"""
+alone, or with tie if neither is better.\n
+Prompt:\n{prompt}\n
+Response A:\n{a}\n
+Response B:\n{b}"""
 
 def text_of(prompt):
     """A prompt as text: of a chat its last message."""
@@ -289,17 +283,17 @@ def llm_preferences(problems, texts, opponents, args, path):
     requests = [JUDGE_PROMPT.format(prompt=text_of(problem["prompt"]), a=a, b=b)
                 for problem, text, other in zip(problems, texts, opponents)
                 for a, b in ((other, text), (text, other))]
-    said = [{*re.findall(r"\b(A|B|[Tt]ie)\b", answer.split("\n")[-1])}
-            for answer in ask_llm(requests, args, path)]
-    said = [found.pop() if len(found) == 1 else None for found in said]
-    preferences, biased = [], []
-    for first, second, text, other in zip(said[::2], said[1::2], texts, opponents):
-        pair = {"A": 1, "B": 2}.get(first, 1.5), {"A": 2, "B": 1}.get(second, 1.5)
-        usable = None not in (first, second)
-        biased += [pair[0] != pair[1]] if usable and text != other else []
-        agreed = pair[0] if pair[0] == pair[1] else 1.5
-        preferences.append(1.5 if text == other else agreed if usable else None)
-    return preferences, float(np.mean(biased)) if biased else None
+    found = [{*re.findall(r"\b(A|B|[Tt]ie)\b", answer.split("\n")[-1])}
+             for answer in ask_llm(requests, args, path)]
+    said = [{"A": 1, "B": 2}.get(*words, 1.5) if len(words) == 1 else None for words in found]
+    preferences, biased = [1.5] * len(texts), []
+    for k, (first, second) in enumerate(zip(said[::2], said[1::2])):
+        if texts[k] != opponents[k] and None in (first, second):
+            preferences[k] = None
+        elif texts[k] != opponents[k]:
+            biased.append(first + second != 3)
+            preferences[k] = 1.5 if biased[-1] else first
+    return preferences, mean(biased)
 
 def policy_first(row, args):
     """Does the blind sheet show the policy as output_a? The id and the seed alone decide."""
@@ -308,9 +302,7 @@ def policy_first(row, args):
 def write_sheet(args):
     """Human evaluation: RUN/human_eval.csv, fifty test prompts, two responses in hidden order."""
     rows = read_jsonl(Path(args.run) / "responses.jsonl", "id", "prompt", "sft", args.human_eval)
-    path = Path(args.run) / "human_eval.csv"
-    if path.exists() and not args.overwrite:
-        fail(f"{path} is there already, and may be filled in; --overwrite replaces it")
+    path = start_stage(args, "04_human_eval", "human_eval.csv") / "human_eval.csv"
     with open(path, "w", newline="", encoding="utf-8-sig") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "prompt", "output_a", "output_b", "preference"])
@@ -336,32 +328,33 @@ def read_verdicts(args):
 
 @torch.no_grad()
 def respond(model, reference, problems, tokenizer, args):
-    """A response to each problem, with the same seed for every policy: texts, which ended, and
+    """Responses to all problems, with the same seed for every policy: texts, their wrong steps, and
     KL(policy, reference), the mean over responses of sum_t log pi - log pi_ref."""
     torch.manual_seed(args.seed)
     prompts = [problem["prompt_ids"] for problem in problems]
-    size, kl, pad_id = args.micro_batch or 500, 0.0, tokenizer.pad_token_id
     ids = generate(model, prompts, tokenizer, args.max_new_tokens, args, args.temperature)
+    size, kl = args.micro_batch or 500, 0.0
     for k in range(0, len(ids), size):
-        inputs, mask = pack(prompts[k:k + size], ids[k:k + size], pad_id, args.device)
-        logprobs = response_logprobs(model, inputs, mask, args.temperature)
-        ref_logprobs = response_logprobs(reference, inputs, mask, args.temperature)
+        batch = pack(prompts[k:k + size], ids[k:k + size], tokenizer.pad_token_id, args.device)
+        logprobs, ref_logprobs = (response_logprobs(each, *batch, args.temperature)
+                                  for each in (model, reference))
         kl += (logprobs - ref_logprobs).sum().item() / len(ids)
-    ended = [row[-1] == tokenizer.eos_token_id for row in ids]
-    return tokenizer.batch_decode(ids, skip_special_tokens=True), ended, kl
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    wrong = [wrong_steps(text, row[-1] == tokenizer.eos_token_id, problem)
+             for text, row, problem in zip(texts, ids, problems)]
+    return texts, wrong, kl
 
 def read_log(path):
     """Rows of a CSV of stage 3 as numbers, without its empty cells."""
-    with open(path, newline="") as file:
-        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+    rows = csv.DictReader(open(path, newline=""))
+    return [{k: float(v) for k, v in row.items() if v} for row in rows]
 
 def measure(wrong, kl, log):
     """The numbers of one policy that need no opponent."""
     curve = [row["accuracy"] for row in log if "accuracy" in row]
     last = log[-1] if log else {"update": 0, "episodes": 0, "seconds": 0}
-    known = None not in wrong
-    return {"accuracy": float(np.mean(np.array(wrong) == 0)) if known else None,
-            "wrong_steps_per_response": float(np.mean(wrong)) if known else None, "kl_to_ref": kl,
+    wrong = np.array([] if None in wrong else wrong)
+    return {"accuracy": mean(wrong == 0), "wrong_steps_per_response": mean(wrong), "kl_to_ref": kl,
             "updates": int(last["update"]), "episodes": int(last["episodes"]),
             "seconds": last["seconds"], "best_accuracy": max(curve, default=None),
             "updates_to_95": first_update(log, 0.95 * curve[-1]) if curve else None,
@@ -375,18 +368,18 @@ def failure_signatures(reward_models, policies, logs):
     and unstable PPO: KL, rewards or advantages over LIMITS, or 20 points of accuracy lost."""
     found = []
     for kind, row in reward_models.items():
-        shares = [row["pair_accuracy"], row["preference_accuracy"], 1.0]
-        share = next(share for share in shares if share is not None)
-        found += [f"reward accuracy under 70 %: reward_{kind}, {share:.1%}"] if share < 0.7 else []
-    token, sequence = (policies.get(f"ppo_{kind}", {}).get("win_rate")
-                       for kind in ("token", "sequence"))
+        share = row["preference_accuracy"] if row["pair_accuracy"] is None else row["pair_accuracy"]
+        if share is not None and share < 0.7:
+            found.append(f"reward accuracy under 70 %: reward_{kind}, {share:.1%}")
+    token, sequence = (policies.get(f"ppo_{x}", {}).get("win_rate") for x in ("token", "sequence"))
     if None not in (token, sequence) and token <= sequence:
         found.append("win rate not above the baseline: ppo_token is not ahead of ppo_sequence")
     for name, log in logs.items():
         log = [*log, {"kl": policies[name]["kl_to_ref"]}]
-        peaks = {column: np.max([abs(row.get(column, 0)) for row in log]) for column in LIMITS}
-        found += [f"unstable: {name} reached a {column} of {peak:.3g}, over {LIMITS[column]}"
-                  for column, peak in peaks.items() if not peak <= LIMITS[column]]
+        for column, limit in LIMITS.items():
+            peak = np.max([abs(row.get(column, 0)) for row in log])
+            if not peak <= limit:                              # nan as well
+                found.append(f"unstable: {name} reached a {column} of {peak:.3g}, over {limit}")
         if (policies[name]["largest_drop"] or 0) > 0.2:
             found.append(f"unstable: {name} lost {policies[name]['largest_drop']:.0%} accuracy")
     return found
@@ -397,26 +390,26 @@ def percent(x, sign=""):
 
 def checks(judge, reward_models, policies, differences, logs):
     """The papers' checks as sentences."""
-    shares = [f"{kind} {percent(row['pair_accuracy'])}" for kind, row in reward_models.items()]
-    said = [f"Judge: {judge}.",
-            f"Reward models, held-out (edited, original) pairs in order: {', '.join(shares)}."]
+    def each(rows, column, show=percent):
+        known = {name: row[column] for name, row in rows.items() if row[column] is not None}
+        return ", ".join(f"{name} {show(x)}" for name, x in known.items()) or "–"
+
+    yield f"Judge: {judge}."
+    shares = each(reward_models, "pair_accuracy")
+    yield f"Reward models, held-out (edited, original) pairs in order: {shares}."
     for row in differences:
-        if row["ci95"] and (row["a"], row["b"]) in (("ppo_token", "ppo_sequence"),
-                                                    ("rlmec", "rlmec_imitation")):
+        pair = {row["a"], row["b"]}
+        if row["ci95"] and pair in ({"ppo_token", "ppo_sequence"}, {"rlmec", "rlmec_imitation"}):
             low, high = row["ci95"]
-            said.append(f"Win rate, {row['a']} minus {row['b']}: {percent(row['difference'], '+')} "
-                        f"(95 % interval {percent(low, '+')} to {percent(high, '+')}"
-                        f"{', no difference seen' if low <= 0 <= high else ''}).")
-    own = [f"{name} {row['updates_to_95']}" for name, row in policies.items()
-           if row["updates_to_95"]]
+            seen = ", no difference seen" if low <= 0 <= high else ""
+            yield (f"Win rate, {row['a']} minus {row['b']}: {percent(row['difference'], '+')} "
+                   f"(95 % interval {percent(low, '+')} to {percent(high, '+')}{seen}).")
+    yield f"Updates to 95 % of the own final accuracy: {each(policies, 'updates_to_95', str)}."
     best = policies.get("ppo_sequence", {}).get("best_accuracy")
     if best is not None and "ppo_token" in logs:
-        own.append(f"ppo_token passes the best of ppo_sequence, {percent(best)}, at update "
-                   f"{first_update(logs['ppo_token'], best)}")
-    drops = [f"{name} {percent(row['largest_drop'])}" for name, row in policies.items()
-             if row["largest_drop"] is not None]
-    return said + [f"Updates to 95 % of the own final accuracy: {', '.join(own) or '–'}.",
-                   f"Steadiness, largest drop after the best: {', '.join(drops) or '–'}."]
+        yield (f"ppo_token passes the best of ppo_sequence, {percent(best)}, at update "
+               f"{first_update(logs['ppo_token'], best)}.")
+    yield f"Steadiness, largest drop after the best: {each(policies, 'largest_drop')}."
 
 def flat(value, name=""):
     """The numbers in nested dictionaries, by their path."""
@@ -426,179 +419,164 @@ def flat(value, name=""):
 
 def combine(args):
     """Mean and standard deviation over runs of every number in their eval.json."""
-    runs = []
+    runs, combined = [], {}
     for path in [Path(run) / "eval.json" for run in args.runs]:
         result = json.loads(path.read_text()) if path.exists() else fail(f"{path} is missing")
         gaps = {f"{row['a']} - {row['b']}": row["difference"] for row in result["differences"]}
         runs.append(flat({**result, "differences": gaps}))
-    values = {name: [run[name] for run in runs] for name in set.intersection(*map(set, runs))}
-    table = {name: {"mean": float(np.mean(v)), "sd": float(np.std(v, ddof=len(v) > 1)), "values": v}
-             for name, v in values.items()}
+    for name in sorted(set.intersection(*map(set, runs))):
+        values = [run[name] for run in runs]
+        sd = float(np.std(values, ddof=len(values) > 1))
+        combined[name] = {"mean": mean(values), "sd": sd, "values": values}
+        print(f"{name:60s} {mean(values):9.3f} ± {sd:.3f}")
     Path(args.run).mkdir(parents=True, exist_ok=True)
-    write_text(Path(args.run) / "combined.json", json.dumps(table, indent=1) + "\n")
-    for name, row in sorted(table.items()):
-        print(f"{name:60s} {row['mean']:9.3f} ± {row['sd']:.3f}")
+    write_text(Path(args.run) / "combined.json", json.dumps(combined, indent=1) + "\n")
 
 # --- The report: one file of HTML and SVG ---
 
-STYLE = """
+PAGE_HEAD = """<!doctype html><html lang=en><meta charset=utf-8>
+<meta name=viewport content="width=device-width"><title>Token-level reward</title><style>
 :root{color-scheme:light dark}body{margin:auto;padding:1rem;max-width:56rem;font:16px/1.5 system-ui}
-.card{background:#8882;border-radius:.5rem;padding:.3rem .8rem;margin:.7rem 0}
-code,p{overflow-wrap:anywhere}
-.warn{border-left:.3rem solid #d55e00}.scroll{overflow-x:auto}table{border-collapse:collapse}
-td,th{padding:.2rem .6rem;text-align:right;border-bottom:1px solid #8886;white-space:nowrap}
-td:first-child,th:first-child{text-align:left}svg{width:100%;fill:currentColor;font-size:12px}
-p{margin:.3rem 0}b{display:inline-block;min-width:8rem}code{white-space:pre-wrap}
-.e{outline:1.5px solid}del{color:#d55e00}ins{color:#0a84d0;font-weight:bold;text-decoration:none}
-"""
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"]
+.card{background:#8882;border-radius:.5rem;padding:.3rem .8rem;margin:.7rem 0}pre{overflow-x:auto}
+svg{max-width:40rem;fill:currentColor;font-size:12px}b{display:inline-block;min-width:8rem}
+p{margin:.3rem 0;overflow-wrap:anywhere}code{white-space:pre-wrap}.e{outline:1.5px solid}
+del{color:#d55e00}ins{color:#0a84d0;font-weight:bold;text-decoration:none}
+</style><h1>Token-level reward: who wins</h1>"""
+COLOURS = {"ppo_token": "#0072b2", "ppo_sequence": "#d55e00", "rlmec": "#009e73",
+           "rlmec_imitation": "#cc79a7"}                       # the policies of stage 3
 
 def learning_curves(logs):
     """Validation accuracy of every policy against the episodes that it has seen, as SVG."""
-    curves = {name: [(row["episodes"], row["accuracy"]) for row in log if "accuracy" in row]
-              for name, log in logs.items()}
-    top, drawn = max([x for curve in curves.values() for x, _ in curve], default=1), ""
-    for k in range(5):
-        y = 240 - 53.75 * k
-        drawn += (f'<path d="M50 {y}h340" stroke="currentColor" opacity=".15"/>'
-                  f'<text x="44" y="{y + 4}" text-anchor="end">{25 * k} %</text>'
-                  f'<text x="{50 + 85 * k}" y="256" text-anchor="middle">{top * k / 4:,.0f}</text>')
-    for k, (name, curve) in enumerate(curves.items()):
-        points = " ".join(f"{50 + 340 * x / top:.1f},{240 - 215 * y:.1f}" for x, y in curve)
-        drawn += (f'<g stroke="{COLOURS[k % 6]}" stroke-width="3" fill="none"><polyline '
-                  f'points="{points}"/><path d="M402 {40 + 18 * k}h12"/></g>'
-                  f'<text x="418" y="{44 + 18 * k}">{html.escape(name)}</text>')
-    return (f'<svg viewBox="0 0 540 285" role="img">{drawn}<text x="150" y="276">episodes (sampled '
-            'responses)</text><text x="4" y="13">right, validation prompts</text></svg>'
-            "<p>RLMEC samples once: all its updates stand at one number of episodes.</p>")
+    top = max([row["episodes"] for log in logs.values() for row in log], default=1)
+    drawn = ('<path d="M0 0v200h400" fill="none" stroke="currentColor"/><text x="-45" y="10">100 %'
+             f'</text><text x="-45" y="204">0 %</text><text x="370" y="218">{top:,.0f}</text>')
+    legend = ""
+    for name, log in logs.items():
+        curve = [(row["episodes"], row["accuracy"]) for row in log if "accuracy" in row]
+        points = " ".join(f"{400 * x / top:.1f},{200 - 200 * y:.1f}" for x, y in curve)
+        drawn += f'<polyline points="{points}" fill="none" stroke="{COLOURS[name]}" stroke-width="3"/>'
+        legend += f'<b><span style="color:{COLOURS[name]}">■</span> {html.escape(name)}</b> '
+    return (f'<h2>Learning curves</h2><p>{legend}</p><svg viewBox="-45 -10 480 235">{drawn}</svg>'
+            "<p>Right responses to validation prompts, against episodes (sampled responses). RLMEC "
+            "samples once: all its updates stand at one number of episodes.</p>")
 
-def heat_map(rows, most):
+def card(prompt, rows):
+    """A prompt, and what is shown of it: name -> HTML."""
+    rows = {"prompt": html.escape(text_of(prompt)), **rows}
+    lines = [f"<p><b>{html.escape(name)}</b><code>{x}</code></p>" for name, x in rows.items()]
+    return f"<div class=card>{''.join(lines)}</div>"
+
+def heat_map(path, most):
     """Held-out responses under every reward model, token by token, wrong tokens framed."""
-    out = "<p>Orange: punished, blue: praised, hover for the value. Framed: wrong tokens.</p>"
+    out = "<h2>Held-out rewards</h2><p>Orange: punished, blue: praised, framed: wrong tokens.</p>"
+    rows = read_jsonl(path) if path.exists() else []
     for row in rows[:: max(1, len(rows) // max(1, most))][:most]:
-        prompt = html.escape(text_of(row["prompt"]))
-        out += f"<div class=card><p><b>prompt</b><code>{prompt}</code></p>"
-        for kind in ("token", "sequence", "generative"):
-            rewards = row[kind] or [0.0] * len(row["tokens"])
-            if kind == "sequence":                             # A7: all on the last token
-                rewards = [0.0] * (len(row["tokens"]) - 1) + [row[kind] or 0.0]
-            limit, spans = max(0.5, *map(abs, rewards)), ""
-            for t, (text, r) in enumerate(zip(row["tokens"], rewards)):
+        if row["sequence"] is not None:                        # A7: all on the last token
+            row["sequence"] = [0.0] * (len(row["tokens"]) - 1) + [row["sequence"]]
+        if row["generative"]:                                  # B3 of a wrong response
+            row["generative"] = [min(0.0, max(-0.1, r)) for r in row["generative"]]
+        shown = {}
+        for kind in [kind for kind in ("token", "sequence", "generative") if row[kind]]:
+            least = 0.1 if kind == "generative" else 0.5
+            limit, shown[kind] = max(least, *map(abs, row[kind])), ""
+            for t, (text, r) in enumerate(zip(row["tokens"], row[kind])):
                 colour = f"rgb({'213 94 0' if r < 0 else '0 114 178'}/{abs(r) / limit:.2f})"
-                spans += (f'<span class="{"e" * (t in row["wrong"])}" title="{r:+.2f}" '
-                          f'style="background:{colour}">{html.escape(text)}</span>')
-            out += f"<p><b>{kind}</b><code>{spans}</code></p>"
-        out += "</div>"
+                shown[kind] += (f'<span class="{"e" * (t in row["wrong"])}" title="{r:+.2f}" '
+                                f'style="background:{colour}">{html.escape(text)}</span>')
+        out += card(row["prompt"], shown)
     return out
 
-def before_after(problems, responses, most):
+def before_after(rows, most):
     """Responses of the SFT policy, and what every policy makes of them, word by word (E1)."""
-    out = "<p>Against sft: <del>out</del> <ins>in</ins>.</p>"
-    for k, problem in list(enumerate(problems))[:most]:
-        prompt = html.escape(text_of(problem["prompt"]))
-        out += f"<div class=card><p><b>prompt</b><code>{prompt}</code></p>"
-        for name, texts in responses.items():
-            old, new = (re.findall(r"\s*(?:\w+|\S)", text[k]) for text in (responses["sft"], texts))
-            ops, words = edit_ops(old, new), [html.escape(word) for word in new]
-            for op, i, j in ops[::-1]:
+    out = "<h2>Before and after</h2><p>Against sft: <del>out</del> <ins>in</ins>.</p>"
+    for row in rows[:most]:
+        shown = {}
+        for name in [*row][2:]:                                # behind id and prompt
+            old, new = (re.findall(r"\s*(?:\w+|\S)", text) for text in (row["sft"], row[name]))
+            words = [html.escape(word) for word in new]
+            for op, i, j in edit_ops(old, new)[::-1]:
                 if op != "delete":
                     words[j] = f"<ins>{words[j]}</ins>"
                 if op != "insert":
                     words.insert(j, f"<del>{html.escape(old[i])}</del>")
-            out += f"<p><b>{html.escape(name)}</b><code>{''.join(words)}</code></p>"
-        out += "</div>"
+            shown[name] = "".join(words)
+        out += card(row["prompt"], shown)
     return out
 
 def table(policies):
-    """The numbers of eval.json that one compares, as rows of text."""
-    yield "policy", "win rate", "right", "wrong steps", "KL, nats", "updates", "seconds"
+    """The numbers of eval.json that one compares, as text for the terminal and the report."""
+    lines = ["policy          win rate   ± error    right  wrong steps  KL, nats  updates  seconds"]
     for name, row in policies.items():
-        win, steps = percent(row["win_rate"]), row["wrong_steps_per_response"]
-        yield (name, f"{win} ± {100 * row['win_rate_se']:.1f}" if row["n"] else win,
-               percent(row["accuracy"]), "–" if steps is None else f"{steps:.2f}",
-               f"{row['kl_to_ref']:.2f}", str(row["updates"]), f"{row['seconds']:.0f}")
-
-def report_page(result, sections):
-    """report.html: the answer first, the table, the sections."""
-    body = "".join(f"<p>{html.escape(text)}</p>" for text in result["checks"])
-    body = f"<h1>Token-level reward: who wins</h1><div class=card>{body}</div>"
-    body += "".join(f'<p class="card warn">{html.escape(text)}</p>' for text in result["warnings"])
-    rows = ["".join(f"<td>{html.escape(cell)}</td>" for cell in row)
-            for row in table(result["policies"])]
-    body += "<div class=scroll><table><tr>" + "</tr><tr>".join(rows) + "</tr></table></div>"
-    body += "".join(f"<h2>{name}</h2>{text}" for name, text in sections.items())
-    return (f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width='
-            f'device-width"><title>Token-level reward</title><style>{STYLE}</style>{body}</html>\n')
+        win, error, right = map(percent, (row["win_rate"], row["win_rate_se"], row["accuracy"]))
+        steps = row["wrong_steps_per_response"]
+        steps = "–" if steps is None else f"{steps:.2f}"
+        lines.append(f"{name:16.16}{win:>8}{error:>10}{right:>9}{steps:>13}"
+                     f"{row['kl_to_ref']:10.2f}{row['updates']:9}{row['seconds']:9.0f}")
+    return "\n".join(lines)
 
 # --- The stage ---
 
 def compare(run, args):
-    """All of eval.json, and the responses of every policy to the test prompts."""
+    """All of eval.json, rows of responses.jsonl, and the logs of stage 3."""
     problems = read_jsonl(run / "problems.jsonl", "id", "split", "prompt", "prompt_ids")
     problems = [problem for problem in problems if problem["split"] == "test"]
-    folders = [path.parent for path in sorted(run.glob("*/config.json"))
-               if (run / f"{path.parent.name}.csv").exists()]
-    if not problems or not folders:
+    logs = {name: read_log(run / f"{name}.csv") for name in COLOURS
+            if (run / name).is_dir() and (run / f"{name}.csv").exists()}
+    if not problems or not logs:
         fail(f"{run}: no policy to evaluate, or no problem to test it on; 03_ppo.py makes policies")
     start_stage(args, "04", "")
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
     reference = open_model(AutoModelForCausalLM, run / "policy", args, frozen=True)
-    logs = {path.name: read_log(run / f"{path.name}.csv") for path in folders}
-    responses, wrong, kl, policies, preferences, biases = {}, {}, {}, {}, {}, {}
-    for name in tqdm(["sft", *logs], desc="policies"):
+    judge = "the oracle: fewer wrong steps win" if problems[0].get("solutions") else "final answer"
+    rows = [{"id": problem["id"], "prompt": problem["prompt"]} for problem in problems]
+    wrong, policies, preferences, biases = {}, {}, {}, {}
+    for name, log in tqdm({"sft": [], **logs}.items(), desc="policies"):
         path = run / ("policy" if name == "sft" else name)
         model = open_model(AutoModelForCausalLM, path, args, frozen=True)
-        responses[name], ended, kl[name] = respond(model, reference, problems, tokenizer, args)
-        wrong[name] = [wrong_steps(*row) for row in zip(responses[name], ended, problems)]
-    judge = "the oracle: fewer wrong steps win" if problems[0].get("solutions") else "final answer"
-    for name, texts in responses.items():
+        texts, wrong[name], kl = respond(model, reference, problems, tokenizer, args)
+        for row, text in zip(rows, texts):
+            row[name] = text
         if args.judge == "llm":
-            preferences[name], bias = llm_preferences(problems, texts, responses["sft"], args,
-                                                      run / "llm_verdicts.jsonl")
-            biases[name], judge = percent(bias), f"{args.llm_model}, both orders, bias {biases}"
+            preferences[name], bias = llm_preferences(
+                problems, texts, [row["sft"] for row in rows], args, run / "llm_verdicts.jsonl")
+            biases[name] = percent(bias)
+            judge = f"{args.llm_model}, in both orders, bias {biases}"
         else:
             preferences[name] = [None if a is None else 1.5 + ((a < b) - (a > b)) / 2
                                  for a, b in zip(wrong[name], wrong["sft"])]
-        policies[name] = {**win_rate(preferences[name], args.seed),
-                          **measure(wrong[name], kl[name], logs.get(name, []))}
+        policies[name] = win_rate(preferences[name], args.seed) | measure(wrong[name], kl, log)
     differences = [{"a": a, "b": b, **difference(preferences[a], preferences[b], args.seed)}
                    for a, b in combinations(logs, 2)]
     path = run / "reward_metrics.json"
     models = json.loads(path.read_text()) if path.exists() else {}
     return {"judge": judge, "policies": policies, "differences": differences,
             "reward_models": models, "warnings": failure_signatures(models, policies, logs),
-            "checks": checks(judge, models, policies, differences, logs)}, problems, responses, logs
+            "checks": [*checks(judge, models, policies, differences, logs)]}, rows, logs
 
 def main(args):
+    if args.human_eval:
+        return write_sheet(args)
+    if args.runs:
+        return combine(args)
     if args.verdicts:
         result = win_rate(read_verdicts(args), args.seed)
         if not result["n"]:
             fail(f"{args.verdicts}: no usable verdict; preference is 1, 2 or 1.5 (a tie)")
-        print(f"win_rate {100 * result['win_rate']:.3f}\nstandard_error "
-              f"{100 * result['win_rate_se']:.3f}\nn {result['n']}")
-        return
-    if args.human_eval or args.runs:
-        return write_sheet(args) if args.human_eval else combine(args)
+        return print(f"win_rate {100 * result['win_rate']:.3f}\nstandard_error "
+                     f"{100 * result['win_rate_se']:.3f}\nn {result['n']}")
     if args.judge == "llm" and not (args.llm_url and args.llm_model):
         fail("--judge llm needs --llm_url and --llm_model")
     run = Path(args.run)
-    result, problems, responses, logs = compare(run, args)
-    write_text(run / "responses.jsonl", "".join(json.dumps({
-        "id": problem["id"], "prompt": problem["prompt"],
-        **{name: texts[k] for name, texts in responses.items()}}) + "\n"
-        for k, problem in enumerate(problems)))
-    path = run / "reward_examples.jsonl"
-    write_text(run / "report.html", report_page(result, {
-        "Learning curves": learning_curves(logs),
-        "Rewards of held-out responses": heat_map(
-            read_jsonl(path) if path.exists() else [], args.examples),
-        "Before and after": before_after(problems, responses, args.examples)}))
+    result, rows, logs = compare(run, args)
     write_text(run / "eval.json", json.dumps(result, indent=1) + "\n")
-    for row in table(result["policies"]):
-        print(f"{row[0]:16.16s}{row[1]:>15s}" + "".join(f"{cell:>12s}" for cell in row[2:]))
-    for sentence in result["checks"] + [f"WARNING: {text}" for text in result["warnings"]]:
-        print(sentence)
-    print(f"{run}/report.html")
+    write_text(run / "responses.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    numbers = table(result["policies"])
+    said = result["checks"] + [f"WARNING: {text}" for text in result["warnings"]]
+    write_text(run / "report.html", "\n".join([
+        PAGE_HEAD, *[f"<p>{html.escape(text)}</p>" for text in said],
+        f"<pre>{html.escape(numbers)}</pre>", learning_curves(logs),
+        heat_map(run / "reward_examples.jsonl", args.examples), before_after(rows, args.examples)]))
+    print(numbers, *said, f"{run}/report.html", sep="\n")
 
 if __name__ == "__main__":
     args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]

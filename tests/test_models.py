@@ -76,7 +76,7 @@ def run_stages(stages, folder, name, shape):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(three, "rewrite", solution)
         three.main(three.Args(run=str(run), updates=1, rollout_batch=8, minibatch=4,
-                              ppo_epochs=1, offline_epochs=1, max_new_tokens=6))
+                              ppo_epochs=1, max_new_tokens=6))
     four.main(four.Args(run=str(run), max_new_tokens=6))
     return run
 
