@@ -454,8 +454,9 @@ def learning_curves(logs):
     for name, log in logs.items():
         curve = [(row["episodes"], row["accuracy"]) for row in log if "accuracy" in row]
         points = " ".join(f"{400 * x / top:.1f},{200 - 200 * y:.1f}" for x, y in curve)
-        drawn += f'<polyline points="{points}" fill="none" stroke="{COLOURS[name]}" stroke-width="3"/>'
-        legend += f'<b><span style="color:{COLOURS[name]}">■</span> {html.escape(name)}</b> '
+        colour = COLOURS[name]
+        drawn += f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="3"/>'
+        legend += f'<b><span style="color:{colour}">■</span> {html.escape(name)}</b> '
     return (f'<h2>Learning curves</h2><p>{legend}</p><svg viewBox="-45 -10 480 235">{drawn}</svg>'
             "<p>Right responses to validation prompts, against episodes (sampled responses). RLMEC "
             "samples once: all its updates stand at one number of episodes.</p>")
