@@ -16,7 +16,7 @@ Simplified against the papers:
   3. The two tasks of the GRM weigh the same; `locate` is the harder one and takes more epochs.
 Reads RUN/policy, problems.jsonl, edits.jsonl. Writes RUN/reward_token, reward_sequence,
 reward_generative, reward_metrics.json and reward_examples.jsonl.
-    python 02_reward_model.py                      two minutes on two CPU cores
+    python 02_reward_model.py                      three minutes on two CPU cores
     python 02_reward_model.py --pairs 1600         an annotator's budget, for --task qa
 """
 

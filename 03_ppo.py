@@ -24,7 +24,7 @@ Simplified against the papers:
      GRM's likeliest. What is right, the answer says, never the locator.
 Reads RUN/policy, problems.jsonl, reward_*. Writes RUN/ppo_token, ppo_sequence, rlmec,
 rlmec_imitation, and a CSV each.
-    python 03_ppo.py                               two minutes on two CPU cores
+    python 03_ppo.py                               ninety seconds on two CPU cores
 """
 
 import json, random, re, shutil, sys, time
