@@ -385,6 +385,8 @@ def right_responses(responses, problems, tokenizer):
 def draw(problems, args):
     """The problems of all updates, in passes of a new order each, the same for all methods."""
     rng, drawn, episodes = random.Random(args.seed), [], args.updates * args.rollout_batch
+    if not problems:
+        fail(f"{args.run}/problems.jsonl: no problem to train on")
     while len(drawn) < episodes:
         drawn += rng.sample(problems, len(problems))
     return drawn[:episodes]
