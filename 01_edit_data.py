@@ -625,6 +625,8 @@ def prepare(args, drop):
     model, tokenizer = open_policy(args) if args.model else small_policy(task.texts, args)
     short = [p for p in problems if encode_problem(p, tokenizer) <= context_of(model)]
     drop["problem: longer than the model's context"] = len(problems) - len(short)
+    if not short:
+        fail(f"{args.data}: no problem fits the model's context: {dict(drop)}")
     return short, kind, rules, model, tokenizer
 
 def main(args):
