@@ -433,7 +433,7 @@ def read_rows(run, kind, model, tokenizer, args):
         for row, task in product(known, ("rewrite", "locate")):
             row[f"{task}_prompt"] = grm_prompt(task, problems[row["id"]], row["rejected_ids"],
                                                tokenizer)
-        rows = [row for row in known if len(row["locate_prompt"]) + 2 * max(
+        rows = [row for row in known if len(row["locate_prompt"]) + max(
             len(row["rejected_ids"]), len(row["edited_ids"])) <= context_of(model)]
         print(f"reward_{kind}: {len(known) - len(rows)} of {len(known)} rows exceed its context")
     training = [row for row in rows if row["split"] == "train"]

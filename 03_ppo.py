@@ -379,7 +379,7 @@ def sample(model, prompts, tokenizer, args, temperature):
 def right_responses(responses, problems, tokenizer):
     """Which responses (ids) are right?"""
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return [wrong_steps(text, row[-1] == tokenizer.eos_token_id, problem) == 0
+    return [wrong_steps(text, row[-1:] == [tokenizer.eos_token_id], problem) == 0
             for text, row, problem in zip(texts, responses, problems)]
 
 def draw(problems, args):
@@ -542,7 +542,7 @@ def collect(policy, grm, problems, tokenizer, args):
                 "grm_prompt": grm_prompt("rewrite", problem, ids, tokenizer)}
                for problem, ids, good in zip(problems, responses, right)]
     fitting = [row for row in samples
-               if len(row["grm_prompt"]) + 2 * len(row["response_ids"]) <= context_of(grm)]
+               if len(row["grm_prompt"]) + len(row["response_ids"]) <= context_of(grm)]
     drop["it exceeds the GRM's context"] += len(samples) - len(fitting)
     rewrite(grm, fitting, tokenizer, args, drop)
     samples = [row for row in fitting if row["rewrite_ids"]]

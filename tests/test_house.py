@@ -13,7 +13,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 
 # what the scripts measure; the plan is 1,900 and 95,000: these only ever go down
 SCRIPT_LINES = 2369
-SCRIPT_CHARACTERS = 135079
+SCRIPT_CHARACTERS = 135074
 README_LINES = 220
 TEST_LINES = 1320
 OPTIONS = 22
