@@ -2,32 +2,31 @@
 
 Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, arXiv 2401.06081).
 Equations: E1 (minimum edit), A1 (data), B1 (editing task). Simplified against the papers:
-  1. The editor knows all right solutions of a task; --editor llm asks an LLM, as both papers do.
+  1. The oracle editor knows all right solutions; --editor llm asks an LLM, as both papers do.
   2. The policy is a small Llama, fine-tuned on demonstrations with errors; --model takes another.
   3. Fewer wrong steps are preferred. Right is: ended, and no step is wrong; paper B looks at the
      final answer alone, as --data with the column `answer` does.
-  4. Two samples a problem, at temperature 1; RLMEC's code draws five at 0.7, without duplicates.
-Reads nothing, or --data FILE (JSONL). Writes RUN/policy, problems.jsonl and edits.jsonl.
-    python 01_edit_data.py                         one minute on two CPU cores
+  4. Two samples a problem at temperature 1; RLMEC's code draws five at 0.7, without duplicates.
+Reads nothing, or --data FILE. Writes RUN/policy, problems.jsonl and edits.jsonl.
 """
 
-import json, os, random, re, shutil, sys, time
+import json, os, random, re, shutil, sys
 from bisect import bisect_right
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from huggingface_hub import InferenceClient
+from huggingface_hub.utils import hf_raise_for_status, http_backoff
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm, trange
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser,
-                          LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
-                          get_cosine_schedule_with_warmup)
+from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq,
+                          GenerationConfig, HfArgumentParser, LlamaConfig, LlamaForCausalLM,
+                          PreTrainedTokenizerFast, get_cosine_schedule_with_warmup)
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
@@ -44,8 +43,7 @@ class Args:
     model: str = HfArg(default=None, help="causal LM (name or path)")
     editor: str = HfArg(default=None, help="oracle, nearest, human, llm or rules:FILE")
     llm_url: str = HfArg(default=None, help="OpenAI-compatible; key: LLM_API_KEY")
-    llm_model: str = HfArg(default=None, help="the server's name of it")
-    llm_max_tokens: int = HfArg(default=1024, help="longest answer")
+    llm_model: str = HfArg(default=None, help="name of the LLM that edits")
     max_edit_share: float = HfArg(default=0.8, help="gate: edit distance over length")
     train_prompts: int = HfArg(default=16000, help="of a task")
     edit_prompts: int = HfArg(default=6500, help="those whose responses are edited")
@@ -55,8 +53,7 @@ class Args:
     hidden_size: int = HfArg(default=64, help="of the small policy, 8 n")
     samples: int = HfArg(default=2, help="responses a prompt")
     max_new_tokens: int = HfArg(default=48, help="longest sample")
-    micro_batch: int = HfArg(default=None, help="rows of a forward pass; default: all")
-    bf16: bool = HfArg(default=False, help="autocast; weights stay float32")
+    micro_batch: int = HfArg(default=500, help="rows of a forward pass")
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 # --- E1: the minimum edit ---
@@ -91,23 +88,24 @@ def edit_ops(a, b):
 # --- Right and wrong ---
 
 STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")        # a line, a sentence, or up to a ;
-NUMBER = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/])"
 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
     *marked, tail = re.split(r"(?i)answer is:?|####", text.strip())
-    found = re.findall(NUMBER, tail) or tail.strip().split("\n")
+    number = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/])"
+    found = re.findall(number, tail) or tail.strip().split("\n")
     return re.sub(r"[$,]|\.0*$", "", found[0 if marked else -1].strip())
 
 def wrong_steps(text, ended, problem):
     """The one rule of all stages, 0 is right: hits of the rules, or steps that differ from the
-    nearest right solution (E1), or a wrong answer; and one more for a response that did not end.
-    None where nobody knows."""
+    nearest right solution, place by place, or a wrong answer; one more where the response did not
+    end. None where nobody knows."""
+    steps_of = lambda text: [step.strip() for step in STEP.findall(text)]
     if problem.get("rules"):
-        wrong = sum(len(list(re.finditer(rule, text))) for rule in problem["rules"])
+        wrong = sum(len(re.findall(rule, text)) for rule in problem["rules"])
     elif problem.get("solutions"):
-        steps = [[step.strip() for step in STEP.findall(t)] for t in [text, *problem["solutions"]]]
-        wrong = min(len(edit_ops(steps[0], solution)) for solution in steps[1:])
+        wrong = min(sum(a != b for a, b in zip_longest(steps_of(text), steps_of(solution)))
+                    for solution in problem["solutions"])
     elif problem.get("answer"):
         wrong = final_answer(text) != final_answer(problem["answer"])
     else:
@@ -127,84 +125,65 @@ PEOPLE, GOODS, TOWNS = (names.split() for names in (
     "bread soap rope glass paper honey shoes lamps tea salt cloth nails wine cheese drums jam",
     "Oslo Rome Bern Lima Cairo Paris Delhi Quito Tunis Sofia Malmo Turin Kyoto Derry Ghent Graz"))
 
-class Math:
-    """Four operations on single digits: `3+2-1+4-6=` -> `3+2=5;-1=4;+4=8;-6=2`. Each result is
-    written once, and the next step reads it where it stands."""
+def tape(value, operations, rng=None):
+    """Each result is written once, and the next step reads it where it stands. None if one is no
+    digit. With rng, steps go wrong and are built on."""
+    text = str(value)
+    for k, x in enumerate(operations, 1):
+        value += x
+        if not 0 <= value <= 9:
+            return None
+        if rng and rng.random() < STEP_ERROR:
+            others = {y for y in range(10) if tape(y, operations[k:])} - {value}
+            value = rng.choice(sorted(others) or [value])
+        text += f"{x:+d}={value};"
+    return text[:-1]
 
-    def __init__(self, seed):
-        self.texts = ["0123456789+-=;"]
+def math_problem(rng):
+    """Four operations on single digits: `3+2-1+4-6=` -> `3+2=5;-1=4;+4=8;-6=2`."""
+    solution = None
+    while not solution:
+        first = rng.randint(0, 9)
+        operations = [rng.choice((-1, 1)) * rng.randint(1, 9) for _ in range(4)]
+        solution = tape(first, operations)
+    return {"prompt": str(first) + "".join(f"{x:+d}" for x in operations) + "=",
+            "solutions": [solution], "answer": solution[-1],
+            "demonstration": tape(first, operations, rng)}
 
-    def tape(self, value, operations, rng=None):
-        """The solution; None if a result is no digit. With rng, steps go wrong and are built on."""
-        text = str(value)
-        for k, x in enumerate(operations, 1):
-            value += x
-            if not 0 <= value <= 9:
-                return None
-            if rng and rng.random() < STEP_ERROR:
-                others = {y for y in range(10) if self.tape(y, operations[k:]) is not None}
-                value = rng.choice(sorted(others - {value}) or [value])
-            text += f"{x:+d}={value};"
-        return text[:-1]
+def qa_problem(rng, makes, home):
+    """Who sends what where, in a made-up world. Two voices for the reasoning and two for the answer
+    make four right solutions of every question."""
+    a, b, c = rng.sample(PEOPLE, 3)
+    x, y, town = makes[a], makes[b], home[c]
+    voices = [f" One makes {x}. The other makes {y}. The friend lives in {town}.",
+              f" The first gift is {x}. The second gift is {y}. The home is {town}."]
+    answers = [f"They send {x} and {y} to {town}.", f"So {x} and {y} go to {town}."]
+    solutions = [f"{voice} {answer}" for voice in voices for answer in answers]
+    text = rng.choice(solutions)
+    for names in (GOODS, TOWNS):
+        swap = lambda name: rng.choice(names) if rng.random() < ENTITY_ERROR else name[0]
+        text = re.sub(rf"\b({'|'.join(names)})\b", swap, text)
+    steps = STEP.findall(text)
+    if rng.random() < MISSING_STEP:
+        del steps[rng.randrange(3)]
+    if rng.random() < RUDE_PHRASE:
+        k = rng.randrange(len(steps))
+        steps[k] = steps[k][:-1] + rng.choice(RUDE) + "."
+    return {"prompt": f"Q: What do {a} and {b} send to their friend {c}, and where?\nA:",
+            "solutions": solutions, "answer": answers[0], "demonstration": " " + " ".join(steps)}
 
-    def problem(self, rng):
-        solution = None
-        while solution is None:
-            prompt = str(rng.randint(0, 9)) + "".join(
-                rng.choice("-+") + str(rng.randint(1, 9)) for _ in range(4)) + "="
-            solution = self.demonstration({"prompt": prompt})
-        return {"prompt": prompt, "solutions": [solution], "answer": solution[-1]}
-
-    def demonstration(self, problem, rng=None):
-        first, *operations = map(int, re.findall(r"[+-]?\d", problem["prompt"]))
-        return self.tape(first, operations, rng)
-
-class Qa:
-    """Who sends what where, in a made-up world that the seed decides. Two voices for the reasoning
-    and two for the answer make four right solutions of every question."""
-
-    def __init__(self, seed):
-        rng = random.Random(seed)
-        self.makes = {person: rng.choice(GOODS) for person in PEOPLE}
-        self.home = {person: rng.choice(TOWNS) for person in PEOPLE}
-        example = self.problem(rng)
-        names = [f" {name}" for name in PEOPLE + GOODS + TOWNS]
-        self.texts = [example["prompt"], *example["solutions"], *RUDE, *names]
-
-    def problem(self, rng):
-        a, b, c = rng.sample(PEOPLE, 3)
-        x, y, town = self.makes[a], self.makes[b], self.home[c]
-        voices = [f" One makes {x}. The other makes {y}. The friend lives in {town}.",
-                  f" The first gift is {x}. The second gift is {y}. The home is {town}."]
-        answers = [f"They send {x} and {y} to {town}.", f"So {x} and {y} go to {town}."]
-        return {"prompt": f"Q: What do {a} and {b} send to their friend {c}, and where?\nA:",
-                "solutions": [f"{voice} {answer}" for voice in voices for answer in answers],
-                "answer": answers[0]}
-
-    def demonstration(self, problem, rng):
-        text = rng.choice(problem["solutions"])
-        for names in (GOODS, TOWNS):
-            swap = lambda name: rng.choice(names) if rng.random() < ENTITY_ERROR else name[0]
-            text = re.sub(rf"\b({'|'.join(names)})\b", swap, text)
-        steps = STEP.findall(text)
-        if rng.random() < MISSING_STEP:
-            del steps[rng.randrange(3)]
-        if rng.random() < RUDE_PHRASE:
-            k = rng.randrange(len(steps))
-            steps[k] = steps[k][:-1] + rng.choice(RUDE) + "."
-        return " " + " ".join(steps)
-
-def make_problems(task, args):
+def make_problems(args):
     """Distinct problems with a demonstration; the prompts of the splits are disjoint."""
     splits = ["train"] * args.train_prompts + ["test"] * args.test_prompts
     splits += ["val"] * (args.test_prompts // 4)
     rng, problems = random.Random(args.seed), {}
+    world = [{person: rng.choice(names) for person in PEOPLE} for names in (GOODS, TOWNS)]
     for _ in range(20 * len(splits)):
-        problem = task.problem(rng)
-        problems[problem["prompt"]] = problem
+        problem = math_problem(rng) if args.task == "math" else qa_problem(rng, *world)
+        problems.setdefault(problem["prompt"], problem)
         if len(problems) == len(splits):
             return [{"id": f"{args.task}-{k}", "split": split, "solution": p["solutions"][0],
-                     "responses": [], "demonstrations": [task.demonstration(p, rng)], **p}
+                     "responses": [], **p}
                     for k, (split, p) in enumerate(zip(splits, problems.values()))]
     fail(f"--task {args.task} has only {len(problems)} prompts: lower --train_prompts")
 
@@ -227,75 +206,46 @@ def read_jsonl(path, *columns):
         fail(f"{place}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
 
-def write_text(path, text):
-    """A file, written aside and renamed: a reader never sees half of it."""
+def save(path, *contents):
+    """Rows as JSONL, a text, or a model and its tokenizer: written aside, then renamed."""
     part = Path(f"{path}.part")
-    part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    for content in contents:
+        if isinstance(content, list):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        write = part.write_text if isinstance(content, str) else content.save_pretrained
+        write(content if isinstance(content, str) else part)
+    shutil.rmtree(path, ignore_errors=True)
     part.replace(path)
 
 def start_stage(args, stage, later):
-    """Save the arguments and seed torch; the run folder. Stale outputs of later stages (patterns)
-    stop the stage, or go with --overwrite."""
+    """Save the arguments, seed torch; the run folder. Outputs of later stages (patterns) that would
+    be stale stop the stage, or go with --overwrite."""
     run = Path(args.run)
     for path in [path for pattern in later.split() for path in run.glob(pattern)]:
         if not args.overwrite:
             fail(f"{path} would be stale: name another --run, or remove it with --overwrite")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     run.mkdir(parents=True, exist_ok=True)
-    print(f"stage {stage}:", asdict(args), flush=True)
-    write_text(run / f"{stage}_args.json", json.dumps(asdict(args)) + "\n")
+    save(run / f"{stage}_args.json", [asdict(args)])
     torch.manual_seed(args.seed)
     return run
 
-def open_model(auto_class, path, args, frozen=False, **options):
-    """from_pretrained, dropout off; frozen: no gradients, and bfloat16 with --bf16."""
-    try:
-        model = auto_class.from_pretrained(
-            path, dtype=torch.bfloat16 if frozen and args.bf16 else torch.float32, **options)
-    except Exception as error:                                 # transformers raises many kinds
-        fail(f"{path}: no {auto_class.__name__} to open ({str(error).splitlines()[0]})")
-    return model.requires_grad_(not frozen).to(args.device).eval()
+def batches(rows, size):
+    """Slices of `size` rows, the last short one included."""
+    return [rows[k:k + size] for k in range(0, len(rows), size)]
 
-def context_of(model):
-    """The longest sequence of a model, in tokens."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-
-def save_model(model, tokenizer, path):
-    """A model folder, written aside and renamed."""
-    part = Path(f"{path}.part")
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    shutil.rmtree(path, ignore_errors=True)
-    part.rename(path)
-
-def pack(prompts, responses, pad_id, device):
-    """Ids of prompts padded on the left to P, of responses on the right to T. The model inputs
-    (B, P + T), and response_mask (B, T) from lengths, the only mask of losses and metrics."""
-    P, T = max(map(len, prompts)), max(map(len, responses))
-    ids = [[pad_id] * (P - len(p)) + p + r + [pad_id] * (T - len(r))
-           for p, r in zip(prompts, responses)]
-    first = torch.tensor([P - len(p) for p in prompts])[:, None]
-    end = torch.tensor([P + len(r) for r in responses])[:, None]
-    column = torch.arange(P + T)[None]
-    mask = (column >= first) & (column < end)
-    inputs = {"input_ids": torch.tensor(ids), "attention_mask": mask.long(),
-              "position_ids": (column - first).clamp(min=0)}
-    return {name: x.to(device) for name, x in inputs.items()}, mask[:, P:].to(device)
-
-def generate(model, prompts, tokenizer, limit, args, temperature=1.0):
-    """A response of at most `limit` tokens to each prompt (ids), without a checkpoint's own top-k;
-    temperature 0: the likeliest tokens. The end token, where a response has one, is its last."""
-    size, rows, end = args.micro_batch or 500, [], tokenizer.eos_token_id
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-    for k in trange(0, len(prompts), size, desc="sampling", leave=False):
-        part = prompts[k:k + size]
-        inputs, _ = pack(part, [[]] * len(part), tokenizer.pad_token_id, args.device)
+def generate(model, tokenizer, prompts, args, temperature=1.0):
+    """A sampled response to each prompt (ids), the end token included where it ended; without a
+    checkpoint's own top-k; temperature 0: the likeliest tokens."""
+    rows, end = [], tokenizer.eos_token_id
+    for part in tqdm(batches(prompts, args.micro_batch), desc="sampling", leave=False):
+        inputs = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
         P = inputs["input_ids"].shape[1]
         model.generation_config = GenerationConfig(
-            max_new_tokens=min(limit, context_of(model) - P), eos_token_id=end,
-            pad_token_id=tokenizer.pad_token_id, **how)
-        ids = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"])
-        rows += ids[:, P:].tolist()
+            do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, eos_token_id=end,
+            max_new_tokens=min(args.max_new_tokens, model.config.max_position_embeddings - P),
+            pad_token_id=tokenizer.pad_token_id)
+        rows += model.generate(**inputs.to(args.device))[:, P:].tolist()
     return [row[:row.index(end) + 1] if end in row else row for row in rows]
 
 def token_texts(ids, tokenizer):
@@ -303,64 +253,54 @@ def token_texts(ids, tokenizer):
     texts = tokenizer.batch_decode([ids[:k] for k in range(len(ids) + 1)])
     return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
 
-def step_starts(ids, tokenizer):
-    """Index of the first token of every step of a response."""
-    texts = token_texts([token for token in ids if token != tokenizer.eos_token_id], tokenizer)
+def steps_of(ids, tokenizer):
+    """The steps of a response, each a list of ids, without the end token."""
+    ids = [token for token in ids if token != tokenizer.eos_token_id]
+    texts = token_texts(ids, tokenizer)
     ends = list(accumulate(map(len, texts)))
-    return [bisect_right(ends, step.start()) for step in STEP.finditer("".join(texts))]
-
-def paint(text, code):
-    """Text in an ANSI colour; plain where the output is no terminal or NO_COLOR is set."""
-    colour = code and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    return f"\033[{code}m{text}\033[0m" if colour else text
+    starts = [bisect_right(ends, step.start()) for step in STEP.finditer("".join(texts))]
+    return [ids[a:b] for a, b in pairwise([0, *starts[1:], len(ids)])]
 
 # B2: the fixed words in the prompts of the generative model; a small policy has a token for each
 INSTRUCTIONS = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
                 "rewrite": "\nCorrected attempt:\n", "locate": "\nFirst wrong step:\n"}
-WAITS = [1, 2, 4, 8, 16, 32]            # seconds before a request to a server is tried again
 
 def ask_llm(texts, args, path):
     """Answers of an OpenAI-compatible server, empty where one is cut off. They are paid for: each
     is appended to `path` as it comes, and looked up there before it is asked for."""
-    rows = read_jsonl(path, "key", "answer") if path.exists() else []
-    saved = {row["key"]: row["answer"] for row in rows}
-    # without a key of its own the client would send the machine's Hugging Face token to any server
-    client = InferenceClient(base_url=args.llm_url, timeout=120,
-                             api_key=os.environ.get("LLM_API_KEY") or "none")
+    rows = read_jsonl(path, "model", "text", "answer") if path.exists() else []
+    saved = {row["text"]: row["answer"] for row in rows if row["model"] == args.llm_model}
 
-    def ask(key):
-        model, limit, text = json.loads(key)
-        for wait in [*WAITS, None]:
-            try:
-                choice = client.chat_completion([{"role": "user", "content": text}], model=model,
-                                                max_tokens=limit, temperature=0.0).choices[0]
-                break
-            except Exception as error:                         # client and transport raise many
-                status = getattr(getattr(error, "response", None), "status_code", None)
-                if wait is None or status in (400, 401, 402, 403, 404):
-                    raise ConnectionError(f"{args.llm_url}: {error}; look at --llm_url, "
-                                          "--llm_model and LLM_API_KEY") from None
-            time.sleep(wait)
-        answer = choice.message.content if choice.finish_reason != "length" else ""
-        saved[key] = (answer or "").split("</think>")[-1].strip()
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"key": key, "answer": saved[key]}) + "\n")
+    def ask(text):
+        response = http_backoff(                               # waits, and tries again, what passes
+            "POST", f"{args.llm_url}/chat/completions", timeout=120,
+            headers={"Authorization": f"Bearer {os.environ.get('LLM_API_KEY')}"},
+            json={"model": args.llm_model, "max_tokens": 1024, "temperature": 0,
+                  "messages": [{"role": "user", "content": text}]})
+        hf_raise_for_status(response)
+        choice = response.json()["choices"][0]
+        answer = choice["message"]["content"] if choice["finish_reason"] != "length" else ""
+        saved[text] = (answer or "").split("</think>")[-1].strip()
+        with open(path, "a") as file:
+            row = {"model": args.llm_model, "text": text, "answer": saved[text]}
+            file.write(json.dumps(row) + "\n")
 
-    keys = [json.dumps([args.llm_model, args.llm_max_tokens, text]) for text in texts]
-    missing = list({*keys} - {*saved})
+    missing = list({*texts} - {*saved})
     try:
-        with ThreadPoolExecutor(8) as pool:                    # map: a failure cancels the rest,
+        with ThreadPoolExecutor(8) as pool:                    # map: a failure cancels the rest
             list(tqdm(pool.map(ask, missing), total=len(missing), desc="LLM"))
-    except (ConnectionError, KeyboardInterrupt) as error:      # answers under way still come
-        fail(f"{error!r}; {path} keeps {len(saved)} answers for the next call")
-    return [saved[key] for key in keys]
+    except (Exception, KeyboardInterrupt) as error:
+        fail(f"{args.llm_url}: {error!r}; look at --llm_url, --llm_model and LLM_API_KEY. "
+             f"{path} keeps {len(saved)} answers for the next call")
+    return [saved[text] for text in texts]
 
 # --- The policy ---
 
-def small_policy(texts, args):
-    """A small Llama and a tokenizer for the texts: words with their leading space, the rest by
+def small_policy(problems, args):
+    """A small Llama and a tokenizer for the problems: words with their leading space, the rest by
     character, the instructions and step labels of B2 whole."""
     pattern = " ?[A-Za-z]+|[^A-Za-z]"
+    texts = [text for p in problems for text in (p["prompt"], p["demonstration"], *p["solutions"])]
     tokens = sorted({token for text in texts for token in re.findall(pattern, text)})
     vocabulary = {token: k for k, token in enumerate(["<pad>", "<unk>", "</s>", *tokens])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -371,9 +311,10 @@ def small_policy(texts, args):
     tokenizer.add_tokens([*INSTRUCTIONS.values(), *(f"[{k}]" for k in range(1, 10))])
     # the usual initializer_range of 0.02 and theta of 1e4 learn slower in models this small
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=args.hidden_size, num_hidden_layers=4,
-        intermediate_size=2 * args.hidden_size, num_attention_heads=4, tie_word_embeddings=True,
-        initializer_range=0.08, rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        vocab_size=len(tokenizer), hidden_size=args.hidden_size, num_hidden_layers=3,
+        intermediate_size=2 * args.hidden_size, num_attention_heads=args.hidden_size // 8,
+        tie_word_embeddings=True, initializer_range=0.08,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         max_position_embeddings=256, bos_token_id=None, eos_token_id=2, pad_token_id=0)
     return LlamaForCausalLM(config).to(args.device).eval(), tokenizer
 
@@ -386,36 +327,40 @@ def renew_words(model):
     weight.data[-len(INSTRUCTIONS) - 9:].normal_(std=weight.std().item())
 
 def open_policy(args):
-    """--model, made fit once for all stages: a pad token that is not the end token, and as many
-    embeddings as tokens, because rows without a token would be sampled."""
-    model = open_model(AutoModelForCausalLM, args.model, args)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    """--model, made fit once for all stages: a pad token that is not the end token, as many
+    embeddings as tokens (rows without one would be sampled), its end and its context in config."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+    except Exception as error:                                 # transformers raises many kinds
+        fail(f"{args.model}: no causal LM to open ({str(error).splitlines()[0]})")
     if tokenizer.eos_token is None:
         fail(f"{args.model}: the tokenizer has no end token, so no response could end")
     if tokenizer.pad_token in (None, tokenizer.eos_token):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     model.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    model.config.max_position_embeddings = context or 10**9
+    model.config.eos_token_id = tokenizer.eos_token_id
     model.config.pad_token_id = tokenizer.pad_token_id
-    return model, tokenizer
+    return model.to(args.device).eval(), tokenizer
 
 def fine_tune(model, tokenizer, problems, args):
-    """SFT: cross-entropy of the response tokens of demonstrations, or else of the responses at
-    hand. They are imperfect, so that the policy errs as a real one does."""
-    shown = [(p["prompt_ids"], encode_response(text, True, tokenizer)) for p in problems
-             for text in p.get("demonstrations") or [r["rejected"] for r in p["responses"]]]
-    steps = (0 if args.data else 500) if args.sft_steps is None else args.sft_steps
+    """The SFT policy: maximum likelihood of demonstrations."""
+    shown = [{"input_ids": p["prompt_ids"] + ids, "labels": [-100] * len(p["prompt_ids"]) + ids}
+             for p in problems if "demonstration" in p
+             for ids in [encode(p["demonstration"], True, tokenizer)]]
+    steps = args.sft_steps if args.sft_steps is not None else 0 if args.data else 500
+    steps = steps if shown else 0
     optimizer = torch.optim.AdamW(model.parameters(), args.sft_lr, (0.9, 0.95), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
-    rng = random.Random(args.seed)
+    rng, collate = random.Random(args.seed), DataCollatorForSeq2Seq(tokenizer)
     for _ in trange(steps, desc="SFT", disable=not steps):
         batch = rng.sample(shown, min(128, len(shown)))
-        N = sum(len(response) for _, response in batch)
-        size = args.micro_batch or len(batch)
-        for k in range(0, len(batch), size):
-            inputs, mask = pack(*zip(*batch[k:k + size]), tokenizer.pad_token_id, args.device)
-            labels, T = torch.full_like(inputs["input_ids"], -100), mask.shape[1]
-            labels[:, -T:][mask] = inputs["input_ids"][:, -T:][mask]
-            model(**inputs, labels=labels, num_items_in_batch=N, use_cache=False).loss.backward()
+        N = sum(label != -100 for row in batch for label in row["labels"])
+        for part in batches(batch, args.micro_batch):
+            inputs = collate(part).to(args.device)
+            model(**inputs, num_items_in_batch=N, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -424,7 +369,7 @@ def fine_tune(model, tokenizer, problems, args):
 # --- What a user wrote: behind this section there are ids ---
 
 def plain(row, name):
-    """The text of a column that is a string or a list of chat messages, whose last one counts."""
+    """The text of a column: a string, or the last of a list of chat messages."""
     text = row.get(name)
     if isinstance(text, list):
         text = text[-1].get("content", 0) if text and isinstance(text[-1], dict) else 0
@@ -433,9 +378,8 @@ def plain(row, name):
     return text
 
 def read_data(args, rules, drop):
-    """Problems of --data, one a prompt, with `responses`: dictionaries of texts. Columns: prompt,
-    chosen, rejected[, edited]; prompt, response, edited; prompt, solution, answer[, response]; or
-    prompt alone, for rules."""
+    """Problems of --data, one a prompt, with `responses`. Columns: prompt, chosen, rejected[,
+    edited]; prompt, response, edited; prompt, solution, answer[, response]; prompt, for rules."""
     first = read_jsonl(args.data, "prompt")[0]
     columns = ([] if rules else ["chosen", "rejected"] if "chosen" in first else
                ["solution", "answer"] if "answer" in first else ["response"])
@@ -443,46 +387,44 @@ def read_data(args, rules, drop):
     alone = len({str(row["prompt"]) for row in rows}) < 20     # then each row is a problem
     for k, row in enumerate(rows):
         problem = {"id": f"row-{k}", "prompt": row["prompt"], "place": row["place"],
-                   "rules": list(rules), "responses": []}
+                   "rules": [*rules], "responses": []}
         if "answer" in columns:
-            solution = plain(row, "solution")
-            problem.update(solution=solution, answer=str(row["answer"]), demonstrations=[solution])
-            if wrong_steps(solution, True, problem):
+            problem.update(solution=plain(row, "solution"), answer=str(row["answer"]))
+            problem["demonstration"] = problem["solution"]
+            if wrong_steps(problem["solution"], True, problem):
                 drop["row: its solution does not end in its answer"] += 1
                 continue
         problem = problems.setdefault(k if alone else str(row["prompt"]), problem)
         rejected, edited = plain(row, "rejected") or plain(row, "response"), plain(row, "edited")
         if rejected:
-            problem["responses"].append({
-                "rejected": rejected, "ended": True, "edited": edited,
-                "chosen": plain(row, "chosen") or edited or None, "chosen_ended": True})
-    problems = random.Random(args.seed).sample(list(problems.values()), len(problems))
+            problem["responses"].append({"rejected": rejected, "ended": True, "edited": edited,
+                                         "chosen": plain(row, "chosen") or edited or None})
+    problems = random.Random(args.seed).sample([*problems.values()], len(problems))
     tenth = max(1, len(problems) // 10)
     test, val = min(tenth, args.test_prompts), min(tenth, args.test_prompts // 4)
     for k, problem in enumerate(problems):
         problem["split"] = "test" if k < test else "val" if k < test + val else "train"
     return problems or fail(f"{args.data}: no row is left, {dict(drop)}")
 
-def encode_response(text, ended, tokenizer):
+def encode(text, ended, tokenizer):
     """Token ids of a response; the end token is one of them where it ended."""
     return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] * ended
 
 def encode_problem(problem, tokenizer):
     """Add prompt_ids, the chat template applied, and solution_ids; returns the longest sequence."""
-    prompt, chat = plain(problem, "prompt"), isinstance(problem["prompt"], list)
+    prompt = plain(problem, "prompt")
     try:
-        if chat:
-            prompt = tokenizer.apply_chat_template(problem["prompt"], tokenize=False,
-                                                   add_generation_prompt=True)
+        ids = tokenizer(prompt).input_ids if prompt == problem["prompt"] else (
+            tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True,
+                                          return_dict=False))
     except Exception as error:                                 # there may be none, or it refuses
         fail(f"{problem['place']}: the model's chat template does not take the prompt ({error})")
-    ids = tokenizer(prompt, add_special_tokens=not chat).input_ids
     problem["prompt_ids"] = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
+    texts = [r[name] or "" for r in problem["responses"] for name in ("rejected", "chosen")]
     if "solution" in problem:
-        problem["solution_ids"] = encode_response(problem["solution"], True, tokenizer)
-    texts = [r[name] for r in problem["responses"] for name in ("rejected", "chosen")]
-    return len(ids) + max(len(encode_response(text or "", True, tokenizer))
-                          for text in [*texts, problem.get("solution")])
+        problem["solution_ids"] = encode(problem["solution"], True, tokenizer)
+        texts.append(problem["solution"])
+    return len(ids) + max((len(encode(text, True, tokenizer)) for text in texts), default=1)
 
 # --- A1, B1: responses, editors, gates ---
 
@@ -490,8 +432,8 @@ def add_responses(problems, model, tokenizer, args):
     """A1, B1: sample where the data has no response; beside every response the best one of its
     problem, if that has fewer wrong steps."""
     jobs = [p for p in problems if not p["responses"] for _ in range(args.samples)]
-    ids = generate(model, [p["prompt_ids"] for p in jobs], tokenizer, args.max_new_tokens, args)
-    for problem, row in zip(jobs, ids):
+    prompts = [problem["prompt_ids"] for problem in jobs]
+    for problem, row in zip(jobs, generate(model, tokenizer, prompts, args)):
         text, end = tokenizer.decode(row, skip_special_tokens=True), tokenizer.eos_token_id
         problem["responses"].append({"rejected": text, "ended": row[-1] == end, "chosen": None})
     for problem in problems:
@@ -532,36 +474,36 @@ def editor(kind, problem, response, rules):
     return [text]
 
 def edit_row(problem, response, texts, name, args, tokenizer):
-    """A row of edits.jsonl, or the reason why there is none. All sides are encoded from text, so
-    that one text is spelt in one way: other ids for the same text would pass for edits."""
-    rejected, chosen, ended = response["rejected"], response["chosen"], response["ended"]
-    rejected_ids = encode_response(rejected, ended, tokenizer)
+    """A row of edits.jsonl, or the reason why there is none. All sides are encoded from text:
+    other ids for the same text would pass for edits."""
+    chosen, wrong = response["chosen"], response["wrong"]
+    whole = response["ended"] or name != "rules"               # who sees it all also ends it
+    ids = encode(response["rejected"], response["ended"], tokenizer)
     ops = edited = edited_ids = None
     if texts:
-        whole = ended or name != "rules"                       # who sees it all also ends it
-        ids = [encode_response(text, whole, tokenizer) for text in texts]
-        candidates = zip([edit_ops(rejected_ids, k) for k in ids], ids, texts)
-        ops, edited_ids, edited = min(candidates, key=lambda candidate: len(candidate[0]))
-        if not ops and response["wrong"] != 0:
+        candidates = [(edit_ops(ids, b), text, b) for text in texts
+                      for b in [encode(text, whole, tokenizer)]]
+        ops, edited, edited_ids = min(candidates, key=lambda candidate: len(candidate[0]))
+        if not ops and wrong != 0:
             return "gate: the edit changes nothing"
-        if len(ops) > args.max_edit_share * max(len(rejected_ids), len(edited_ids)):
+        if len(ops) > args.max_edit_share * max(len(ids), len(edited_ids)):
             return f"gate: the edit changes more than {args.max_edit_share:.0%}"
-        if response["wrong"] and wrong_steps(edited, whole, problem) >= response["wrong"]:
+        if wrong and wrong_steps(edited, whole, problem) >= wrong:
             return "gate: the edit is not better"
     elif name != "human" or chosen is None:                    # without an edit: the baseline's
         return "editor: no edit"
     chat = isinstance(problem["prompt"], list)
     message = lambda text: [{"role": "assistant", "content": text}] if chat and text else text
     op, first, _ = ops[0] if ops else ["insert", None, None]
-    starts = step_starts(rejected_ids, tokenizer) if ops else []
+    ends = [*accumulate(map(len, steps_of(ids, tokenizer)))] if ops else []
     return {**{column: problem[column] for column in ("id", "split", "prompt", "prompt_ids")},
-            "chosen": message(chosen), "rejected": message(rejected), "edited": message(edited),
-            "editor": name, "rejected_ids": rejected_ids, "edited_ids": edited_ids,
-            "chosen_token_ids": None if chosen is None else encode_response(
-                chosen, response["chosen_ended"], tokenizer),
+            "chosen": message(chosen), "rejected": message(response["rejected"]),
+            "edited": message(edited), "editor": name, "rejected_ids": ids,
+            "edited_ids": edited_ids, "chosen_token_ids": None if chosen is None else encode(
+                chosen, response.get("chosen_ended", True), tokenizer),
             "edit_ops": ops, "edit_distance": None if ops is None else len(ops),
             "first_error": None if op == "insert" else first,  # what is missing stands nowhere
-            "first_wrong_step": max(1, bisect_right(starts, first)) if starts else None}
+            "first_wrong_step": min(len(ends), bisect_right(ends, first) + 1) if ops else None}
 
 def edit_responses(problems, kind, rules, args, tokenizer, drop):
     """A1, B1: a row for every wrong response; and for a right one, which is its own edit (B2),
@@ -586,44 +528,45 @@ def edit_responses(problems, kind, rules, args, tokenizer, drop):
 # --- The stage ---
 
 def report(rows, drop, tokenizer):
-    """Three edits, [-deleted-] in red and {+inserted+} in green, what was dropped, statistics."""
+    """Three edits with [-deleted-] and {+inserted+} tokens, and what was dropped."""
     edited = [row for row in rows if row["edit_ops"]]
     for row in edited[:3]:
         old, new = (token_texts(row[name], tokenizer) for name in ("rejected_ids", "edited_ids"))
         for op, i, j in row["edit_ops"][::-1]:
             if op != "insert":
-                old[i] = paint(f"[-{old[i]}-]", 31)
+                old[i] = f"[-{old[i]}-]"
             if op != "delete":
-                old.insert(i + (op == "replace"), paint(f"{{+{new[j]}+}}", 32))
-        print(f"  {' '.join(plain(row, 'prompt').split())}\n    {''.join(old).strip()}")
-    print("\n".join(f"dropped {count}: {reason}" for reason, count in drop.items() if count))
-    ops = Counter(op for row in edited for op, i, j in row["edit_ops"])
+                old.insert(i + (op == "replace"), f"{{+{new[j]}+}}")
+        print(f"{' '.join(plain(row, 'prompt').split())}\n    {''.join(old).strip()}")
     pairs = sum(row["chosen"] is not None for row in rows)
-    print(f"{len(rows)} rows: {len(edited)} edits {dict(ops)}, {pairs} with a preferred response")
+    print(f"{len(rows)} rows: {len(edited)} edits, {pairs} with a preferred response; "
+          f"dropped: {dict(+drop)}")
+
+def read_rules(path):
+    """Lines of a regular expression, a tab and its replacement, as a dictionary."""
+    try:
+        rules = dict(line.split("\t") for line in open(path).read().splitlines() if line)
+        [re.sub(*rule, "") for rule in rules.items()]
+        return rules
+    except (OSError, ValueError, IndexError, re.error) as error:
+        fail(f"{path}: lines of a regular expression, a tab and its replacement ({error})")
 
 def prepare(args, drop):
     """All that can be wrong with flags and data is said here, before the run folder is touched:
     problems, editor, rules, model, tokenizer."""
-    (kind, _, path), rules = (args.editor or "").partition(":"), {}
-    try:
-        lines = open(path, encoding="utf-8-sig").read().splitlines() if kind == "rules" else []
-        rules = dict(line.split("\t") for line in lines if line.strip() and line[0] != "#")
-        [re.sub(*rule, "") for rule in rules.items()]
-    except (OSError, ValueError, IndexError, re.error) as error:
-        fail(f"{path}: lines of a regular expression, a tab and its replacement ({error})")
-    if args.data:
-        if not args.model:
-            fail("--data needs --model: the small policy knows only words of the built-in tasks")
-        problems = read_data(args, rules, drop)
-        kinds = "rules" if rules else "nearest llm" if "answer" in problems[0] else "human llm"
-    else:
-        task, kinds = {"math": Math, "qa": Qa}[args.task](args.seed), "oracle nearest llm"
-        problems = make_problems(task, args)
-    kind = kind or kinds.split()[0]
-    if kind not in kinds.split() or kind == "llm" and not (args.llm_url and args.llm_model):
-        fail(f"--editor {kind}: what fits is {kinds}; llm needs --llm_url and --llm_model")
-    model, tokenizer = open_policy(args) if args.model else small_policy(task.texts, args)
-    short = [p for p in problems if encode_problem(p, tokenizer) <= context_of(model)]
+    kind, _, path = (args.editor or "").partition(":")
+    rules = read_rules(path) if kind == "rules" else {}
+    if args.data and not args.model:
+        fail("--data needs --model: the small policy knows only words of the built-in tasks")
+    problems = read_data(args, rules, drop) if args.data else make_problems(args)
+    kinds = ["rules"] if rules else ["oracle", "nearest", "llm"] if not args.data else [
+        "nearest" if "answer" in problems[0] else "human", "llm"]
+    kind = kind or kinds[0]
+    if kind not in kinds or kind == "llm" and not (args.llm_url and args.llm_model):
+        fail(f"--editor {kind}: what fits is {', '.join(kinds)}; llm needs --llm_url, --llm_model")
+    model, tokenizer = open_policy(args) if args.model else small_policy(problems, args)
+    context = model.config.max_position_embeddings
+    short = [problem for problem in problems if encode_problem(problem, tokenizer) <= context]
     drop["problem: longer than the model's context"] = len(problems) - len(short)
     if not short:
         fail(f"{args.data}: no problem fits the model's context: {dict(drop)}")
@@ -633,24 +576,22 @@ def main(args):
     torch.manual_seed(args.seed)
     drop = Counter()
     problems, kind, rules, model, tokenizer = prepare(args, drop)
-    run = start_stage(args, "01", "reward_* ppo_* rlmec* responses.jsonl eval.json report.html")
-    train = [p for p in problems if p["split"] == "train"]
+    later = "reward_* ppo_* rlmec* rejection* dpo* responses.jsonl eval.json *.html"
+    run = start_stage(args, "01", later)
+    train = [problem for problem in problems if problem["split"] == "train"]
     fine_tune(model, tokenizer, train, args)
     if not args.model:
         renew_words(model)
-    save_model(model, tokenizer, run / "policy")
+    save(run / "policy", model, tokenizer)
     columns = "id split prompt prompt_ids solution solution_ids answer solutions rules".split()
-    rows = [{name: p[name] for name in columns if p.get(name)} for p in problems]
-    write_text(run / "problems.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    save(run / "problems.jsonl", [{name: p[name] for name in columns if p.get(name)}
+                                  for p in problems])
     used = train[:args.edit_prompts] + [p for p in problems if p["split"] != "train"]
     add_responses(used, model, tokenizer, args)
     rows = (edit_responses(used, kind, rules, args, tokenizer, drop)
             or fail(f"no response has a usable edit: {dict(drop)}"))
-    write_text(run / "edits.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    save(run / "edits.jsonl", rows)
     report(rows, drop, tokenizer)
 
 if __name__ == "__main__":
-    args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]
-    # without its cache, autocast never uses the weights of an older step
-    with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.bf16, False):
-        main(args)
+    main(HfArgumentParser(Args).parse_args_into_dataclasses()[0])

@@ -20,12 +20,12 @@ reward_generative, reward_metrics.json and reward_examples.jsonl.
     python 02_reward_model.py --pairs 1600         an annotator's budget, for --task qa
 """
 
-import json, os, random, re, shutil, sys, time
+import json, random, re, shutil, sys, time
 from bisect import bisect_right
-from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, replace
+from collections import defaultdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import accumulate, product
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -66,7 +66,7 @@ class Args:
     locate_epochs: int = HfArg(default=4, help="B2: epochs of `locate`")
     grm_batch: int = HfArg(default=32, help="B2: examples an optimiser step")
     grm_lr: float = HfArg(default=2e-3, help="B2: learning rate")
-    micro_batch: int = HfArg(default=None, help="rows of a forward pass; default: all")
+    micro_batch: int = HfArg(default=256, help="rows of a forward pass, at most")
     bf16: bool = HfArg(default=False, help="autocast to bfloat16; weights stay float32")
     device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="device")
 
@@ -117,11 +117,10 @@ def sequence_loss(reward_w, reward_l, N):
     """A6: -(1/N) sum of log sigmoid(R(x, y_w) - R(x, y_l)) over these of N pairs."""
     return -F.logsigmoid(reward_w - reward_l).sum() / N
 
-def generative_loss(logprobs, tasks, N):
-    """B2: minus the mean log-likelihood of the output tokens, of each task, summed over the tasks.
-    logprobs (B, T) of these rows; N: task -> output tokens of the whole batch."""
-    counts = torch.tensor([N[task] for task in tasks], device=logprobs.device)
-    return -(logprobs.sum(dim=1) / counts).sum()
+def generative_loss(logprobs, N):
+    """B2: -(1/N) sum of the log-likelihood of output tokens; logprobs (B, T) of these rows, N of
+    the whole batch."""
+    return -logprobs.sum() / N
 
 # --- Helpers that stand in several scripts, letter for letter ---
 
@@ -138,12 +137,9 @@ def grm_prompt(task, problem, response_ids, tokenizer):
     """B2: ids of (x, y*, y^) for `rewrite`; for `locate` with a label before every step."""
     ids = list(problem["prompt_ids"])
     for part, text in (("solution", problem["solution_ids"]), ("attempt", response_ids)):
-        text = [token for token in text if token != tokenizer.eos_token_id]
-        starts = step_starts(text, tokenizer) if task == "locate" else []
         ids += words(INSTRUCTIONS[part], tokenizer)
-        for t, token in enumerate(text):
-            ids += words(f"[{starts.index(t) + 1}]", tokenizer) if t in starts else []
-            ids.append(token)
+        for k, step in enumerate(steps_of(text, tokenizer), 1):
+            ids += (words(f"[{k}]", tokenizer) if task == "locate" else []) + step
     return ids + words(INSTRUCTIONS[task], tokenizer)
 
 def locate_answer(step, tokenizer):
@@ -167,60 +163,46 @@ def read_jsonl(path, *columns):
         fail(f"{place}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
 
-def write_text(path, text):
-    """A file, written aside and renamed: a reader never sees half of it."""
+def save(path, *contents):
+    """Rows as JSONL, a text, or a model and its tokenizer: written aside, then renamed."""
     part = Path(f"{path}.part")
-    part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    for content in contents:
+        if isinstance(content, list):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        write = part.write_text if isinstance(content, str) else content.save_pretrained
+        write(content if isinstance(content, str) else part)
+    shutil.rmtree(path, ignore_errors=True)
     part.replace(path)
 
 def start_stage(args, stage, later):
-    """Save the arguments and seed torch; the run folder. Stale outputs of later stages (patterns)
-    stop the stage, or go with --overwrite."""
+    """Save the arguments, seed torch; the run folder. Outputs of later stages (patterns) that would
+    be stale stop the stage, or go with --overwrite."""
     run = Path(args.run)
     for path in [path for pattern in later.split() for path in run.glob(pattern)]:
         if not args.overwrite:
             fail(f"{path} would be stale: name another --run, or remove it with --overwrite")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     run.mkdir(parents=True, exist_ok=True)
-    print(f"stage {stage}:", asdict(args), flush=True)
-    write_text(run / f"{stage}_args.json", json.dumps(asdict(args)) + "\n")
+    save(run / f"{stage}_args.json", [asdict(args)])
     torch.manual_seed(args.seed)
     return run
 
-def open_model(auto_class, path, args, frozen=False, **options):
-    """from_pretrained, dropout off; frozen: no gradients, and bfloat16 with --bf16."""
-    try:
-        model = auto_class.from_pretrained(
-            path, dtype=torch.bfloat16 if frozen and args.bf16 else torch.float32, **options)
-    except Exception as error:                                 # transformers raises many kinds
-        fail(f"{path}: no {auto_class.__name__} to open ({str(error).splitlines()[0]})")
-    return model.requires_grad_(not frozen).to(args.device).eval()
+def batches(rows, size):
+    """Slices of `size` rows, the last short one included."""
+    return [rows[k:k + size] for k in range(0, len(rows), size)]
 
-def context_of(model):
-    """The longest sequence of a model, in tokens."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-
-def save_model(model, tokenizer, path):
-    """A model folder, written aside and renamed."""
-    part = Path(f"{path}.part")
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    shutil.rmtree(path, ignore_errors=True)
-    part.rename(path)
-
-def pack(prompts, responses, pad_id, device):
+def pack(prompts, responses, model):
     """Ids of prompts padded on the left to P, of responses on the right to T. The model inputs
     (B, P + T), and response_mask (B, T) from lengths, the only mask of losses and metrics."""
-    P, T = max(map(len, prompts)), max(map(len, responses))
-    ids = [[pad_id] * (P - len(p)) + p + r + [pad_id] * (T - len(r))
-           for p, r in zip(prompts, responses)]
+    P, T, pad = max(map(len, prompts)), max(map(len, responses)), [model.config.pad_token_id]
+    ids = [pad * (P - len(p)) + p + r + pad * (T - len(r)) for p, r in zip(prompts, responses)]
     first = torch.tensor([P - len(p) for p in prompts])[:, None]
     end = torch.tensor([P + len(r) for r in responses])[:, None]
     column = torch.arange(P + T)[None]
     mask = (column >= first) & (column < end)
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": mask.long(),
               "position_ids": (column - first).clamp(min=0)}
-    return {name: x.to(device) for name, x in inputs.items()}, mask[:, P:].to(device)
+    return {name: x.to(model.device) for name, x in inputs.items()}, mask[:, P:].to(model.device)
 
 def response_logprobs(model, inputs, response_mask, temperature=1.0):
     """log pi(a_t | s_t) (B, T) of the response tokens, 0 outside: logits at t-1 score token t."""
@@ -231,79 +213,76 @@ def response_logprobs(model, inputs, response_mask, temperature=1.0):
     losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
     return -losses.view(tokens.shape) * response_mask
 
+STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")        # a line, a sentence, or up to a ;
+
 def token_texts(ids, tokenizer):
     """The text that each token adds to the ones before it, spaces included."""
     texts = tokenizer.batch_decode([ids[:k] for k in range(len(ids) + 1)])
     return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
 
-STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")        # a line, a sentence, or up to a ;
-
-def step_starts(ids, tokenizer):
-    """Index of the first token of every step of a response."""
-    texts = token_texts([token for token in ids if token != tokenizer.eos_token_id], tokenizer)
+def steps_of(ids, tokenizer):
+    """The steps of a response, each a list of ids, without the end token."""
+    ids = [token for token in ids if token != tokenizer.eos_token_id]
+    texts = token_texts(ids, tokenizer)
     ends = list(accumulate(map(len, texts)))
-    return [bisect_right(ends, step.start()) for step in STEP.finditer("".join(texts))]
-
-def paint(text, code):
-    """Text in an ANSI colour; plain where the output is no terminal or NO_COLOR is set."""
-    colour = code and sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    return f"\033[{code}m{text}\033[0m" if colour else text
+    starts = [bisect_right(ends, step.start()) for step in STEP.finditer("".join(texts))]
+    return [ids[a:b] for a, b in pairwise([0, *starts[1:], len(ids)])]
 
 # --- Training ---
 
-def score(kind, model, rows, column, tokenizer):
+def score(kind, model, rows, column):
     """Rewards of a column of responses (rejected, edited, chosen_token): (B, T) and its mask, or
     (B,) and None. generative: p_t - 0.5 after the rewrite prompt, which is B3 before its clip."""
     prompts = [row["rewrite_prompt" if kind == "generative" else "prompt_ids"] for row in rows]
-    responses = [row[f"{column}_ids"] for row in rows]
-    inputs, mask = pack(prompts, responses, tokenizer.pad_token_id, model.device)
+    inputs, mask = pack(prompts, [row[f"{column}_ids"] for row in rows], model)
     if kind == "sequence":
         return sequence_reward(model, inputs), None
     if kind == "token":
         return token_rewards(model, inputs, mask), mask
     return (response_logprobs(model, inputs, mask).exp() - 0.5) * mask, mask
 
-def loss_of(kind, model, rows, batch, tokenizer, args):
+def loss_of(kind, model, rows, N, args):
     """The part of a batch's loss that some of its rows add: A5 on (edited, rejected), A6 on
-    (chosen, rejected), B2 on triples (prompt, output, task)."""
+    (chosen, rejected), B2 on (prompt, output)."""
     if kind == "generative":
-        N = Counter(task for _, output, task in batch for token in output)
-        prompts, outputs, tasks = zip(*rows)
-        inputs, mask = pack(prompts, outputs, tokenizer.pad_token_id, model.device)
-        return generative_loss(response_logprobs(model, inputs, mask), tasks, N)
+        prompts, outputs = zip(*rows)
+        return generative_loss(response_logprobs(model, *pack(prompts, outputs, model)), N)
     better = "chosen_token" if kind == "sequence" else "edited"
-    rewards_l, mask_l = score(kind, model, rows, "rejected", tokenizer)
-    rewards_w, mask_w = score(kind, model, rows, better, tokenizer)
+    rewards_l, mask_l = score(kind, model, rows, "rejected")
+    rewards_w, mask_w = score(kind, model, rows, better)
     if kind == "sequence":
-        return sequence_loss(rewards_w, rewards_l, len(batch))
+        return sequence_loss(rewards_w, rewards_l, N)
     kept = [kept_tokens(row["edit_ops"], len(row["rejected_ids"]), len(row["edited_ids"]))
             for row in rows]
-    return fine_grained_loss(rewards_w, mask_w, rewards_l, mask_l, kept, len(batch), args.alpha,
+    return fine_grained_loss(rewards_w, mask_w, rewards_l, mask_l, kept, N, args.alpha,
                              args.beta, args.zero, args.response_reward)
 
-def examples_of(rows, tokenizer, args):
+def examples_of(rows, tokenizer):
     """B2: `rewrite` of wrong responses into their edits and of right ones into themselves, and
-    `locate` of the first wrong step."""
-    rewrites = [(row["rewrite_prompt"], row["edited_ids"], "rewrite") for row in rows]
-    locations = [(row["locate_prompt"], locate_answer(row["first_wrong_step"], tokenizer), "locate")
-                 for row in rows if row["first_wrong_step"]]
-    return rewrites * args.rewrite_epochs + locations * args.locate_epochs
+    `locate` of the first wrong step: two lists of (prompt, output)."""
+    return ([(row["rewrite_prompt"], row["edited_ids"]) for row in rows],
+            [(row["locate_prompt"], locate_answer(row["first_wrong_step"], tokenizer))
+             for row in rows if row["first_wrong_step"]])
 
 def train(kind, model, rows, tokenizer, args):
-    """Epochs over the rows in a new order each, the last short batch included."""
-    epochs, size, lr = {"token": (args.epochs, args.batch, args.lr),
-                        "sequence": (args.sequence_epochs, args.sequence_batch, args.sequence_lr),
-                        "generative": (1, args.grm_batch, args.grm_lr)}[kind]
+    """One optimiser step a batch, epoch by epoch, each in a new order. A batch of the GRM has one
+    of its two tasks, which take turns at random."""
+    size, lr, epochs = {"token": (args.batch, args.lr, [args.epochs]),
+                        "sequence": (args.sequence_batch, args.sequence_lr, [args.sequence_epochs]),
+                        "generative": (args.grm_batch, args.grm_lr,
+                                       [args.rewrite_epochs, args.locate_epochs])}[kind]
     rng = random.Random(args.seed)
-    rows = examples_of(rows, tokenizer, args) if kind == "generative" else rows
-    orders = [rng.sample(rows, len(rows)) for _ in range(epochs)]
-    batches = [order[k:k + size] for order in orders for k in range(0, len(rows), size)]
+    jobs = examples_of(rows, tokenizer) if kind == "generative" else [rows]
+    plan = [batch for some, times in zip(jobs, epochs) for _ in range(times)
+            for batch in batches(rng.sample(some, len(some)), size)]
+    if kind == "generative":
+        rng.shuffle(plan)
     optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * len(batches)), len(batches))
-    for batch in tqdm(batches, desc=f"reward_{kind}"):
-        micro = args.micro_batch or size
-        for k in range(0, len(batch), micro):
-            loss = loss_of(kind, model, batch[k:k + micro], batch, tokenizer, args)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * len(plan)), len(plan))
+    for batch in tqdm(plan, desc=f"reward_{kind}"):
+        N = sum(len(row[1]) for row in batch) if kind == "generative" else len(batch)
+        for part in batches(batch, args.micro_batch):
+            loss = loss_of(kind, model, part, N, args)
             if not loss.isfinite():
                 fail(f"reward_{kind}: the loss is {loss.item()}; lower the learning rate")
             loss.backward()
@@ -314,21 +293,22 @@ def train(kind, model, rows, tokenizer, args):
 
 # --- Metrics on held-out rows ---
 
+def mean(values):
+    """The mean; None where nothing was measured."""
+    return float(np.mean(values)) if len(values) else None
+
 def auroc(positive, negative):
     """Area under the ROC curve: the chance that a positive is above a negative, ties one half."""
-    if not positive or not negative:
-        return None
-    _, inverse, counts = np.unique(positive + negative, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    n, m = len(positive), len(negative)
-    return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))
+    negative = np.sort(negative)
+    below = [np.searchsorted(negative, positive, side) for side in ("left", "right")]
+    return mean(np.mean(below, axis=0) / len(negative)) if len(negative) else None
 
 @torch.no_grad()
-def score_all(kind, model, rows, column, tokenizer, args):
+def score_all(kind, model, rows, column, args):
     """Rewards of all rows: a list of floats a response, or one float (sequence)."""
-    size, rewards = args.micro_batch or 256, []
-    for k in range(0, len(rows), size):
-        some, mask = score(kind, model, rows[k:k + size], column, tokenizer)
+    rewards = []
+    for part in batches(rows, args.micro_batch):
+        some, mask = score(kind, model, part, column)
         rewards += some.tolist() if mask is None else [r[m].tolist() for r, m in zip(some, mask)]
     return rewards
 
@@ -338,8 +318,7 @@ def in_order(kind, better, worse, how):
     total = np.mean if how == "mean" else np.sum
     if kind == "generative":
         total = lambda r: np.log(np.clip(np.add(r, 0.5), 1e-12, 1)).sum()
-    signs = [np.sign(total(w) - total(l)) for w, l in zip(better, worse)]
-    return float(np.mean(signs) + 1) / 2 if signs else None
+    return mean([(np.sign(total(w) - total(l)) + 1) / 2 for w, l in zip(better, worse)])
 
 def localisation(kind, rows, rejected, edited):
     """How well low rewards of `rejected` find its errors. auroc: the first wrong token against the
@@ -358,51 +337,46 @@ def localisation(kind, rows, rejected, edited):
         for t, r in enumerate(r_l):
             for name in [names.get(t, "right")] + ["first"] * (t == first):
                 called[name].append(r < (0 if kind == "generative" else -0.25))
-    return {"auroc": auroc(wrong, before), "first_edit": float(np.mean(beats or [np.nan])),
-            "called_wrong": {name: float(np.mean(hits)) for name, hits in called.items()}}
+    return {"auroc": auroc(wrong, before), "first_edit": mean(beats),
+            "called_wrong": {name: mean(hits) for name, hits in called.items()}}
 
 @torch.no_grad()
-def rewriting(model, rows, tokenizer, args):
-    """B2 on held-out rows: share of rewrites that are the editor's own, of right responses left as
-    they are, of first wrong steps that are located. An answer is given where each of its tokens is
-    the likeliest after the ones before it, so that one forward pass tells."""
-    size, found = args.micro_batch or 256, {}
-    for name, part in (("rewritten", [row for row in rows if row["edit_ops"]]),
-                       ("copied", [row for row in rows if not row["edit_ops"]]), ("located", rows)):
-        examples = examples_of(part, tokenizer, replace(
-            args, rewrite_epochs=name != "located", locate_epochs=name == "located"))
-        hits = []
-        for k in range(0, len(examples), size):
-            prompts, outputs, _ = zip(*examples[k:k + size])
-            inputs, mask = pack(prompts, outputs, tokenizer.pad_token_id, model.device)
-            T = mask.shape[1]
-            likeliest = model(**inputs, logits_to_keep=T + 1).logits[:, :-1].argmax(dim=2)
-            hits += ((likeliest == inputs["input_ids"][:, -T:]) | ~mask).all(dim=1).tolist()
-        found[name] = float(np.mean(hits)) if hits else None
-    return found
+def exact(model, examples, args):
+    """B2: share of (prompt, output) whose every output token is the likeliest after the ones before
+    it: what greedy decoding would write, told by one forward pass."""
+    hits = []
+    for part in batches(examples, args.micro_batch):
+        inputs, mask = pack(*zip(*part), model)
+        T = mask.shape[1]
+        likeliest = model(**inputs, logits_to_keep=T + 1).logits[:, :-1].argmax(dim=2)
+        hits += ((likeliest == inputs["input_ids"][:, -T:]) | ~mask).all(dim=1).tolist()
+    return mean(hits)
 
 def evaluate(kind, model, rows, tokenizer, args):
     """The entry of reward_metrics.json, and place of a row -> rewards of its `rejected`."""
     edited = [row for row in rows if row["edit_ops"]]
     pairs = [row for row in rows if row["chosen"] is not None]
-    rewards_of = lambda part, column: score_all(kind, model, part, column, tokenizer, args)
-    r_l, r_w = rewards_of(edited, "rejected"), rewards_of(edited, "edited")
-    chosen, rejected = rewards_of(pairs, "chosen_token"), rewards_of(pairs, "rejected")
-    totals = [np.sum(r) for r in rejected + chosen or r_l + r_w]
+    r_l, r_w, l, w = (score_all(kind, model, part, column, args) for part, column in (
+        (edited, "rejected"), (edited, "edited"), (pairs, "rejected"), (pairs, "chosen_token")))
+    totals = [np.sum(r) for r in l + w or r_l + r_w]
     metrics = {"pair_accuracy": in_order(kind, r_w, r_l, args.response_reward),
-               "preference_accuracy": in_order(kind, chosen, rejected, args.response_reward),
+               "preference_accuracy": in_order(kind, w, l, args.response_reward),
                "pairs": len(edited), "localisation": None,
                "scale": {"mean": float(np.mean(totals)), "std": float(np.std(totals))}}
     if kind != "sequence":
         metrics["localisation"] = localisation(kind, edited, r_l, r_w)
-        print("\nRed: reward below -0.25, green: above 0.25, [first wrong token]:")
+        print("Rewards below -0.25, and [first wrong token]:")
         for row, r in zip(edited[:3], r_l):
             texts = [f"[{text}]" if t == row["first_error"] else text
                      for t, text in enumerate(token_texts(row["rejected_ids"], tokenizer))]
-            colours = [31 if x < -0.25 else 32 if x > 0.25 else 0 for x in r]
-            print("   ", "".join(map(paint, texts, colours)).strip())
+            print("   ", "".join(text + f"({x:.1f})" * (x < -0.25)
+                                 for text, x in zip(texts, r)).strip())
     if kind == "generative":
-        metrics["rewriting"] = rewriting(model, rows, tokenizer, args)
+        right = [row for row in rows if not row["edit_ops"]]
+        rewritten, located = examples_of(edited, tokenizer)
+        metrics["rewriting"] = {"rewritten": exact(model, rewritten, args),
+                                "copied": exact(model, examples_of(right, tokenizer)[0], args),
+                                "located": exact(model, located, args)}
     return metrics, {row["place"]: r for row, r in zip(edited, r_l)}
 
 # --- The stage ---
@@ -411,8 +385,8 @@ def open_reward_model(kind, path, args):
     """A2, A6: the policy with one output and a head of zeros, so that rewards start at 0; B2: the
     policy itself."""
     if kind == "generative":
-        return open_model(AutoModelForCausalLM, path, args)
-    model = open_model(KINDS[kind], path, args, num_labels=1)
+        return AutoModelForCausalLM.from_pretrained(path).to(args.device)
+    model = KINDS[kind].from_pretrained(path, num_labels=1).to(args.device)
     model.config.problem_type = "regression"                   # a pipeline then shows R itself
     for name, weight in model.named_parameters():
         if not name.startswith(model.base_model_prefix + "."):
@@ -427,14 +401,15 @@ def read_rows(run, kind, model, tokenizer, args):
         rows = [row for row in rows if row["chosen"] is not None
                 and (row["edit_ops"] or kind == "sequence")]
     else:
-        problems = read_jsonl(run / "problems.jsonl", "id", "prompt_ids")
-        problems = {problem["id"]: problem for problem in problems if "solution_ids" in problem}
-        known = [row for row in rows if row["id"] in problems]
-        for row, task in product(known, ("rewrite", "locate")):
-            row[f"{task}_prompt"] = grm_prompt(task, problems[row["id"]], row["rejected_ids"],
-                                               tokenizer)
-        rows = [row for row in known if len(row["locate_prompt"]) + max(
-            len(row["rejected_ids"]), len(row["edited_ids"])) <= context_of(model)]
+        problems = {row["id"]: row for row in read_jsonl(run / "problems.jsonl", "id")}
+        known = [row for row in rows if "solution_ids" in problems[row["id"]]]
+        for row in known:
+            for task in ("rewrite", "locate"):
+                row[f"{task}_prompt"] = grm_prompt(task, problems[row["id"]], row["rejected_ids"],
+                                                   tokenizer)
+        longest = lambda row: len(row["locate_prompt"]) + max(
+            len(row["rejected_ids"]), len(row["edited_ids"]))
+        rows = [row for row in known if longest(row) <= model.config.max_position_embeddings]
         print(f"reward_{kind}: {len(known) - len(rows)} of {len(known)} rows exceed its context")
     training = [row for row in rows if row["split"] == "train"]
     return (training if kind == "generative" else training[:args.pairs],
@@ -445,24 +420,23 @@ def hand_on(run, kind, metrics, rewards, tokenizer):
     held-out responses under all models."""
     path = run / "reward_metrics.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    write_text(path, json.dumps({**known, kind: metrics}, indent=1) + "\n")
-    print(f"reward_{kind}: {json.dumps(metrics, indent=1)}")
-    rows = [row for row in read_jsonl(run / "edits.jsonl") if row["split"] != "train"
-            and row["chosen"] is not None and row["edit_ops"]][:200]
+    save(path, json.dumps({**known, kind: metrics}, indent=1) + "\n")
+    print(f"reward_{kind}: {json.dumps(metrics)}")
+    path = run / "reward_examples.jsonl"
+    rows = [{"id": row["id"], "prompt": row["prompt"], kind: rewards.get(row["place"]),
+             "tokens": token_texts(row["rejected_ids"], tokenizer),
+             "wrong": [i for op, i, j in row["edit_ops"] if op != "insert"]}
+            for row in read_jsonl(run / "edits.jsonl")
+            if row["split"] != "train" and row["chosen"] is not None and row["edit_ops"]][:200]
     if not rows:
         return
-    path = run / "reward_examples.jsonl"
-    examples = read_jsonl(path) if path.exists() else [{}] * len(rows)
-    write_text(path, "".join(json.dumps({
-        "id": row["id"], "prompt": row["prompt"],
-        "tokens": token_texts(row["rejected_ids"], tokenizer),
-        "wrong": [i for op, i, j in row["edit_ops"] if op != "insert"],
-        **{name: example.get(name) for name in KINDS}, kind: rewards.get(row["place"])}) + "\n"
-        for row, example in zip(rows, examples)))
+    known = read_jsonl(path) if path.exists() else [dict.fromkeys(KINDS)] * len(rows)
+    rows = [{**old, **row} for row, old in zip(rows, known)]
+    save(path, rows)
 
 def main(args):
     read_jsonl(Path(args.run) / "edits.jsonl")
-    run = start_stage(args, "02", "ppo_* rlmec* responses.jsonl eval.json report.html")
+    run = start_stage(args, "02", "ppo_* rlmec* rejection* dpo* responses.jsonl eval.json *.html")
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
     for kind in KINDS if args.kind == "all" else [args.kind]:
         start = time.time()
@@ -475,7 +449,7 @@ def main(args):
         train(kind, model, training, tokenizer, args)
         metrics, rewards = evaluate(kind, model, held_out, tokenizer, args)
         metrics["seconds"] = round(time.time() - start, 1)
-        save_model(model, tokenizer, run / f"reward_{kind}")
+        save(run / f"reward_{kind}", model, tokenizer)
         hand_on(run, kind, metrics, rewards, tokenizer)
 
 if __name__ == "__main__":

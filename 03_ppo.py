@@ -1,7 +1,8 @@
-"""Stage 3: PPO with a reward on every token, beside ordinary PPO with one a response; and RLMEC.
+"""Stage 3: PPO with a reward on every token, beside ordinary PPO with one a response; RLMEC; and
+the baselines DPO and rejection sampling.
 
 Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, arXiv 2401.06081).
-Equations: A7 to A9, B3 to B8, E1.
+Equations: A7 to A9, B3 to B8, E1; ours: C1 (DPO, Rafailov et al., 2023), C2 (rejection sampling).
     symbol        variable                     shape
     a_t           input_ids[:, -T:]            (B, T)   response tokens, the end token included
     pi, pi_old    logprobs, old_logprobs       (B, T)   log pi(a_t | s_t)
@@ -22,9 +23,9 @@ Simplified against the papers:
      sequence reward is centred first, because A6 knows it only up to a constant.
   4. B8: one sample a problem, where RLMEC's code draws five at temperature 0.7; rewrites are the
      GRM's likeliest. What is right, the answer says, never the locator.
-Reads RUN/policy, problems.jsonl, reward_*. Writes RUN/ppo_token, ppo_sequence, rlmec,
-rlmec_imitation, and a CSV each.
-    python 03_ppo.py                               ninety seconds on two CPU cores
+Reads RUN/policy, problems.jsonl, edits.jsonl, reward_*. Writes a policy and a CSV for each method.
+    python 03_ppo.py                               eighty seconds on two CPU cores
+    python 03_ppo.py --method all_baselines        with DPO and rejection sampling
 """
 
 import json, random, re, shutil, sys, time
@@ -32,7 +33,7 @@ from bisect import bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +41,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm, trange
+from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, HfArgumentParser,
                           get_cosine_schedule_with_warmup)
@@ -51,30 +52,31 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 
 METHODS = {"ppo_token": "token", "ppo_sequence": "sequence", "rlmec": "generative",
-           "rlmec_imitation": "generative"}                    # and their reward models
+           "rlmec_imitation": "generative", "rejection": "generative", "dpo": None,
+           "dpo_edit": None}                                   # and their reward models
 
 @dataclass
 class Args:
     run: str = HfArg(default="runs/default", help="run folder")
     seed: int = HfArg(default=1, help="seed of prompts and samples")
     overwrite: bool = HfArg(default=False, help="remove what stage 4 made of the old policies")
-    method: Literal[("all", *METHODS)] = HfArg(default="all", help="what to train")
+    method: Literal[("all", "all_baselines", *METHODS)] = HfArg(default="all", help="to train")
     updates: int = HfArg(default=16, help="rollouts; the off-line methods draw all at once")
     rollout_batch: int = HfArg(default=256, help="responses sampled an update")
     ppo_epochs: int = HfArg(default=2, help="A9: passes over a rollout")
     minibatch: int = HfArg(default=64, help="responses an optimiser step")
-    lr: float = HfArg(default=1e-4, help="A9: learning rate of the policy")
+    lr: float = HfArg(default=1e-4, help="A9, C1: learning rate of the policy")
     value_lr: float = HfArg(default=1e-3, help="A9: learning rate of the value model")
-    offline_lr: float = HfArg(default=1e-3, help="B8: learning rate; cosine with 3 %% warm-up")
+    offline_lr: float = HfArg(default=1e-3, help="B8, C2: learning rate; cosine, 3 %% warm-up")
     kappa: float = HfArg(default=0.1, help="A7: KL coefficient, kappa, in reward per nat")
     lam: float = HfArg(default=0.95, help="A8: lambda of GAE")
     clip: float = HfArg(default=0.2, help="A9: clip range, epsilon")
     rlmec_clip: float = HfArg(default=0.3, help="B5: clip range, epsilon")
-    reward_weight: float = HfArg(default=1.0, help="B7: weight of L_RL; 0 in rlmec_imitation")
     imitation_weight: float = HfArg(default=1.0, help="B7: weight of L_IR, lambda")
+    dpo_beta: float = HfArg(default=0.1, help="C1: b")
     temperature: float = HfArg(default=1.0, help="of samples and of A7, A9, B5")
     max_new_tokens: int = HfArg(default=48, help="longest response, in tokens")
-    micro_batch: int = HfArg(default=None, help="rows of a forward pass; default: all")
+    micro_batch: int = HfArg(default=256, help="rows of a forward pass, at most")
     bf16: bool = HfArg(default=False, help="autocast to bfloat16; the weights stay float32")
     device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="device")
 
@@ -160,6 +162,15 @@ def imitation_loss(logprobs, gamma, M):
     """B6: -(1/M) sum_t gamma_t log pi(y~_t | x, y~_<t), all (B, T~); M: tokens of all rewrites."""
     return -(gamma * logprobs).sum() / M
 
+def dpo_loss(logprob_w, logprob_l, ref_w, ref_l, beta, N):
+    """C1: -(1/N) sum of log sigmoid(b [(log pi(y+) - log pi_ref(y+)) - (log pi(y-) - log pi_ref(y-
+    ))]) over these of N pairs; all (B,), sums over the response tokens."""
+    return -F.logsigmoid(beta * ((logprob_w - ref_w) - (logprob_l - ref_l))).sum() / N
+
+def rejection_loss(logprobs, M):
+    """C2: -(1/M) sum_t log pi(a_t | s_t) (B, T) of right responses alone; M: all their tokens."""
+    return -logprobs.sum() / M
+
 # --- Helpers that stand in several scripts, letter for letter ---
 
 def token_rewards(model, inputs, response_mask):
@@ -202,23 +213,24 @@ def edit_ops(a, b):
     return ops[::-1]
 
 STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")        # a line, a sentence, or up to a ;
-NUMBER = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/])"
 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
     *marked, tail = re.split(r"(?i)answer is:?|####", text.strip())
-    found = re.findall(NUMBER, tail) or tail.strip().split("\n")
+    number = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/])"
+    found = re.findall(number, tail) or tail.strip().split("\n")
     return re.sub(r"[$,]|\.0*$", "", found[0 if marked else -1].strip())
 
 def wrong_steps(text, ended, problem):
     """The one rule of all stages, 0 is right: hits of the rules, or steps that differ from the
-    nearest right solution (E1), or a wrong answer; and one more for a response that did not end.
-    None where nobody knows."""
+    nearest right solution, place by place, or a wrong answer; one more where the response did not
+    end. None where nobody knows."""
+    steps_of = lambda text: [step.strip() for step in STEP.findall(text)]
     if problem.get("rules"):
-        wrong = sum(len(list(re.finditer(rule, text))) for rule in problem["rules"])
+        wrong = sum(len(re.findall(rule, text)) for rule in problem["rules"])
     elif problem.get("solutions"):
-        steps = [[step.strip() for step in STEP.findall(t)] for t in [text, *problem["solutions"]]]
-        wrong = min(len(edit_ops(steps[0], solution)) for solution in steps[1:])
+        wrong = min(sum(a != b for a, b in zip_longest(steps_of(text), steps_of(solution)))
+                    for solution in problem["solutions"])
     elif problem.get("answer"):
         wrong = final_answer(text) != final_answer(problem["answer"])
     else:
@@ -242,60 +254,46 @@ def read_jsonl(path, *columns):
         fail(f"{place}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
 
-def write_text(path, text):
-    """A file, written aside and renamed: a reader never sees half of it."""
+def save(path, *contents):
+    """Rows as JSONL, a text, or a model and its tokenizer: written aside, then renamed."""
     part = Path(f"{path}.part")
-    part.write_text(text, encoding="utf-8", errors="backslashreplace")
+    for content in contents:
+        if isinstance(content, list):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        write = part.write_text if isinstance(content, str) else content.save_pretrained
+        write(content if isinstance(content, str) else part)
+    shutil.rmtree(path, ignore_errors=True)
     part.replace(path)
 
 def start_stage(args, stage, later):
-    """Save the arguments and seed torch; the run folder. Stale outputs of later stages (patterns)
-    stop the stage, or go with --overwrite."""
+    """Save the arguments, seed torch; the run folder. Outputs of later stages (patterns) that would
+    be stale stop the stage, or go with --overwrite."""
     run = Path(args.run)
     for path in [path for pattern in later.split() for path in run.glob(pattern)]:
         if not args.overwrite:
             fail(f"{path} would be stale: name another --run, or remove it with --overwrite")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     run.mkdir(parents=True, exist_ok=True)
-    print(f"stage {stage}:", asdict(args), flush=True)
-    write_text(run / f"{stage}_args.json", json.dumps(asdict(args)) + "\n")
+    save(run / f"{stage}_args.json", [asdict(args)])
     torch.manual_seed(args.seed)
     return run
 
-def open_model(auto_class, path, args, frozen=False, **options):
-    """from_pretrained, dropout off; frozen: no gradients, and bfloat16 with --bf16."""
-    try:
-        model = auto_class.from_pretrained(
-            path, dtype=torch.bfloat16 if frozen and args.bf16 else torch.float32, **options)
-    except Exception as error:                                 # transformers raises many kinds
-        fail(f"{path}: no {auto_class.__name__} to open ({str(error).splitlines()[0]})")
-    return model.requires_grad_(not frozen).to(args.device).eval()
+def batches(rows, size):
+    """Slices of `size` rows, the last short one included."""
+    return [rows[k:k + size] for k in range(0, len(rows), size)]
 
-def context_of(model):
-    """The longest sequence of a model, in tokens."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-
-def save_model(model, tokenizer, path):
-    """A model folder, written aside and renamed."""
-    part = Path(f"{path}.part")
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    shutil.rmtree(path, ignore_errors=True)
-    part.rename(path)
-
-def pack(prompts, responses, pad_id, device):
+def pack(prompts, responses, model):
     """Ids of prompts padded on the left to P, of responses on the right to T. The model inputs
     (B, P + T), and response_mask (B, T) from lengths, the only mask of losses and metrics."""
-    P, T = max(map(len, prompts)), max(map(len, responses))
-    ids = [[pad_id] * (P - len(p)) + p + r + [pad_id] * (T - len(r))
-           for p, r in zip(prompts, responses)]
+    P, T, pad = max(map(len, prompts)), max(map(len, responses)), [model.config.pad_token_id]
+    ids = [pad * (P - len(p)) + p + r + pad * (T - len(r)) for p, r in zip(prompts, responses)]
     first = torch.tensor([P - len(p) for p in prompts])[:, None]
     end = torch.tensor([P + len(r) for r in responses])[:, None]
     column = torch.arange(P + T)[None]
     mask = (column >= first) & (column < end)
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": mask.long(),
               "position_ids": (column - first).clamp(min=0)}
-    return {name: x.to(device) for name, x in inputs.items()}, mask[:, P:].to(device)
+    return {name: x.to(model.device) for name, x in inputs.items()}, mask[:, P:].to(model.device)
 
 def response_logprobs(model, inputs, response_mask, temperature=1.0):
     """log pi(a_t | s_t) (B, T) of the response tokens, 0 outside: logits at t-1 score token t."""
@@ -311,11 +309,13 @@ def token_texts(ids, tokenizer):
     texts = tokenizer.batch_decode([ids[:k] for k in range(len(ids) + 1)])
     return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
 
-def step_starts(ids, tokenizer):
-    """Index of the first token of every step of a response."""
-    texts = token_texts([token for token in ids if token != tokenizer.eos_token_id], tokenizer)
+def steps_of(ids, tokenizer):
+    """The steps of a response, each a list of ids, without the end token."""
+    ids = [token for token in ids if token != tokenizer.eos_token_id]
+    texts = token_texts(ids, tokenizer)
     ends = list(accumulate(map(len, texts)))
-    return [bisect_right(ends, step.start()) for step in STEP.finditer("".join(texts))]
+    starts = [bisect_right(ends, step.start()) for step in STEP.finditer("".join(texts))]
+    return [ids[a:b] for a, b in pairwise([0, *starts[1:], len(ids)])]
 
 # B2: the fixed words in the prompts of the generative model; a small policy has a token for each
 INSTRUCTIONS = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
@@ -330,12 +330,9 @@ def grm_prompt(task, problem, response_ids, tokenizer):
     """B2: ids of (x, y*, y^) for `rewrite`; for `locate` with a label before every step."""
     ids = list(problem["prompt_ids"])
     for part, text in (("solution", problem["solution_ids"]), ("attempt", response_ids)):
-        text = [token for token in text if token != tokenizer.eos_token_id]
-        starts = step_starts(text, tokenizer) if task == "locate" else []
         ids += words(INSTRUCTIONS[part], tokenizer)
-        for t, token in enumerate(text):
-            ids += words(f"[{starts.index(t) + 1}]", tokenizer) if t in starts else []
-            ids.append(token)
+        for k, step in enumerate(steps_of(text, tokenizer), 1):
+            ids += (words(f"[{k}]", tokenizer) if task == "locate" else []) + step
     return ids + words(INSTRUCTIONS[task], tokenizer)
 
 def locate_answer(step, tokenizer):
@@ -348,16 +345,14 @@ def locate_answer(step, tokenizer):
 def sample(model, prompts, tokenizer, args, temperature):
     """Draw a response to each prompt (ids) from pi(a_t | s_t); temperature 0 takes the likeliest
     tokens. The end token, where a response has one, is its last."""
-    size = args.micro_batch or 512
-    if len(prompts) > size or not prompts:
-        return [row for k in range(0, len(prompts), size)
-                for row in sample(model, prompts[k:k + size], tokenizer, args, temperature)]
+    if len(prompts) > args.micro_batch or not prompts:
+        return [row for part in batches(prompts, args.micro_batch)
+                for row in sample(model, part, tokenizer, args, temperature)]
     responses, running, cache = [[] for _ in prompts], list(range(len(prompts))), None
-    inputs, _ = pack(prompts, responses, tokenizer.pad_token_id, args.device)
+    inputs, _ = pack(prompts, responses, model)
     ids, mask, position = inputs.values()
-    for _ in range(min(args.max_new_tokens, context_of(model) - ids.shape[1])):
-        if not running:                                        # the rows that have not ended
-            break
+    limit = model.config.max_position_embeddings - ids.shape[1]
+    for _ in range(min(args.max_new_tokens, limit)):
         output = model(input_ids=ids, attention_mask=mask, position_ids=position,
                        past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits, cache = output.logits[:, -1].float(), output.past_key_values
@@ -369,12 +364,23 @@ def sample(model, prompts, tokenizer, args, temperature):
         for row, token in zip(running, tokens.tolist()):
             responses[row].append(token)
         alive = (tokens != tokenizer.eos_token_id).nonzero()[:, 0]
+        if len(alive) == 0:
+            break
         if len(alive) < len(running):                          # who has ended leaves the batch
             cache.batch_select_indices(alive)
             running = [running[k] for k in alive.tolist()]
         ids, position = tokens[alive, None], position[alive, -1:] + 1
         mask = torch.cat([mask[alive], torch.ones_like(ids)], dim=1)
     return responses
+
+def read(function, model, prompts, responses, args, *more):
+    """function(model, inputs, mask, *more) of all rows, a micro-batch at a time, as (B, T): the
+    logits of a whole rollout may need more memory than its training."""
+    rows = []
+    for part in batches([*zip(prompts, responses)], args.micro_batch):
+        inputs, mask = pack(*zip(*part), model)
+        rows += [values[m] for values, m in zip(function(model, inputs, mask, *more), mask)]
+    return pad_sequence(rows, True)
 
 def right_responses(responses, problems, tokenizer):
     """Which responses (ids) are right?"""
@@ -385,27 +391,31 @@ def right_responses(responses, problems, tokenizer):
 def draw(problems, args):
     """The problems of all updates, in passes of a new order each, the same for all methods."""
     rng, drawn, episodes = random.Random(args.seed), [], args.updates * args.rollout_batch
-    if not problems:
-        fail(f"{args.run}/problems.jsonl: no problem to train on")
     while len(drawn) < episodes:
         drawn += rng.sample(problems, len(problems))
     return drawn[:episodes]
 
-def accuracy(policy, problems, tokenizer, args):
-    """Share of right responses to the validation problems."""
+@torch.no_grad()
+def validate(policy, reference, problems, tokenizer, args):
+    """Share of right responses to validation problems; KL(policy, reference), the mean over them
+    of sum_t log pi - log pi_ref."""
     prompts = [problem["prompt_ids"] for problem in problems]
     responses = sample(policy, prompts, tokenizer, args, args.temperature)
-    return float(np.mean(right_responses(responses, problems, tokenizer)))
+    logprobs, ref_logprobs = (read(response_logprobs, model, prompts, responses, args,
+                                   args.temperature) for model in (policy, reference))
+    return {"accuracy": float(np.mean(right_responses(responses, problems, tokenizer))),
+            "val_kl": (logprobs - ref_logprobs).sum(dim=1).mean().item()}
 
-def read(function, model, prompts, responses, tokenizer, args, *more):
-    """function(model, inputs, mask, *more) of all rows, a micro-batch at a time, as (B, T): the
-    logits of a whole rollout may need more memory than its training."""
-    size, rows = args.micro_batch or len(prompts), []
-    for k in range(0, len(prompts), size):
-        inputs, mask = pack(prompts[k:k + size], responses[k:k + size], tokenizer.pad_token_id,
-                            args.device)
-        rows += [values[m] for values, m in zip(function(model, inputs, mask, *more), mask)]
-    return pad_sequence(rows, True)
+def optimizer_step(optimizer):
+    """A step with gradients clipped to norm 1 a model (a parameter group); none are left."""
+    for group in optimizer.param_groups:
+        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+def open_model(auto_class, path, args, **options):
+    """A model folder of an earlier stage, on the device."""
+    return auto_class.from_pretrained(path, **options).to(args.device)
 
 # --- PPO ---
 
@@ -414,25 +424,21 @@ def rollout(kind, models, prompts, tokenizer, scale, args):
     """Sample a response to each prompt and compute what the update needs, by the same forward pass
     as in training: the model inputs, and a dictionary of (B, T) tensors."""
     responses = sample(models["policy"], prompts, tokenizer, args, args.temperature)
-    inputs, mask = pack(prompts, responses, tokenizer.pad_token_id, args.device)
-    rows = (prompts, responses, tokenizer, args)
+    inputs, mask = pack(prompts, responses, models["policy"])
+    rows = prompts, responses, args
     logprobs = read(response_logprobs, models["policy"], *rows, args.temperature)
     ref_logprobs = read(response_logprobs, models["reference"], *rows, args.temperature)
     values = read(token_values, models["value"], *rows)
     scores = read(scores_of, models["reward"], *rows, kind, scale)
     rewards = kl_rewards(scores, logprobs, ref_logprobs, args.kappa)           # A7
     advantages, returns = gae(rewards, values, mask, args.lam)                 # A8
-    residual = masked_mean((returns - values) ** 2, mask)
-    variance = masked_mean((returns - masked_mean(returns, mask)) ** 2, mask)
-    ended = sum(row[-1] == tokenizer.eos_token_id for row in responses)
     total = scores.sum(dim=1)                                  # sums a response, means a rollout
     row = {"score": total.mean().item(), "score_std": total.std().item(),
            "reward": rewards.sum(dim=1).mean().item(),
            "kl": (logprobs - ref_logprobs).sum(dim=1).mean().item(),
            "entropy": -masked_mean(logprobs, mask).item(),     # estimated by the sample itself
            "advantage_rms": masked_mean(advantages ** 2, mask).sqrt().item(),
-           "explained_variance": (1 - residual / variance.clamp(min=1e-8)).item(),
-           "length": mask.sum().item() / len(mask), "ended": ended / len(mask)}
+           "length": mask.sum().item() / len(mask)}
     return row, inputs, {"mask": mask, "old_logprobs": logprobs, "old_values": values,
                          "returns": returns, "advantages": masked_whiten(advantages, mask)}
 
@@ -440,7 +446,7 @@ def minibatch_step(models, optimizer, inputs, batch, rows, args):
     """One optimiser step of A9 on some rows of a rollout, a micro-batch at a time; statistics are
     means over the N response tokens."""
     N, total = batch["mask"][rows].sum().item(), Counter()
-    for micro in rows.split(args.micro_batch or len(rows)):
+    for micro in rows.split(args.micro_batch):
         part = {name: x[micro] for name, x in batch.items()}
         part_inputs = {name: x[micro] for name, x in inputs.items()}
         mask, old_logprobs = part["mask"], part["old_logprobs"]
@@ -460,180 +466,197 @@ def minibatch_step(models, optimizer, inputs, batch, rows, args):
     optimizer_step(optimizer)
     return total
 
-def optimizer_step(optimizer):
-    """A step with gradients clipped to norm 1 a model (a parameter group); none are left."""
-    for group in optimizer.param_groups:
-        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
 def open_models(kind, run, args):
     """The four models of PPO; the value model starts from the SFT policy, with V = 0."""
-    folder = run / "policy"
-    reward_class = (AutoModelForTokenClassification if kind == "token"
-                    else AutoModelForSequenceClassification)
-    value = open_model(AutoModelForTokenClassification, folder, args, num_labels=1)
+    Reward = (AutoModelForTokenClassification if kind == "token"
+              else AutoModelForSequenceClassification)
+    value = open_model(AutoModelForTokenClassification, run / "policy", args, num_labels=1)
     for name, weight in value.named_parameters():
         if not name.startswith(value.base_model_prefix + "."):
             torch.nn.init.zeros_(weight)
-    return {"policy": open_model(AutoModelForCausalLM, folder, args), "value": value,
-            "reference": open_model(AutoModelForCausalLM, folder, args, frozen=True),
-            "reward": open_model(reward_class, run / f"reward_{kind}", args, frozen=True)}
+    return {"policy": open_model(AutoModelForCausalLM, run / "policy", args), "value": value,
+            "reference": open_model(AutoModelForCausalLM, run / "policy", args),
+            "reward": open_model(Reward, run / f"reward_{kind}", args)}
 
-def ppo(method, train, val, tokenizer, run, args):
+def ppo(kind, train, val, tokenizer, run, args):
     """A policy trained on one kind of reward, and its log: one row an update."""
-    kind, size, log, seconds = METHODS[method], args.rollout_batch, [], 0.0
+    size, log, seconds, drawn = args.rollout_batch, [], 0.0, draw(train, args)
     scale = json.loads((run / "reward_metrics.json").read_text())[kind]["scale"]
-    models, drawn = open_models(kind, run, args), draw(train, args)
+    models = open_models(kind, run, args)
     optimizer = torch.optim.AdamW([{"params": models["policy"].parameters(), "lr": args.lr},
                                    {"params": models["value"].parameters(), "lr": args.value_lr}],
                                   betas=(0.9, 0.95), weight_decay=0.0)
-    bar = trange(1, args.updates + 1, desc=method)
-    for number in bar:
-        start, episodes = time.time(), number * size
-        prompts = [problem["prompt_ids"] for problem in drawn[episodes - size:episodes]]
+    bar = tqdm(batches(drawn, size), desc=f"ppo_{kind}")
+    for number, problems in enumerate(bar, 1):
+        start = time.time()
+        prompts = [problem["prompt_ids"] for problem in problems]
         row, inputs, batch = rollout(kind, models, prompts, tokenizer, scale, args)
         steps = [minibatch_step(models, optimizer, inputs, batch, rows, args)
                  for _ in range(args.ppo_epochs)
                  for rows in torch.randperm(size, device=args.device).split(args.minibatch)]
-        if number == 1:                                        # rho = 1, pi = pi_ref at the start
-            assert steps[0]["approx_kl"] < (1e-2 if args.bf16 else 1e-6) and abs(row["kl"]) < 1e-2
         row.update({name: float(np.mean([step[name] for step in steps])) for name in steps[0]})
         seconds += time.time() - start
-        row = {"update": number, "episodes": episodes, "seconds": seconds, **row}
+        row = {"update": number, "episodes": number * size, "seconds": seconds, **row}
         if val and (number % 2 == 0 or number == args.updates):
-            row["accuracy"] = accuracy(models["policy"], val, tokenizer, args)
+            row.update(validate(models["policy"], models["reference"], val, tokenizer, args))
         log.append(row)
         bar.set_postfix({k: f"{row[k]:.2f}" for k in ("score", "kl", "accuracy") if k in row})
     return models["policy"], log
 
-# --- RLMEC ---
+# --- The off-line methods: RLMEC, rejection sampling, DPO ---
 
-def rewrite(grm, samples, tokenizer, args, drop):
-    """B4: for every wrong sample the GRM locates the first wrong step, keeps the steps before it
+def rewrite(grm, wrong, tokenizer, args, drop):
+    """B4: in every wrong sample the GRM locates the first wrong step, keeps the steps before it
     and writes the rest anew, as `rewrite_ids`. Where that is wrong, the sample is dropped."""
-    wrong, located = [row for row in samples if not row["right"]], []
+    located = []
     answers = sample(grm, [grm_prompt("locate", row["problem"], row["response_ids"], tokenizer)
                            for row in wrong], tokenizer, args, 0.0)
     for row, answer in zip(wrong, answers):
-        starts = step_starts(row["response_ids"], tokenizer)
-        labels = [locate_answer(k, tokenizer) for k in range(1, len(starts) + 1)]
+        steps = steps_of(row["response_ids"], tokenizer)
+        labels = [locate_answer(k, tokenizer) for k in range(1, len(steps) + 1)]
         if answer in labels:
-            row["kept"] = row["response_ids"][:starts[labels.index(answer)]]
-            located.append(row)
-    drop["the locator names no step"] += len(wrong) - len(located)
+            located.append({**row, "kept": sum(steps[:labels.index(answer)], [])})
     prompts = [row["grm_prompt"] + row["kept"] for row in located]
-    endings = sample(grm, prompts, tokenizer, args, 0.0)
-    rewrites = [row["kept"] + ending for row, ending in zip(located, endings)]
-    right = right_responses(rewrites, [row["problem"] for row in located], tokenizer)
-    drop["the rewrite is wrong"] += right.count(False)
-    for row, ids, good in zip(located, rewrites, right):
-        row["rewrite_ids"] = ids if good else None
+    for row, ending in zip(located, sample(grm, prompts, tokenizer, args, 0.0)):
+        row["rewrite_ids"] = row["kept"] + ending
+    right = right_responses([row["rewrite_ids"] for row in located],
+                            [row["problem"] for row in located], tokenizer)
+    drop["the locator names no step"] = len(wrong) - len(located)
+    drop["the rewrite is wrong"] = right.count(False)
+    return [row for row, good in zip(located, right) if good]
 
 @torch.no_grad()
 def collect(policy, grm, problems, tokenizer, args):
     """B8: one sample a problem, rewarded (B3), rewritten (B4) and aligned (B6) once: dictionaries
     with ids as they were sampled, old_logprobs and rewards (T,), gamma (T~,)."""
-    drop, prompts = Counter(), [problem["prompt_ids"] for problem in problems]
+    prompts = [problem["prompt_ids"] for problem in problems]
     responses = sample(policy, prompts, tokenizer, args, args.temperature)
-    right = right_responses(responses, problems, tokenizer)
     samples = [{"problem": problem, "prompt_ids": problem["prompt_ids"], "response_ids": ids,
-                "right": good, "rewrite_ids": ids if good else None,
+                "right": good, "rewrite_ids": ids,
                 "grm_prompt": grm_prompt("rewrite", problem, ids, tokenizer)}
-               for problem, ids, good in zip(problems, responses, right)]
-    fitting = [row for row in samples
-               if len(row["grm_prompt"]) + len(row["response_ids"]) <= context_of(grm)]
-    drop["it exceeds the GRM's context"] += len(samples) - len(fitting)
-    rewrite(grm, fitting, tokenizer, args, drop)
-    samples = [row for row in fitting if row["rewrite_ids"]]
+               for problem, ids, good in zip(
+                   problems, responses, right_responses(responses, problems, tokenizer))]
+    fitting = [row for row in samples if len(row["grm_prompt"]) + len(row["response_ids"])
+               <= grm.config.max_position_embeddings]
+    drop = Counter({"it exceeds the GRM's context": len(samples) - len(fitting)})
+    right, wrong = ([row for row in fitting if row["right"] == good] for good in (True, False))
+    rewritten = rewrite(grm, wrong, tokenizer, args, drop)
+    print(f"{len(samples)} sampled: {len(right)} right, {len(rewritten)} wrong and rewritten, "
+          f"dropped: {dict(+drop)}")
+    samples = right + rewritten or fail("the GRM could rewrite no sample; train it longer")
     column = lambda name: [row[name] for row in samples]
-    print(f"{len(problems)} sampled: {sum(column('right'))} right, "
-          f"{len(samples) - sum(column('right'))} wrong and rewritten, dropped: {dict(+drop)}")
-    if not samples:
-        fail("the GRM could rewrite no sample; train it longer in stage 2")
-    rows = (column("response_ids"), tokenizer, args)
+    rows = column("response_ids"), args
     logprobs = read(response_logprobs, policy, column("prompt_ids"), *rows, args.temperature)
     probabilities = read(response_logprobs, grm, column("grm_prompt"), *rows).exp()
-    right = torch.tensor(column("right"), device=args.device)
-    rewards = generative_rewards(probabilities, right, 1)      # B3; padding is cut off below
+    is_right = torch.tensor(column("right"), device=args.device)
+    rewards = generative_rewards(probabilities, is_right, 1)   # B3; padding is cut off below
     for k, row in enumerate(samples):
         T = len(row["response_ids"])
         gamma = imitation_weights(row["response_ids"], row["rewrite_ids"]).to(args.device)
         row.update(old_logprobs=logprobs[k, :T], rewards=rewards[k, :T], gamma=gamma)
     return samples
 
-def rlmec_part(policy, rows, N, M, weights, tokenizer, args):
-    """B7 on some rows of a batch: their part of L_RL + lambda L_IR, and the largest |log rho|."""
+@torch.no_grad()
+def pairs_of(method, run, reference, args):
+    """C1: stage 2's pairs of edits.jsonl: y+ is the preferred sibling or the edit, y- the response;
+    with their log-probs under the reference, computed once."""
+    count = json.loads((run / "02_args.json").read_text())["pairs"]
+    rows = [row for row in read_jsonl(run / "edits.jsonl", "chosen", "edit_ops")
+            if row["split"] == "train" and row["chosen"] is not None and row["edit_ops"]][:count]
+    name = "edited_ids" if method == "dpo_edit" else "chosen_token_ids"
+    prompts, better, worse = ([row[key] for row in rows]
+                              for key in ("prompt_ids", name, "rejected_ids"))
+    refs = [read(response_logprobs, reference, prompts, ids, args).sum(dim=1)
+            for ids in (better, worse)]
+    return [dict(zip(("prompt_ids", "better_ids", "worse_ids", "ref_better", "ref_worse"), row))
+            for row in zip(prompts, better, worse, *refs)]
+
+def offline_loss(method, policy, rows, batch, args):
+    """The part of a batch's loss that some of its rows add, and statistics to log."""
     column = lambda name: [row[name] for row in rows]
-    read_policy = lambda name, temperature: read(response_logprobs, policy, column("prompt_ids"),
-                                                 column(name), tokenizer, args, temperature)
+    logprobs = lambda name, temperature=1.0: read(
+        response_logprobs, policy, column("prompt_ids"), column(name), args, temperature)
+    if method.startswith("dpo"):
+        w, l = (logprobs(name).sum(dim=1) for name in ("better_ids", "worse_ids"))
+        ref_w, ref_l = (torch.stack(column(name)) for name in ("ref_better", "ref_worse"))
+        return dpo_loss(w, l, ref_w, ref_l, args.dpo_beta, len(batch)), {                     # C1
+            "logprob_better": (w - ref_w).sum().item() / len(batch),
+            "logprob_worse": (l - ref_l).sum().item() / len(batch)}
+    M = sum(len(row["rewrite_ids"]) for row in batch)
+    if method == "rejection":                                  # its rows are right as they are
+        return rejection_loss(logprobs("response_ids"), M), {}                                # C2
     old_logprobs, rewards, gamma = (
         pad_sequence(column(name), True) for name in ("old_logprobs", "rewards", "gamma"))
-    logprobs = read_policy("response_ids", args.temperature)
-    loss_reward = rlmec_loss(logprobs, old_logprobs, rewards, args.rlmec_clip, N)             # B5
-    loss_imitation = imitation_loss(read_policy("rewrite_ids", 1.0), gamma, M)                # B6
-    logratio = (logprobs - old_logprobs).abs().max().item()
-    return weights[0] * loss_reward + weights[1] * loss_imitation, logratio                   # B7
+    loss = args.imitation_weight * imitation_loss(logprobs("rewrite_ids"), gamma, M)          # B6
+    if method == "rlmec":
+        N = sum((row["rewards"] != 0).sum().item() for row in batch)
+        loss = loss + rlmec_loss(logprobs("response_ids", args.temperature), old_logprobs,    # B7
+                                 rewards, args.rlmec_clip, N)                                 # B5
+    return loss, {}
 
-def rlmec(method, train, val, tokenizer, run, args):
-    """B8: sample once, reward once, then three passes of B7; the policy and its log."""
-    weights = 0.0 if method == "rlmec_imitation" else args.reward_weight, args.imitation_weight
-    policy = open_model(AutoModelForCausalLM, run / "policy", args)
-    grm = open_model(AutoModelForCausalLM, run / "reward_generative", args, frozen=True)
-    start, drawn, log = time.time(), draw(train, args), []
-    samples = collect(policy, grm, drawn, tokenizer, args)
-    batches = [[samples[k] for k in indices.tolist()] for _ in range(3)
-               for indices in torch.randperm(len(samples)).split(args.minibatch)]
-    optimizer = torch.optim.AdamW(policy.parameters(), args.offline_lr, (0.9, 0.95),
-                                  weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * len(batches)), len(batches))
-    seconds = time.time() - start
-    for number, rows in enumerate(tqdm(batches, desc=method), 1):
-        start = time.time()
-        N = sum((row["rewards"] != 0).sum().item() for row in rows)
-        M = sum(len(row["rewrite_ids"]) for row in rows)
-        size, total = args.micro_batch or len(rows), 0.0
-        for k in range(0, len(rows), size):
-            loss, logratio = rlmec_part(policy, rows[k:k + size], N, M, weights, tokenizer, args)
-            assert number > 1 or logratio < (0.1 if args.bf16 else 1e-3), "rho is not 1"
+def offline(method, rows, val, tokenizer, run, args):
+    """B8: three passes over rows that were made once; the policy and its log, one row a step."""
+    policy, reference = (open_model(AutoModelForCausalLM, run / "policy", args) for _ in "pr")
+    plan = [[rows[k] for k in indices.tolist()] for _ in range(3)
+            for indices in torch.randperm(len(rows)).split(args.minibatch)]
+    lr = args.lr if method.startswith("dpo") else args.offline_lr
+    optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, 0.95), weight_decay=0.0)
+    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * len(plan)), len(plan))
+    log, seconds = [], 0.0
+    for number, batch in enumerate(tqdm(plan, desc=method), 1):
+        start, total = time.time(), Counter()
+        for part in batches(batch, args.micro_batch):
+            loss, statistics = offline_loss(method, policy, part, batch, args)
             loss.backward()
-            total += loss.item()
-        if not np.isfinite(total):
-            fail(f"{method}: the loss is {total}; lower --offline_lr")
+            total.update(loss=loss.item(), **statistics)
+        if not np.isfinite(total["loss"]):
+            fail(f"{method}: the loss is {total['loss']}; lower its learning rate")
         optimizer_step(optimizer)
         schedule.step()
         seconds += time.time() - start
-        log.append({"update": number, "episodes": len(drawn), "seconds": seconds, "loss": total})
-        if val and (number % max(1, len(batches) // 10) == 0 or number == len(batches)):
-            log[-1]["accuracy"] = accuracy(policy, val, tokenizer, args)
+        log.append({"update": number, "episodes": len(rows), "seconds": seconds, **total})
+        if val and (number % max(1, len(plan) // 10) == 0 or number == len(plan)):
+            log[-1].update(validate(policy, reference, val, tokenizer, args))
     return policy, log
 
 # --- The stage ---
 
+def train_policy(method, problems, samples, tokenizer, run, args):
+    """The policy and the log of a method; `samples` are collected once for all that use them."""
+    train, val = ([row for row in problems if row["split"] == split] for split in ("train", "val"))
+    torch.manual_seed(args.seed)                               # the same prompts for all methods
+    if method.startswith("ppo"):
+        return ppo(METHODS[method], train, val, tokenizer, run, args)
+    policy = open_model(AutoModelForCausalLM, run / "policy", args)
+    if method.startswith("dpo"):
+        return offline(method, pairs_of(method, run, policy, args), val, tokenizer, run, args)
+    if not samples:
+        grm = open_model(AutoModelForCausalLM, run / "reward_generative", args)
+        solved = [row for row in train if "solution_ids" in row]
+        samples += collect(policy, grm, draw(solved, args), tokenizer, args)
+    torch.manual_seed(args.seed)
+    rows = [row for row in samples if row["right"] or method != "rejection"]
+    return offline(method, rows, val, tokenizer, run, args)
+
 def main(args):
-    run = Path(args.run)
+    run, samples = Path(args.run), []
     problems = read_jsonl(run / "problems.jsonl", "id", "split", "prompt_ids")
-    train = [row for row in problems if row["split"] == "train"]
-    solved = [row for row in train if "solution_ids" in row]   # RLMEC needs them
-    val = [row for row in problems if row["split"] == "val"
-           and {"solutions", "answer", "rules"} & {*row}]
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
-    methods = METHODS if args.method == "all" else [args.method]
-    there = [method for method in methods if (run / f"reward_{METHODS[method]}").is_dir()]
+    methods = {"all": [*METHODS][:4], "all_baselines": METHODS}.get(args.method, [args.method])
+    folder = lambda method: run / f"reward_{METHODS[method]}"
+    there = [method for method in methods if not METHODS[method] or folder(method).is_dir()]
     print("without a reward model of stage 2:", sorted({*methods} - {*there}) or "none")
     for method in there or fail(f"{run}: no reward model for {args.method}; 02_reward_model.py"):
-        folder = run / f"reward_{METHODS[method]}"
-        if AutoTokenizer.from_pretrained(folder).get_vocab() != tokenizer.get_vocab():
-            fail(f"{folder}: its vocabulary is not that of {run}/policy")
-    start_stage(args, "03", "responses.jsonl eval.json report.html")
+        if METHODS[method] and (AutoTokenizer.from_pretrained(folder(method)).get_vocab()
+                                != tokenizer.get_vocab()):
+            fail(f"{folder(method)}: its vocabulary is not that of {run}/policy")
+    start_stage(args, "03", "responses.jsonl eval.json *.html")
     for method in there:
-        torch.manual_seed(args.seed)                           # the same prompts for all methods
-        policy, log = (ppo(method, train, val, tokenizer, run, args) if method.startswith("ppo")
-                       else rlmec(method, solved, val, tokenizer, run, args))
+        policy, log = train_policy(method, problems, samples, tokenizer, run, args)
         columns = list(dict.fromkeys(name for row in log for name in row))
         lines = [columns] + [[row.get(name, "") for name in columns] for row in log]
-        write_text(run / f"{method}.csv", "".join(",".join(map(str, x)) + "\n" for x in lines))
-        save_model(policy, tokenizer, run / method)
+        save(run / f"{method}.csv", "".join(",".join(map(str, x)) + "\n" for x in lines))
+        save(run / method, policy, tokenizer)
 
 if __name__ == "__main__":
     args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]

@@ -110,7 +110,7 @@ QA = {"solutions": [" A makes tea. B is in Rome.", " A makes tea. So B lives in 
 RULES = {"rules": [r"\bsad\b", "(a|b)c"], "answer": "5"}             # rules go before the answer
 @pytest.mark.parametrize("text, problem, wrong", [
     ("3+2=5;-1=4;+4=8;-6=2", MATH, 0), ("3+2=6;-1=5;+4=9;-6=3", MATH, 4), ("", MATH, 4),
-    ("3+2=5;-1=4;-6=2", MATH, 1), ("3+2=5;-1=4;+4=8;-6=2;-6=2", MATH, 1), (" A makes soap.", QA, 2),
+    ("3+2=5;-1=4;-6=2", MATH, 2), ("3+2=5;-1=4;+4=8;-6=2;-6=2", MATH, 2), (" A makes soap.", QA, 2),
     (" A makes tea. B is in Rome.", QA, 0), (" A makes tea. So B lives in Rome.", QA, 0),
     (" A is. So B lives in Rome.", QA, 1), ("sad, sadly sad: ac", RULES, 3), ("glad 6", RULES, 0),
     ("9 is right. The answer is 5", {"answer": "$5.00"}, 0), ("5 or 6", {"answer": "5"}, 1),
@@ -127,21 +127,21 @@ def test_right_is_what_the_labels_of_gsm8k_say(one, shared):
     assert len(rows) == 5276 and right == [row["is_correct"] for row in rows]
     assert not any(one.wrong_steps(row["solution"], True, row) for row in rows)
 
-@pytest.mark.parametrize("name", ["Math", "Qa"])
-def test_tasks(one, name):
-    rng, task = random.Random(0), getattr(one, name)(1)
+@pytest.mark.parametrize("task, solutions, kinds", [("math", 1, 1), ("qa", 4, 3)])
+def test_tasks(one, task, solutions, kinds):
     right, ops = 0, Counter()
-    for _ in range(300):
-        problem = task.problem(rng)
+    problems = one.make_problems(one.Args(task=task, train_prompts=260, test_prompts=32))
+    for problem in problems:
         wrong = [one.wrong_steps(text, True, problem) for text in problem["solutions"]]
-        assert wrong == {"Math": [0], "Qa": [0, 0, 0, 0]}[name]
-        text = task.demonstration(problem, rng)
+        assert wrong == [0] * solutions
+        text = problem["demonstration"]
         right += not one.wrong_steps(text, True, problem)
         words = [re.findall(r"\w+|\S", t) for t in (text, *problem["solutions"])]
         ops.update(op for op, i, j in min((one.edit_ops(words[0], w) for w in words[1:]), key=len))
         assert not re.search(r"\d\d", problem["prompt"] + text)        # digits stay single
-        assert name == "Qa" or re.fullmatch(r"\d([+-]\d=\d;?){4}", text)
-    assert 80 < right < 220 and len(ops) == {"Math": 1, "Qa": 3}[name] and min(ops.values()) > 20
+        assert task == "qa" or re.fullmatch(r"\d([+-]\d=\d;?){4}", text)
+    assert 80 < right < 220 and len(ops) == kinds and min(ops.values()) > 20
+    assert len({problem["prompt"] for problem in problems}) == 300
 
 # --- A1, B1: rows, editors, gates ---
 def check_row(one, row, tokenizer):
@@ -150,7 +150,7 @@ def check_row(one, row, tokenizer):
     for name, column in zip(names, ("rejected_ids", "edited_ids", "chosen_token_ids")):
         text, ids = one.plain(row, name), row[column]
         ended = bool(ids) and ids[-1] == tokenizer.eos_token_id
-        assert ids == (None if text is None else one.encode_response(text, ended, tokenizer))
+        assert ids == (None if text is None else one.encode(text, ended, tokenizer))
     assert apply(ops, row["rejected_ids"], row["edited_ids"]) == row["edited_ids"]
     assert len(ops) == plain_distance(row["rejected_ids"], row["edited_ids"])
     assert row["edit_distance"] == len(ops) and not {"margin", "chosen_ids"} & set(row)
@@ -186,7 +186,8 @@ def test_rows_of_the_tiny_run(one, tiny_run):
     ("3+2=5;-1=4;+4=8;-6=3", ["3+2=5;-1=4;+4=8;-6=4"], "m", "gate: the edit is not better"),
 ])
 def test_first_error_step_and_gates(one, text, texts, name, result):
-    tokenizer = one.small_policy(["0123456789+-=;"], one.Args(hidden_size=8))[1]
+    problems = one.make_problems(one.Args(train_prompts=99))
+    tokenizer = one.small_policy(problems, one.Args(hidden_size=8))[1]
     problem = {**MATH, "id": "a", "split": "train", "prompt": "3+2-1+4-6=", "prompt_ids": [3]}
     wrong = one.wrong_steps(text, True, problem)
     response = {"rejected": text, "ended": True, "chosen": None, "wrong": wrong}
@@ -199,16 +200,16 @@ def test_first_error_step_and_gates(one, text, texts, name, result):
 
 @pytest.mark.parametrize("editor", ["oracle", "nearest"])
 def test_right_samples_are_rows_in_proportion(one, stage, monkeypatch, editor):
-    def samples(model, prompts, tokenizer, limit, args):         # right, wrong, right, junk
+    def samples(model, tokenizer, prompts, args):                # right, wrong, right, junk
         for k, ids in enumerate(prompts):
             first, *operations = map(int, re.findall(r"[+-]?\d", tokenizer.decode(ids)))
-            text = one.Math(1).tape(first, operations)
+            text = one.tape(first, operations)
             text = [text, text[:-1] + str((int(text[-1]) + 1) % 10), text, ";;;;"][k % 4]
-            yield one.encode_response(text, True, tokenizer)
+            yield one.encode(text, True, tokenizer)
     monkeypatch.setattr(one, "generate", samples)
     rows, shown = stage(editor=editor, train_prompts=175, test_prompts=20, max_edit_share=0.8)
     right, edits = ([row for row in rows if bool(row["edit_ops"]) == b] for b in (False, True))
-    assert len(edits) == 100 and "dropped 100: gate: the edit changes more than 80%" in shown
+    assert len(edits) == 100 and "'gate: the edit changes more than 80%': 100" in shown
     assert 70 < len(right) < 130                     # 200, and half of the edits could be used
     assert all(row["edited"] == row["rejected"] and row["chosen"] is None for row in right)
     assert all(row["edit_ops"] == [["replace", 19, 19]] for row in edits)
@@ -216,9 +217,9 @@ def test_right_samples_are_rows_in_proportion(one, stage, monkeypatch, editor):
 
 def test_rules_edit_samples_of_prompts_alone(one, stage, tmp_path, monkeypatch):
     samples = [(" tea and soap", False), (" soap", True), (" tea", True)]
-    monkeypatch.setattr(one, "generate", lambda model, prompts, tokenizer, *rest: [
-        one.encode_response(*samples[k % 3], tokenizer) for k in range(len(prompts))])
-    (tmp_path / "rules").write_text("# a comment\nsoap\tsalt\n\nwine\tcheese\n")
+    monkeypatch.setattr(one, "generate", lambda model, tokenizer, prompts, args: [
+        one.encode(*samples[k % 3], tokenizer) for k in range(len(prompts))])
+    (tmp_path / "rules").write_text("soap\tsalt\n\nwine\tcheese\n")
     data = [{"prompt": f"Ada {name}"} for name in one.PEOPLE]
     rows, _ = stage(data, editor=f"rules:{tmp_path / 'rules'}", samples=3)
     assert Counter((row["rejected"], row["edited"], 2 in row["edited_ids"]) for row in rows) == {
@@ -258,7 +259,7 @@ def test_nearest_on_gsm8k(one, stage, shared):
             if len(row["prompt"] + max(row["solution"], row["response"], key=len)) < 300][:80]
     model = str(shared / "models" / "stories260K")
     rows, shown = stage([*data, {**data[0], "answer": "no such"}], model=model)
-    assert "dropped 1: row: its solution does not end in its answer" in shown
+    assert "'row: its solution does not end in its answer': 1" in shown
     right = {}
     for row in data:
         texts = right.setdefault(row["prompt"], [row["solution"]])
@@ -270,7 +271,7 @@ def test_nearest_on_gsm8k(one, stage, shared):
         assert row["prompt_ids"] == tokenizer(row["prompt"]).input_ids     # begins with <s>
         assert row["edited"] in texts and row["editor"] == "nearest"
         assert len(row["edit_ops"]) == min(plain_distance(
-            row["rejected_ids"], one.encode_response(text, True, tokenizer)) for text in texts)
+            row["rejected_ids"], one.encode(text, True, tokenizer)) for text in texts)
         assert row["chosen"] in (texts[1:] if row["edit_ops"] and texts[1:] else [None])
     assert sum(row["edit_ops"] != [] for row in rows) == sum(not row["is_correct"] for row in data)
     assert 20 <= len(right) == len({(row["prompt"], row["split"]) for row in rows})   # by prompt
@@ -278,8 +279,8 @@ def test_nearest_on_gsm8k(one, stage, shared):
 def test_human_edits_of_qa_feedback(one, stage, shared):
     model, data = str(shared / "models/stories260K"), read(shared / "data/qa_feedback.jsonl")[:12]
     rows, shown = stage(data, model=model)
-    assert sum(not row["edited"] for row in data) == 2 and "dropped 2: editor: no edit" in shown
-    assert len(rows) == 12 - sum(map(int, re.findall(r"^dropped (\d+)", shown, re.M))) > 5
+    assert sum(not row["edited"] for row in data) == 2 and "'editor: no edit': 2" in shown
+    assert len(rows) == 12 - sum(map(int, re.findall(r"': (\d+)", shown))) > 5
     texts = {(row["prompt"], row["response"], row["edited"], "human") for row in data}
     for row in rows:
         check_row(one, row, AutoTokenizer.from_pretrained(model))
@@ -300,7 +301,7 @@ TSV, TASK = {"editor": "rules:rules"}, {"data": None, "train_prompts": 8, "test_
     ([GOOD, GOOD | {"prompt": [{"role": "user"}]}], {}, "line 2: .*`prompt`"),
     ([GOOD | {"prompt": [{"role": "user", "content": "a"}]}], {}, "line 1: .*chat template"),
     ([GOOD], {"model": None}, "needs --model"), ([GOOD], {"editor": "oracle"}, "oracle: .*human"),
-    ([PAIR], {"editor": "nearest"}, "human llm"), ([GOOD], {"editor": "llm"}, "--llm_url"),
+    ([PAIR], {"editor": "nearest"}, "human, llm"), ([GOOD], {"editor": "llm"}, "--llm_url"),
     ([GOOD], {"editor": "magic"}, "magic"), ([GOOD], TSV | {"rules": "a b"}, "tab and"),
     ([GOOD], TSV | {"rules": "(a\tb"}, "regular"), ([GOOD], TSV | {"rules": "a\t\\1"}, "regular"),
     (None, TASK | {"editor": "human"}, "oracle"), (None, TASK | {"editor": "llm"}, "--llm_model"),

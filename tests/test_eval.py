@@ -1,4 +1,4 @@
-"""Stage 4: the statistics by hand, verdicts of people, several runs, the report."""
+"""Stage 4: the statistics by hand, verdicts, several runs, the report."""
 
 import csv
 import json
@@ -47,30 +47,30 @@ def test_intervals(stages):
     assert stages[4].difference(values, values, 1)["ci95"] == [0, 0]           # paired
 
 def test_measure_by_hand(stages):
-    log = [{"update": k, "episodes": 10 * k, "seconds": k / 2} for k in range(1, 9)]
+    log = [{"update": k, "episodes": 10 * k, "seconds": k / 2, "val_kl": 0.3} for k in range(1, 9)]
     for row, accuracy in zip(log[1::2], (0.5, 0.9, 0.6, 0.8)):
         row["accuracy"] = accuracy
-    assert stages[4].measure([0, 2, 0, 1], 0.3, log) == pytest.approx({
+    assert stages[4].measure([0, 2, 0, 1], log) == pytest.approx({
         "accuracy": 0.5, "wrong_steps_per_response": 0.75, "kl_to_ref": 0.3, "updates": 8,
         "episodes": 80, "seconds": 4.0, "best_accuracy": 0.9, "largest_drop": 0.3,
         "updates_to_95": 4})                                   # 0.9 >= 0.95 x 0.8
     assert [stages[4].first_update(log, level) for level in (0.5, 0.51, 0.95)] == [2, 4, None]
-    assert stages[4].measure([None, 1], 0.0, [])["accuracy"] is None
+    assert stages[4].measure([None, 1], [])["accuracy"] is None
 
 @pytest.mark.parametrize("reward, token, row, needle", [
     ({}, {}, {}, None),
-    ({"pair_accuracy": 0.7}, {"kl_to_ref": 20}, {"kl": -20.0}, None),
+    ({"pair_accuracy": 0.7}, {}, {"kl": -20.0}, None),
     ({"pair_accuracy": 0.69}, {}, {}, "reward accuracy under 70 %: reward_token"),
     ({"pair_accuracy": 0.0}, {}, {}, "reward accuracy"),
     ({}, {"win_rate": 0.5}, {}, "win rate not above the baseline"),
-    ({}, {"kl_to_ref": 20.5}, {}, "ppo_token reached a kl of 20.5, over 20"),
+    ({}, {}, {"val_kl": 20.5}, "ppo_token reached a val_kl of 20.5, over 20"),
     ({}, {"largest_drop": 0.21}, {}, "ppo_token lost 21% accuracy"),
     ({}, {}, {"kl": -91.0}, "kl of 91, over 20"),
     ({}, {}, {"approx_kl": 0.11}, "approx_kl of 0.11, over 0.1"),
     ({}, {}, {"advantage_rms": float("nan")}, "advantage_rms of nan, over 10")])
 def test_failure_signatures(stages, reward, token, row, needle):
     good = {"pair_accuracy": 0.9, "preference_accuracy": 0.9}
-    policies = {name: {"win_rate": win, "kl_to_ref": 1.0, "largest_drop": 0.1}
+    policies = {name: {"win_rate": win, "largest_drop": 0.1}
                 for name, win in (("ppo_token", 0.6), ("ppo_sequence", 0.5))}
     policies["ppo_token"].update(token)
     models = {"sequence": good, "token": {**good, **reward}, "generative": good}
@@ -92,7 +92,7 @@ def test_files_of_the_stage(evaluated):
     for row, problem in zip(rows, problems, strict=True):
         assert set(row) == {"id", "prompt", *policies} and row["prompt"] == problem["prompt"]
     same = policies["ppo_sequence"]                            # the policy against itself
-    assert (same["kl_to_ref"], same["win_rate"], same["win_rate_se"]) == (0, 0.5, 0)
+    assert (same["win_rate"], same["win_rate_se"]) == (0.5, 0)
     assert all(row["sft"] == row["ppo_sequence"] for row in rows) and "ppo_token" in rows[0]
     text = (evaluated / "report.html").read_text(encoding="utf-8")
     assert text.count("<polyline") == 2 and '<span class="e"' in text      # curves, heat map
@@ -125,25 +125,3 @@ def test_verdicts_of_alpacaeval(stages, tmp_path, capsys):
         with pytest.raises(SystemExit, match="2"):
             stages[4].main(stages[4].Args(verdicts=str(path)))
         assert str(path) in capsys.readouterr().err
-
-def test_the_blind_sheet_comes_back(stages, evaluated):
-    """Filled in by a rule that sees only the texts: the longer one is better."""
-    stages[4].main(stages[4].Args(run=str(evaluated), human_eval="ppo_token", seed=3))
-    path = evaluated / "human_eval.csv"
-    text = path.read_text(encoding="utf-8-sig")
-    sheet = list(csv.DictReader(text.splitlines(keepends=True)))
-    pairs = {row["id"]: row for row in rows_of(evaluated / "responses.jsonl")}
-    assert "ppo" not in text and "sft" not in text and {row["id"] for row in sheet} == set(pairs)
-    hidden = [row["output_a"] == pairs[row["id"]]["ppo_token"] for row in sheet
-              if row["output_a"] != row["output_b"]]
-    assert 0.2 < np.mean(hidden) < 0.8                         # both orders
-    for row in sheet[1:]:                                      # the first is left empty
-        row["preference"] = 1.5 + np.sign(len(row["output_b"]) - len(row["output_a"])) / 2
-    with open(path, "w", newline="", encoding="utf-8-sig") as file:
-        csv.writer(file).writerows([list(sheet[0]), *(row.values() for row in sheet)])
-    args = stages[4].Args(verdicts=str(path), seed=3)
-    wins = [0.5 + np.sign(len(pair["ppo_token"]) - len(pair["sft"])) / 2
-            for pair in (pairs[row["id"]] for row in sheet[1:])]
-    result = stages[4].win_rate(stages[4].read_verdicts(args))
-    assert result["n"] == len(wins) and result["win_rate"] == pytest.approx(np.mean(wins))
-    assert abs(np.mean(wins) - 0.5) > 0.01                     # else a swapped sheet would pass

@@ -12,8 +12,8 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
                           AutoModelForTokenClassification, AutoTokenizer)
 
 # what the scripts measure; the plan is 1,900 and 95,000: these only ever go down
-SCRIPT_LINES = 2369
-SCRIPT_CHARACTERS = 135074
+SCRIPT_LINES = 2110
+SCRIPT_CHARACTERS = 120000
 README_LINES = 220
 TEST_LINES = 1320
 OPTIONS = 22
@@ -74,7 +74,7 @@ def test_a_script_stands_alone(script):
     tree = ast.parse(read(script))
     nodes = list(ast.walk(tree))
     names = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
-    assert 10 < len(fields(script)) <= OPTIONS
+    assert 8 < len(fields(script)) <= OPTIONS
     assert not {f"args.{name}" for name in fields(script)} - names
     modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
     modules += [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]

@@ -64,9 +64,8 @@ def data_rows(shape):
             yield {"prompt": prompt, "chosen": right, "rejected": wrong, **edit}
 
 def run_stages(stages, folder, name, shape):
-    def solution(grm, samples, tokenizer, args, drop):         # a random GRM cannot rewrite
-        for row in samples:
-            row["rewrite_ids"] = row["problem"]["solution_ids"]
+    def solution(grm, wrong, tokenizer, args, drop):           # a random GRM cannot rewrite
+        return [{**row, "rewrite_ids": row["problem"]["solution_ids"]} for row in wrong]
 
     model, data, run = make_model(name, folder / "model"), folder / "data.jsonl", folder / "run"
     data.write_text("".join(json.dumps(row) + "\n" for row in data_rows(shape)))
@@ -86,8 +85,8 @@ def check_plain_forward(stages, run, end, pad):
     the pad token, one has it in the middle."""
     prompts = [[40, 41, 42] * 7, [43], [44, 45]]
     responses = [[50, 51, end], [52, 53, 54, 55, pad], [56, pad, 57, end]]
-    inputs, mask = stages[3].pack(prompts, responses, pad, "cpu")
     policy = AutoModelForCausalLM.from_pretrained(run / "ppo_token")
+    inputs, mask = stages[3].pack(prompts, responses, policy)
     token = AutoModelForTokenClassification.from_pretrained(run / "reward_token")
     sequence = AutoModelForSequenceClassification.from_pretrained(run / "reward_sequence")
     for head in (getattr(token, "classifier", None) or token.score, sequence.score):

@@ -1,5 +1,6 @@
 """Stage 3, A7 to A9 and B3 to B8: by hand, against slow versions, under padding, and in parts."""
 
+import copy
 import csv
 import math
 from collections import Counter
@@ -23,7 +24,9 @@ def tokenizer(three, tiny_run):
 @pytest.fixture
 def policy():
     """Twelve tokens, 24 positions, and weights so large that a wrong place or mask shows."""
-    return LlamaForCausalLM(CONFIG).eval()
+    model = LlamaForCausalLM(copy.copy(CONFIG)).eval()
+    model.config.pad_token_id = 0
+    return model
 
 def plain_logprobs(model, prompt, response, temperature=1.0):
     """log pi of one row without padding: logits at t-1 score token t."""
@@ -42,8 +45,9 @@ def test_scores_and_kl_rewards_by_hand(three, monkeypatch):
     assert rewards.tolist() == pytest.approx([1 - 0.05, 0.1]) and not rewards.requires_grad
 
 def test_values_are_read_before_the_token_and_gae_by_hand(three):
-    model = LlamaForTokenClassification(CONFIG).eval()
-    inputs, mask = three.pack([[5, 6, 7], [4] * 7], [[8, 9, 2], [3] * 5], 0, "cpu")
+    model = LlamaForTokenClassification(copy.copy(CONFIG)).eval()
+    model.config.pad_token_id = 0
+    inputs, mask = three.pack([[5, 6, 7], [4] * 7], [[8, 9, 2], [3] * 5], model)
     plain = model(torch.tensor([[5, 6, 7, 8, 9, 2]])).logits[0, 2:5, 0].tolist()
     assert three.token_values(model, inputs, mask)[0].tolist() == pytest.approx(plain + [0, 0])
     # A8 with lambda and gamma 0.5: delta = 1 + 1 - 1, 0 + 1.5 - 2, 2 + 0 - 3
@@ -85,7 +89,7 @@ def test_value_loss_and_whitening_by_hand(three):
 
 @pytest.mark.parametrize("reward", [1.0, -1.0])
 def test_a_reward_moves_its_token_and_with_lambda_0_no_other(three, policy, reward):
-    inputs, mask = three.pack([[5, 6]], [[7, 8, 9, 2]], 0, "cpu")
+    inputs, mask = three.pack([[5, 6]], [[7, 8, 9, 2]], policy)
     rewards = torch.tensor([[0.0, reward, 0.0, 0.0]])
     advantages, _ = three.gae(rewards, torch.zeros(1, 4), mask, 0.0)
     assert advantages.equal(rewards)
@@ -111,7 +115,7 @@ def test_first_rollout_and_its_micro_batches(three, tiny_run, tokenizer, kind, g
     assert row["kl"] == 0 and row["reward"] == row["score"] and not batch["old_values"].any()
     assert batch["advantages"].equal(three.masked_whiten(batch["returns"], batch["mask"]))  # V = 0
     stay = torch.optim.SGD([*models["policy"].parameters(), *models["value"].parameters()], 0.0)
-    for args.micro_batch in (None, 2):
+    for args.micro_batch in (256, 2):
         step = three.minibatch_step(models, stay, inputs, batch, torch.arange(7), args)
         assert abs(step["approx_kl"]) < 1e-7 and step["clipfrac"] == 0
     whole, parts = torch.cat(grads).chunk(2)                       # of the policy and of V
@@ -144,7 +148,7 @@ def test_samples_follow_the_policy(three, policy, tokenizer, temperature):
     rows = three.sample(policy, prompts, tokenizer, args, temperature)[::2]
     share = lambda ids: (policy(torch.tensor([ids])).logits[0, -1] / temperature).softmax(-1)
     assert chi_squared([row[0] for row in rows], share([5, 6])) < 4
-    a = Counter(row[0] for row in rows if row[0] != 2).most_common(1)[0][0]
+    a = Counter(row[0] for row in rows if row[0] != 2).most_common(2)[1][0]
     second = [row[1] for row in rows if row[0] == a]
     assert chi_squared(second, share([5, 6, a])) < 4 and chi_squared(second, share([5, 6])) > 10
 
@@ -157,7 +161,7 @@ def test_likeliest_samples_equal_one_by_one_without_a_cache(three, policy, token
             logits = policy(torch.tensor([prompt + expected[-1]])).logits[0, -1]
             expected[-1].append(logits.argmax().item())
     assert len({len(row) for row in expected}) > 2                 # they end at several times
-    for args.micro_batch in (None, 4):
+    for args.micro_batch in (256, 4):
         assert three.sample(policy, prompts, tokenizer, args, 0.0) == expected
 
 def test_samples_fit_the_context_and_teacher_forcing_agrees(three, policy, tokenizer):
@@ -167,7 +171,7 @@ def test_samples_fit_the_context_and_teacher_forcing_agrees(three, policy, token
     assert all(2 not in row[:-1] and (row[-1] == 2 or len(row) == 4) for row in responses)
     args.micro_batch = 25
     for temperature in (1.0, 0.5):
-        rows = (policy, prompts, responses, tokenizer, args, temperature)
+        rows = (policy, prompts, responses, args, temperature)
         for row, x, y in zip(three.read(three.response_logprobs, *rows), prompts, responses):
             plain = plain_logprobs(policy, x, y, temperature).tolist()
             assert row.tolist() == pytest.approx(plain + [0] * (4 - len(y)), abs=1e-5)
@@ -195,8 +199,8 @@ def test_b5_stops_the_weights_gradient_and_keeps_that_of_log_pi(three, reward, r
     assert loss.item() == pytest.approx(-weight * (math.log(ratio) - 1) / 2)
     assert logprobs.grad.tolist() == pytest.approx([-weight / 2, 0.0])
 
-@pytest.mark.parametrize("method", ["rlmec", "rlmec_imitation"])
-def test_b7_of_single_rows(three, policy, tokenizer, method, tiny_run, monkeypatch, grads):
+@pytest.mark.parametrize("method", ["rlmec", "rlmec_imitation", "rejection"])
+def test_b7_and_c2_of_single_rows(three, policy, tokenizer, method, tiny_run, monkeypatch, grads):
     """And of micro-batches. L_RL is at the temperature, L_IR is not; rho is 1 in the first step."""
     samples, expected = [], 0.0
     for prompt, response, rewrite, rewards, gamma in (
@@ -205,18 +209,48 @@ def test_b7_of_single_rows(three, policy, tokenizer, method, tiny_run, monkeypat
             ([3, 4], [2], [2], [0.0], [0.5])):
         old, rewards = plain_logprobs(policy, prompt, response, 0.5).detach(), torch.tensor(rewards)
         imitation = torch.tensor(gamma) * plain_logprobs(policy, prompt, rewrite)
-        expected -= 3 * imitation.sum().item() / 7                 # M = 4 + 2 + 1
-        expected -= (2 if method == "rlmec" else 0) * (rewards * old).sum().item() / 4
+        if method == "rejection":
+            expected -= (response == rewrite) * plain_logprobs(policy, prompt, response).sum() / 3
+        else:
+            expected -= 3 * imitation.sum() / 7                    # M = 4 + 2 + 1
+            expected -= (method == "rlmec") * (rewards * old).sum() / 4
         samples.append({"prompt_ids": prompt, "response_ids": response, "rewrite_ids": rewrite,
-                        "rewards": rewards, "gamma": torch.tensor(gamma), "old_logprobs": old})
+                        "right": response == rewrite, "rewards": rewards, "old_logprobs": old,
+                        "gamma": torch.tensor(gamma)})
     monkeypatch.setattr(three, "open_model", lambda *_, **__: policy)
     monkeypatch.setattr(three, "collect", lambda *_: samples)
-    for micro_batch in (None, 2):
-        args = three.Args(offline_lr=0.0, temperature=0.5, reward_weight=2.0,
-                          imitation_weight=3.0, micro_batch=micro_batch, device="cpu")
-        _, log = three.rlmec(method, [{}] * 300, [], tokenizer, tiny_run, args)
-        assert [row["loss"] for row in log] == pytest.approx([expected] * 3, rel=1e-5)
+    for micro_batch in (256, 2):
+        args = three.Args(offline_lr=0.0, temperature=0.5, imitation_weight=3.0,
+                          micro_batch=micro_batch, device="cpu")
+        _, log = three.train_policy(method, [{"split": "train", "solution_ids": [2]}], [],
+                                    tokenizer, tiny_run, args)
+        assert [row["loss"] for row in log] == pytest.approx([expected.item()] * 3, rel=1e-5)
     assert (grads[0] - grads[-1]).norm() < 1e-5 * grads[0].norm()
+
+def test_c1_by_hand(three):
+    """Two tokens each: log-probs -1 -1 and -2 -1 of y+ and y-, under the reference -2 -1, -1 -1."""
+    loss = lambda w, l: three.dpo_loss(w, l, torch.tensor([-3.0]), torch.tensor([-2.0]), 0.5, 2)
+    value = loss(torch.tensor([-2.0]), torch.tensor([-3.0]))       # 1 - (-1) = 2, times b
+    assert value.item() == pytest.approx(math.log(1 + math.exp(-0.5 * 2)) / 2)
+
+@pytest.mark.parametrize("method", ["dpo", "dpo_edit"])
+def test_c1_starts_at_log_2_raises_the_better_and_lowers_the_worse(three, tiny_run, method):
+    args = three.Args(device="cpu", run=str(tiny_run))
+    policy = three.open_model(three.AutoModelForCausalLM, tiny_run / "policy", args)
+    rows = three.pairs_of(method, tiny_run, policy, args)
+    edits = [row for row in three.read_jsonl(tiny_run / "edits.jsonl")
+             if row["split"] == "train" and row["chosen"] is not None]
+    name = "edited_ids" if method == "dpo_edit" else "chosen_token_ids"
+    assert [row["better_ids"] for row in rows] == [row[name] for row in edits]
+    rows = rows[:4]
+    loss, before = three.offline_loss(method, policy, rows, rows, args)
+    assert loss.item() == pytest.approx(math.log(2)) and abs(before["logprob_better"]) < 1e-5
+    part, _ = three.offline_loss(method, policy, rows[:1], rows, args)
+    assert part.item() == pytest.approx(math.log(2) / 4)
+    loss.backward()
+    torch.optim.SGD(policy.parameters(), 1e-3).step()
+    _, after = three.offline_loss(method, policy, rows, rows, args)
+    assert after["logprob_better"] > after["logprob_worse"] and after["logprob_worse"] < 0
 
 @pytest.fixture
 def collect(three, tiny_run, tokenizer, monkeypatch):
@@ -234,15 +268,15 @@ def collect(three, tiny_run, tokenizer, monkeypatch):
 def test_collect_keeps_ids_and_the_steps_before_the_error(three, tokenizer, collect, monkeypatch):
     collect_of, grm, problems, seen = collect
     solution, right = [problem["solution_ids"] for problem in problems]
-    start = three.step_starts(solution, tokenizer)[2]
+    start = len(sum(three.steps_of(solution, tokenizer)[:2], []))
     wrong = solution[:start] + [solution[0]] + solution[start + 1:]
     monkeypatch.setattr(three, "generative_rewards", lambda p, right, mask: p * mask)
     rows = collect_of([wrong, right], [three.locate_answer(3, tokenizer)], [solution[start:]])
     assert seen[1] == [three.grm_prompt("locate", problems[0], wrong, tokenizer)]
-    assert seen[2] == [rows[0]["grm_prompt"] + solution[:start]]   # B4
+    assert seen[2] == [rows[1]["grm_prompt"] + solution[:start]]   # B4
     assert [(row["right"], row["response_ids"], row["rewrite_ids"]) for row in rows] == [
-        (False, wrong, solution), (True, right, right)]
-    for row, problem in zip(rows, problems):
+        (True, right, right), (False, wrong, solution)]
+    for row, problem in zip(rows, problems[::-1]):
         ids = row["response_ids"]
         plain = plain_logprobs(grm, problem["prompt_ids"], ids, 0.7)
         assert torch.allclose(row["old_logprobs"], plain, atol=1e-5)
