@@ -2,7 +2,8 @@
 
 Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, arXiv 2401.06081).
 Equations: E1 (minimum edit), A1 (data), B1 (editing task). Simplified against the papers:
-  1. The oracle editor knows all right solutions; --editor llm asks an LLM, as both papers do.
+  1. The oracle editor knows all right solutions. The edits of people or of an LLM, as in both
+     papers, are read from --data: prompt, response, edited.
   2. The policy is a small Llama, fine-tuned on demonstrations with errors; --model takes another.
   3. Fewer wrong steps are preferred. Right is: ended, and no step is wrong; paper B looks at the
      final answer alone, as --data with the column `answer` does.
@@ -10,10 +11,9 @@ Equations: E1 (minimum edit), A1 (data), B1 (editing task). Simplified against t
 Reads nothing, or --data FILE. Writes RUN/policy, problems.jsonl and edits.jsonl.
 """
 
-import json, os, random, re, shutil, sys
+import json, random, re, shutil, sys
 from bisect import bisect_right
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
@@ -21,7 +21,6 @@ from typing import Literal
 
 import numpy as np
 import torch
-from huggingface_hub.utils import hf_raise_for_status, http_backoff
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm, trange
 from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq,
@@ -41,27 +40,23 @@ class Args:
     task: Literal["math", "qa"] = HfArg(default="math", help="built-in task")
     data: str = HfArg(default=None, help="JSONL of your own, in place of a task")
     model: str = HfArg(default=None, help="causal LM (name or path)")
-    editor: str = HfArg(default=None, help="oracle, nearest, human, llm or rules:FILE")
-    llm_url: str = HfArg(default=None, help="OpenAI-compatible; key: LLM_API_KEY")
-    llm_model: str = HfArg(default=None, help="name of the LLM that edits")
+    editor: str = HfArg(default=None, help="oracle, nearest, human or rules:FILE")
     max_edit_share: float = HfArg(default=0.8, help="gate: edit distance over length")
     train_prompts: int = HfArg(default=16000, help="of a task")
-    edit_prompts: int = HfArg(default=6500, help="those whose responses are edited")
+    edit_prompts: int = HfArg(default=13000, help="those whose responses are edited")
     test_prompts: int = HfArg(default=1000, help="and a fourth as many to validate")
     sft_steps: int = HfArg(default=None, help="of 128 rows; default 500, --data 0")
     sft_lr: float = HfArg(default=3e-3, help="AdamW, cosine")
-    hidden_size: int = HfArg(default=64, help="of the small policy, 8 n")
+    hidden_size: int = HfArg(default=64, help="of the small policy, 16 n")
     samples: int = HfArg(default=2, help="responses a prompt")
     max_new_tokens: int = HfArg(default=48, help="longest sample")
     micro_batch: int = HfArg(default=500, help="rows of a forward pass")
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 # --- E1: the minimum edit ---
-
 def edit_ops(a, b):
     """E1: the operations of one optimal path from a to b, [op, i, j] with op in replace, delete,
-    insert; i indexes a, j indexes b; their number is ED(a, b). An insertion has no token in a, a
-    deletion none in b. The first operation stands where a and b part."""
+    insert, i in a, j in b; their number is ED(a, b). The first stands where a and b part."""
     number = {item: k for k, item in enumerate([*a, *b])}
     a, b = (np.array([number[item] for item in items], dtype=np.int32) for items in (a, b))
     n = min(len(a), len(b))
@@ -86,7 +81,6 @@ def edit_ops(a, b):
     return ops[::-1]
 
 # --- Right and wrong ---
-
 STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")        # a line, a sentence, or up to a ;
 
 def final_answer(text):
@@ -97,9 +91,8 @@ def final_answer(text):
     return re.sub(r"[$,]|\.0*$", "", found[0 if marked else -1].strip())
 
 def wrong_steps(text, ended, problem):
-    """The one rule of all stages, 0 is right: hits of the rules, or steps that differ from the
-    nearest right solution, place by place, or a wrong answer; one more where the response did not
-    end. None where nobody knows."""
+    """The one rule of right, 0: hits of the rules, or steps unlike the nearest right solution's,
+    place by place, or a wrong answer; 1 more if it did not end. None where nobody knows."""
     steps_of = lambda text: [step.strip() for step in STEP.findall(text)]
     if problem.get("rules"):
         wrong = sum(len(re.findall(rule, text)) for rule in problem["rules"])
@@ -113,7 +106,6 @@ def wrong_steps(text, ended, problem):
     return int(wrong) + (not ended)
 
 # --- The built-in tasks ---
-
 STEP_ERROR = 0.25       # math: share of wrong steps in the demonstrations
 ENTITY_ERROR = 0.13     # qa: share of wrong entities,
 MISSING_STEP = 0.08     # of demonstrations that leave a step out,
@@ -126,8 +118,7 @@ PEOPLE, GOODS, TOWNS = (names.split() for names in (
     "Oslo Rome Bern Lima Cairo Paris Delhi Quito Tunis Sofia Malmo Turin Kyoto Derry Ghent Graz"))
 
 def tape(value, operations, rng=None):
-    """Each result is written once, and the next step reads it where it stands. None if one is no
-    digit. With rng, steps go wrong and are built on."""
+    """The steps of a sum; None if a result is no digit. With rng, some go wrong."""
     text = str(value)
     for k, x in enumerate(operations, 1):
         value += x
@@ -151,8 +142,7 @@ def math_problem(rng):
             "demonstration": tape(first, operations, rng)}
 
 def qa_problem(rng, makes, home):
-    """Who sends what where, in a made-up world. Two voices for the reasoning and two for the answer
-    make four right solutions of every question."""
+    """Who sends what where, in a made-up world; every question has four right solutions."""
     a, b, c = rng.sample(PEOPLE, 3)
     x, y, town = makes[a], makes[b], home[c]
     voices = [f" One makes {x}. The other makes {y}. The friend lives in {town}.",
@@ -188,7 +178,6 @@ def make_problems(args):
     fail(f"--task {args.task} has only {len(problems)} prompts: lower --train_prompts")
 
 # --- Helpers that stand in several scripts, letter for letter ---
-
 def fail(message):
     """Bad input, or a run that cannot go on: one clear line, exit status 2."""
     tqdm.write(f"error: {message}", file=sys.stderr)
@@ -218,8 +207,7 @@ def save(path, *contents):
     part.replace(path)
 
 def start_stage(args, stage, later):
-    """Save the arguments, seed torch; the run folder. Outputs of later stages (patterns) that would
-    be stale stop the stage, or go with --overwrite."""
+    """The run folder, arguments saved. Later stages' outputs stop it, or go with --overwrite."""
     run = Path(args.run)
     for path in [path for pattern in later.split() for path in run.glob(pattern)]:
         if not args.overwrite:
@@ -235,8 +223,7 @@ def batches(rows, size):
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
 def generate(model, tokenizer, prompts, args, temperature=1.0):
-    """A sampled response to each prompt (ids), the end token included where it ended; without a
-    checkpoint's own top-k; temperature 0: the likeliest tokens."""
+    """A sampled response to each prompt (ids), with its end token; 0: the likeliest tokens."""
     rows, end = [], tokenizer.eos_token_id
     for part in tqdm(batches(prompts, args.micro_batch), desc="sampling", leave=False):
         inputs = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
@@ -265,40 +252,9 @@ def steps_of(ids, tokenizer):
 INSTRUCTIONS = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
                 "rewrite": "\nCorrected attempt:\n", "locate": "\nFirst wrong step:\n"}
 
-def ask_llm(texts, args, path):
-    """Answers of an OpenAI-compatible server, empty where one is cut off. They are paid for: each
-    is appended to `path` as it comes, and looked up there before it is asked for."""
-    rows = read_jsonl(path, "model", "text", "answer") if path.exists() else []
-    saved = {row["text"]: row["answer"] for row in rows if row["model"] == args.llm_model}
-
-    def ask(text):
-        response = http_backoff(                               # waits, and tries again, what passes
-            "POST", f"{args.llm_url}/chat/completions", timeout=120,
-            headers={"Authorization": f"Bearer {os.environ.get('LLM_API_KEY')}"},
-            json={"model": args.llm_model, "max_tokens": 1024, "temperature": 0,
-                  "messages": [{"role": "user", "content": text}]})
-        hf_raise_for_status(response)
-        choice = response.json()["choices"][0]
-        answer = choice["message"]["content"] if choice["finish_reason"] != "length" else ""
-        saved[text] = (answer or "").split("</think>")[-1].strip()
-        with open(path, "a") as file:
-            row = {"model": args.llm_model, "text": text, "answer": saved[text]}
-            file.write(json.dumps(row) + "\n")
-
-    missing = list({*texts} - {*saved})
-    try:
-        with ThreadPoolExecutor(8) as pool:                    # map: a failure cancels the rest
-            list(tqdm(pool.map(ask, missing), total=len(missing), desc="LLM"))
-    except (Exception, KeyboardInterrupt) as error:
-        fail(f"{args.llm_url}: {error!r}; look at --llm_url, --llm_model and LLM_API_KEY. "
-             f"{path} keeps {len(saved)} answers for the next call")
-    return [saved[text] for text in texts]
-
 # --- The policy ---
-
 def small_policy(problems, args):
-    """A small Llama and a tokenizer for the problems: words with their leading space, the rest by
-    character, the instructions and step labels of B2 whole."""
+    """A small Llama; its tokens are words, characters, and B2's instructions and step labels."""
     pattern = " ?[A-Za-z]+|[^A-Za-z]"
     texts = [text for p in problems for text in (p["prompt"], p["demonstration"], *p["solutions"])]
     tokens = sorted({token for text in texts for token in re.findall(pattern, text)})
@@ -312,7 +268,7 @@ def small_policy(problems, args):
     # the usual initializer_range of 0.02 and theta of 1e4 learn slower in models this small
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.hidden_size, num_hidden_layers=3,
-        intermediate_size=2 * args.hidden_size, num_attention_heads=args.hidden_size // 8,
+        intermediate_size=2 * args.hidden_size, num_attention_heads=args.hidden_size // 16,
         tie_word_embeddings=True, initializer_range=0.08,
         rope_parameters={"rope_type": "default", "rope_theta": 100.0},
         max_position_embeddings=256, bos_token_id=None, eos_token_id=2, pad_token_id=0)
@@ -327,8 +283,8 @@ def renew_words(model):
     weight.data[-len(INSTRUCTIONS) - 9:].normal_(std=weight.std().item())
 
 def open_policy(args):
-    """--model, made fit once for all stages: a pad token that is not the end token, as many
-    embeddings as tokens (rows without one would be sampled), its end and its context in config."""
+    """--model, made fit for all stages: a pad token that is not the end token, as many embeddings
+    as tokens (rows without one would be sampled), its end and its context in the config."""
     try:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -367,7 +323,6 @@ def fine_tune(model, tokenizer, problems, args):
         schedule.step()
 
 # --- What a user wrote: behind this section there are ids ---
-
 def plain(row, name):
     """The text of a column: a string, or the last of a list of chat messages."""
     text = row.get(name)
@@ -397,8 +352,10 @@ def read_data(args, rules, drop):
         problem = problems.setdefault(k if alone else str(row["prompt"]), problem)
         rejected, edited = plain(row, "rejected") or plain(row, "response"), plain(row, "edited")
         if rejected:
-            problem["responses"].append({"rejected": rejected, "ended": True, "edited": edited,
-                                         "chosen": plain(row, "chosen") or edited or None})
+            problem["responses"].append({
+                "rejected": rejected, "ended": True, "edited": edited,
+                "chosen": plain(row, "chosen") or edited or None,
+                "editor": row.get("editor") if edited else None})
     problems = random.Random(args.seed).sample([*problems.values()], len(problems))
     tenth = max(1, len(problems) // 10)
     test, val = min(tenth, args.test_prompts), min(tenth, args.test_prompts // 4)
@@ -427,10 +384,8 @@ def encode_problem(problem, tokenizer):
     return len(ids) + max((len(encode(text, True, tokenizer)) for text in texts), default=1)
 
 # --- A1, B1: responses, editors, gates ---
-
 def add_responses(problems, model, tokenizer, args):
-    """A1, B1: sample where the data has no response; beside every response the best one of its
-    problem, if that has fewer wrong steps."""
+    """A1, B1: samples where the data has none; beside each the best of its problem, if better."""
     jobs = [p for p in problems if not p["responses"] for _ in range(args.samples)]
     prompts = [problem["prompt_ids"] for problem in jobs]
     for problem, row in zip(jobs, generate(model, tokenizer, prompts, args)):
@@ -444,20 +399,8 @@ def add_responses(problems, model, tokenizer, args):
             if r["wrong"] and best["wrong"] < r["wrong"]:
                 r.update(chosen=best["rejected"], chosen_ended=best["ended"])
 
-LLM_PROMPT = """\
-Make the response below {goal} with the smallest change that does it: replace, delete or insert \
-only the words that must change and keep all others as they are. Return the text of the edited \
-response alone.
-
-Prompt:
-{prompt}
-
-{reference}Response:
-{response}"""
-
 def editor(kind, problem, response, rules):
-    """(problem, response) -> texts that this editor accepts, of which E1 takes the nearest (B1's
-    argmin); none if it has no edit. llm: the request, whose answer is the edit."""
+    """The texts that an editor accepts: E1 takes the nearest (B1's argmin); none: no edit."""
     text, solution = response["rejected"], problem.get("solution")
     if kind == "oracle":
         return problem["solutions"]
@@ -465,19 +408,14 @@ def editor(kind, problem, response, rules):
         return [solution] + [r["rejected"] for r in problem["responses"] if r["wrong"] == 0]
     if kind == "human":
         return [response["edited"]] if response.get("edited") else []
-    if kind == "llm":
-        reference = f"A right solution, for reference:\n{solution}\n\n" if solution else ""
-        return LLM_PROMPT.format(goal="right" if solution else "better", reference=reference,
-                                 prompt=plain(problem, "prompt"), response=text)
     for pattern, replacement in rules.items():
         text = re.sub(pattern, replacement, text)
     return [text]
 
-def edit_row(problem, response, texts, name, args, tokenizer):
-    """A row of edits.jsonl, or the reason why there is none. All sides are encoded from text:
-    other ids for the same text would pass for edits."""
+def edit_row(problem, response, texts, kind, args, tokenizer):
+    """A row of edits.jsonl, or why there is none. Ids come from text, in one spelling."""
     chosen, wrong = response["chosen"], response["wrong"]
-    whole = response["ended"] or name != "rules"               # who sees it all also ends it
+    whole = response["ended"] or kind != "rules"               # who sees it all also ends it
     ids = encode(response["rejected"], response["ended"], tokenizer)
     ops = edited = edited_ids = None
     if texts:
@@ -490,7 +428,7 @@ def edit_row(problem, response, texts, name, args, tokenizer):
             return f"gate: the edit changes more than {args.max_edit_share:.0%}"
         if wrong and wrong_steps(edited, whole, problem) >= wrong:
             return "gate: the edit is not better"
-    elif name != "human" or chosen is None:                    # without an edit: the baseline's
+    elif kind != "human" or chosen is None:                    # without an edit: the baseline's
         return "editor: no edit"
     chat = isinstance(problem["prompt"], list)
     message = lambda text: [{"role": "assistant", "content": text}] if chat and text else text
@@ -498,35 +436,29 @@ def edit_row(problem, response, texts, name, args, tokenizer):
     ends = [*accumulate(map(len, steps_of(ids, tokenizer)))] if ops else []
     return {**{column: problem[column] for column in ("id", "split", "prompt", "prompt_ids")},
             "chosen": message(chosen), "rejected": message(response["rejected"]),
-            "edited": message(edited), "editor": name, "rejected_ids": ids,
-            "edited_ids": edited_ids, "chosen_token_ids": None if chosen is None else encode(
+            "edited": message(edited), "editor": response.get("editor") or kind,
+            "rejected_ids": ids, "edited_ids": edited_ids, "edit_ops": ops,
+            "edit_distance": None if ops is None else len(ops),
+            "chosen_token_ids": None if chosen is None else encode(
                 chosen, response.get("chosen_ended", True), tokenizer),
-            "edit_ops": ops, "edit_distance": None if ops is None else len(ops),
             "first_error": None if op == "insert" else first,  # what is missing stands nowhere
             "first_wrong_step": min(len(ends), bisect_right(ends, first) + 1) if ops else None}
 
 def edit_responses(problems, kind, rules, args, tokenizer, drop):
-    """A1, B1: a row for every wrong response; and for a right one, which is its own edit (B2),
-    with the probability with which a wrong one got a usable edit."""
+    """B1: a row for every wrong response; B2: and for a right one, which is its own edit, with the
+    probability with which a wrong one got a usable edit."""
     jobs = [(problem, response) for problem in problems for response in problem["responses"]]
     wrong = [job for job in jobs if job[1]["wrong"] != 0]
-    name, texts = kind, [editor(kind, *job, rules) for job in wrong]
-    if kind == "llm":                                          # it strips a leading space
-        name, answers = args.llm_model, ask_llm(texts, args, Path(args.run) / "llm_edits.jsonl")
-        spaces = [re.match(r"\s*", response["rejected"])[0] for _, response in wrong]
-        texts = [[space + re.sub(r"^```\w*\n|\n?```$", "", answer)] if answer else []
-                 for space, answer in zip(spaces, answers)]
-    results = [edit_row(*job, text, name, args, tokenizer)
-               for job, text in zip(tqdm(wrong, desc="edits"), texts)]
+    results = [edit_row(*job, editor(kind, *job, rules), kind, args, tokenizer)
+               for job in tqdm(wrong, desc="edits")]
     drop.update(reason for reason in results if isinstance(reason, str))
     rows = [row for row in results if isinstance(row, dict)]
     rng, usable = random.Random(args.seed), len(rows) / max(1, len(wrong))
-    return rows + [edit_row(problem, response, [response["rejected"]], name, args, tokenizer)
+    return rows + [edit_row(problem, response, [response["rejected"]], kind, args, tokenizer)
                    for problem, response in jobs if response["wrong"] == 0
                    and "solution" in problem and rng.random() < usable]
 
 # --- The stage ---
-
 def report(rows, drop, tokenizer):
     """Three edits with [-deleted-] and {+inserted+} tokens, and what was dropped."""
     edited = [row for row in rows if row["edit_ops"]]
@@ -543,7 +475,7 @@ def report(rows, drop, tokenizer):
           f"dropped: {dict(+drop)}")
 
 def read_rules(path):
-    """Lines of a regular expression, a tab and its replacement, as a dictionary."""
+    """Regular expression -> replacement, of the lines of a file, parted by a tab."""
     try:
         rules = dict(line.split("\t") for line in open(path).read().splitlines() if line)
         [re.sub(*rule, "") for rule in rules.items()]
@@ -552,18 +484,17 @@ def read_rules(path):
         fail(f"{path}: lines of a regular expression, a tab and its replacement ({error})")
 
 def prepare(args, drop):
-    """All that can be wrong with flags and data is said here, before the run folder is touched:
-    problems, editor, rules, model, tokenizer."""
+    """All that can be wrong with flags and data is said here, before the run folder is touched."""
     kind, _, path = (args.editor or "").partition(":")
     rules = read_rules(path) if kind == "rules" else {}
     if args.data and not args.model:
         fail("--data needs --model: the small policy knows only words of the built-in tasks")
     problems = read_data(args, rules, drop) if args.data else make_problems(args)
-    kinds = ["rules"] if rules else ["oracle", "nearest", "llm"] if not args.data else [
-        "nearest" if "answer" in problems[0] else "human", "llm"]
+    kinds = (["rules"] if rules else ["oracle", "nearest"] if not args.data else
+             ["nearest"] if "answer" in problems[0] else ["human"])
     kind = kind or kinds[0]
-    if kind not in kinds or kind == "llm" and not (args.llm_url and args.llm_model):
-        fail(f"--editor {kind}: what fits is {', '.join(kinds)}; llm needs --llm_url, --llm_model")
+    if kind not in kinds:
+        fail(f"--editor {kind}: what fits is {kinds}")
     model, tokenizer = open_policy(args) if args.model else small_policy(problems, args)
     context = model.config.max_position_embeddings
     short = [problem for problem in problems if encode_problem(problem, tokenizer) <= context]

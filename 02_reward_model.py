@@ -13,11 +13,9 @@ Simplified against the papers:
   1. A3 and A5 are our reading; --response_reward mean wants a larger --alpha than sum.
   2. --zero is ours: it pulls the reward of kept tokens to 0. A5 (--zero 0) only asks that it is
      the same before and after the edit, which leaves a heat map speckled.
-  3. The two tasks of the GRM weigh the same; `locate` is the harder one and takes more epochs.
+  3. A batch of the GRM has one task; `locate` is the harder one and takes more epochs.
 Reads RUN/policy, problems.jsonl, edits.jsonl. Writes RUN/reward_token, reward_sequence,
 reward_generative, reward_metrics.json and reward_examples.jsonl.
-    python 02_reward_model.py                      three minutes on two CPU cores
-    python 02_reward_model.py --pairs 1600         an annotator's budget, for --task qa
 """
 
 import json, random, re, shutil, sys, time
@@ -51,19 +49,19 @@ class Args:
     seed: int = HfArg(default=1, help="seed of the order of the rows")
     overwrite: bool = HfArg(default=False, help="remove what later stages made")
     kind: Literal[("all", *KINDS)] = HfArg(default="all", help="model to train")
-    pairs: int = HfArg(default=None, help="A1: preference pairs for A5 and A6; default: all")
+    pairs: int = HfArg(default=4500, help="A1: preference pairs for A5 and A6, at most")
     alpha: float = HfArg(default=2.0, help="A5: scale of the preference, alpha")
     beta: float = HfArg(default=1.0, help="A5: weight of equal rewards on kept tokens")
     zero: float = HfArg(default=5.0, help="ours: weight of their squared reward")
     response_reward: Literal["sum", "mean"] = HfArg(default="sum", help="A3: R of a response")
-    epochs: int = HfArg(default=6, help="A5: epochs")
+    epochs: int = HfArg(default=12, help="A5: epochs")
     batch: int = HfArg(default=64, help="A5: pairs an optimiser step")
     lr: float = HfArg(default=1.5e-3, help="A5: learning rate; all: cosine, 3 %% warm-up")
     sequence_epochs: int = HfArg(default=8, help="A6: epochs")
-    sequence_batch: int = HfArg(default=32, help="A6: pairs an optimiser step")
-    sequence_lr: float = HfArg(default=7e-4, help="A6: learning rate")
+    sequence_batch: int = HfArg(default=64, help="A6: pairs an optimiser step")
+    sequence_lr: float = HfArg(default=1.5e-3, help="A6: learning rate")
     rewrite_epochs: int = HfArg(default=1, help="B2: epochs of `rewrite`")
-    locate_epochs: int = HfArg(default=4, help="B2: epochs of `locate`")
+    locate_epochs: int = HfArg(default=3, help="B2: epochs of `locate`")
     grm_batch: int = HfArg(default=32, help="B2: examples an optimiser step")
     grm_lr: float = HfArg(default=2e-3, help="B2: learning rate")
     micro_batch: int = HfArg(default=256, help="rows of a forward pass, at most")
@@ -71,7 +69,6 @@ class Args:
     device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="device")
 
 # --- The equations ---
-
 def token_rewards(model, inputs, response_mask):
     """A2: r_t = r_phi(s_t, a_t) (B, T), read at the position of token t; 0 outside."""
     T = response_mask.shape[1]
@@ -123,7 +120,6 @@ def generative_loss(logprobs, N):
     return -logprobs.sum() / N
 
 # --- Helpers that stand in several scripts, letter for letter ---
-
 # B2: the fixed words in the prompts of the generative model; a small policy has a token for each
 INSTRUCTIONS = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
                 "rewrite": "\nCorrected attempt:\n", "locate": "\nFirst wrong step:\n"}
@@ -138,8 +134,10 @@ def grm_prompt(task, problem, response_ids, tokenizer):
     ids = list(problem["prompt_ids"])
     for part, text in (("solution", problem["solution_ids"]), ("attempt", response_ids)):
         ids += words(INSTRUCTIONS[part], tokenizer)
-        for k, step in enumerate(steps_of(text, tokenizer), 1):
-            ids += (words(f"[{k}]", tokenizer) if task == "locate" else []) + step
+        if task == "rewrite":
+            ids += [token for token in text if token != tokenizer.eos_token_id]
+        for k, step in enumerate(steps_of(text, tokenizer) if task == "locate" else [], 1):
+            ids += words(f"[{k}]", tokenizer) + step
     return ids + words(INSTRUCTIONS[task], tokenizer)
 
 def locate_answer(step, tokenizer):
@@ -175,8 +173,7 @@ def save(path, *contents):
     part.replace(path)
 
 def start_stage(args, stage, later):
-    """Save the arguments, seed torch; the run folder. Outputs of later stages (patterns) that would
-    be stale stop the stage, or go with --overwrite."""
+    """The run folder, arguments saved. Later stages' outputs stop it, or go with --overwrite."""
     run = Path(args.run)
     for path in [path for pattern in later.split() for path in run.glob(pattern)]:
         if not args.overwrite:
@@ -192,8 +189,8 @@ def batches(rows, size):
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
 def pack(prompts, responses, model):
-    """Ids of prompts padded on the left to P, of responses on the right to T. The model inputs
-    (B, P + T), and response_mask (B, T) from lengths, the only mask of losses and metrics."""
+    """Prompts padded on the left to P, responses on the right to T: the model inputs (B, P + T),
+    and response_mask (B, T) from lengths, the only mask of losses and metrics."""
     P, T, pad = max(map(len, prompts)), max(map(len, responses)), [model.config.pad_token_id]
     ids = [pad * (P - len(p)) + p + r + pad * (T - len(r)) for p, r in zip(prompts, responses)]
     first = torch.tensor([P - len(p) for p in prompts])[:, None]
@@ -229,10 +226,8 @@ def steps_of(ids, tokenizer):
     return [ids[a:b] for a, b in pairwise([0, *starts[1:], len(ids)])]
 
 # --- Training ---
-
 def score(kind, model, rows, column):
-    """Rewards of a column of responses (rejected, edited, chosen_token): (B, T) and its mask, or
-    (B,) and None. generative: p_t - 0.5 after the rewrite prompt, which is B3 before its clip."""
+    """Rewards of a column of responses, (B, T) and mask, or (B,) and None; GRM: p_t - 0.5."""
     prompts = [row["rewrite_prompt" if kind == "generative" else "prompt_ids"] for row in rows]
     inputs, mask = pack(prompts, [row[f"{column}_ids"] for row in rows], model)
     if kind == "sequence":
@@ -242,8 +237,7 @@ def score(kind, model, rows, column):
     return (response_logprobs(model, inputs, mask).exp() - 0.5) * mask, mask
 
 def loss_of(kind, model, rows, N, args):
-    """The part of a batch's loss that some of its rows add: A5 on (edited, rejected), A6 on
-    (chosen, rejected), B2 on (prompt, output)."""
+    """Some rows' part of a batch's loss: A5 on edited, rejected; A6 on chosen, rejected; B2."""
     if kind == "generative":
         prompts, outputs = zip(*rows)
         return generative_loss(response_logprobs(model, *pack(prompts, outputs, model)), N)
@@ -258,15 +252,14 @@ def loss_of(kind, model, rows, N, args):
                              args.beta, args.zero, args.response_reward)
 
 def examples_of(rows, tokenizer):
-    """B2: `rewrite` of wrong responses into their edits and of right ones into themselves, and
-    `locate` of the first wrong step: two lists of (prompt, output)."""
+    """B2, (prompt, output): `rewrite` wrong responses into edits, right ones into themselves; and
+    `locate` the first wrong step."""
     return ([(row["rewrite_prompt"], row["edited_ids"]) for row in rows],
             [(row["locate_prompt"], locate_answer(row["first_wrong_step"], tokenizer))
              for row in rows if row["first_wrong_step"]])
 
 def train(kind, model, rows, tokenizer, args):
-    """One optimiser step a batch, epoch by epoch, each in a new order. A batch of the GRM has one
-    of its two tasks, which take turns at random."""
+    """Epochs in new orders; a batch of the GRM has one of its two tasks, which take turns."""
     size, lr, epochs = {"token": (args.batch, args.lr, [args.epochs]),
                         "sequence": (args.sequence_batch, args.sequence_lr, [args.sequence_epochs]),
                         "generative": (args.grm_batch, args.grm_lr,
@@ -292,7 +285,6 @@ def train(kind, model, rows, tokenizer, args):
         schedule.step()
 
 # --- Metrics on held-out rows ---
-
 def mean(values):
     """The mean; None where nothing was measured."""
     return float(np.mean(values)) if len(values) else None
@@ -313,8 +305,7 @@ def score_all(kind, model, rows, column, args):
     return rewards
 
 def in_order(kind, better, worse, how):
-    """Share of pairs whose better response has the higher reward (GRM: the higher log-likelihood);
-    a tie counts one half."""
+    """Share of pairs with a higher reward (GRM: log-likelihood) of the better; a tie is half."""
     total = np.mean if how == "mean" else np.sum
     if kind == "generative":
         total = lambda r: np.log(np.clip(np.add(r, 0.5), 1e-12, 1)).sum()
@@ -342,8 +333,7 @@ def localisation(kind, rows, rejected, edited):
 
 @torch.no_grad()
 def exact(model, examples, args):
-    """B2: share of (prompt, output) whose every output token is the likeliest after the ones before
-    it: what greedy decoding would write, told by one forward pass."""
+    """B2: share of outputs that greedy decoding would write, told by one forward pass."""
     hits = []
     for part in batches(examples, args.micro_batch):
         inputs, mask = pack(*zip(*part), model)
@@ -380,10 +370,8 @@ def evaluate(kind, model, rows, tokenizer, args):
     return metrics, {row["place"]: r for row, r in zip(edited, r_l)}
 
 # --- The stage ---
-
 def open_reward_model(kind, path, args):
-    """A2, A6: the policy with one output and a head of zeros, so that rewards start at 0; B2: the
-    policy itself."""
+    """A2, A6: the policy with one output and a head of zeros: r = 0; B2: the policy itself."""
     if kind == "generative":
         return AutoModelForCausalLM.from_pretrained(path).to(args.device)
     model = KINDS[kind].from_pretrained(path, num_labels=1).to(args.device)
@@ -394,8 +382,8 @@ def open_reward_model(kind, path, args):
     return model
 
 def read_rows(run, kind, model, tokenizer, args):
-    """(training, held-out) rows of edits.jsonl. token, sequence: A1's pairs, the first --pairs of
-    them; generative: all responses with a known solution, with their prompts."""
+    """(training, held-out) rows of edits.jsonl: A1's first --pairs pairs; for the GRM all responses
+    with a known solution, with their prompts."""
     rows = read_jsonl(run / "edits.jsonl", "id", "split", "chosen", "rejected_ids", "edit_ops")
     if kind != "generative":
         rows = [row for row in rows if row["chosen"] is not None
@@ -415,29 +403,23 @@ def read_rows(run, kind, model, tokenizer, args):
     return (training if kind == "generative" else training[:args.pairs],
             [row for row in rows if row["split"] != "train"])
 
-def hand_on(run, kind, metrics, rewards, tokenizer):
-    """Add a model to reward_metrics.json, and to reward_examples.jsonl, of which stage 4 draws
-    held-out responses under all models."""
-    path = run / "reward_metrics.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    save(path, json.dumps({**known, kind: metrics}, indent=1) + "\n")
-    print(f"reward_{kind}: {json.dumps(metrics)}")
-    path = run / "reward_examples.jsonl"
-    rows = [{"id": row["id"], "prompt": row["prompt"], kind: rewards.get(row["place"]),
-             "tokens": token_texts(row["rejected_ids"], tokenizer),
-             "wrong": [i for op, i, j in row["edit_ops"] if op != "insert"]}
-            for row in read_jsonl(run / "edits.jsonl")
-            if row["split"] != "train" and row["chosen"] is not None and row["edit_ops"]][:200]
-    if not rows:
-        return
-    known = read_jsonl(path) if path.exists() else [dict.fromkeys(KINDS)] * len(rows)
-    rows = [{**old, **row} for row, old in zip(rows, known)]
-    save(path, rows)
+def hand_on(run, metrics, rewards, tokenizer):
+    """Metrics, and held-out responses with rewards (kind -> place of the row) for stage 4."""
+    save(run / "reward_metrics.json", json.dumps(metrics, indent=1) + "\n")
+    rows = [row for row in read_jsonl(run / "edits.jsonl") if row["split"] != "train"
+            and row["chosen"] is not None and row["edit_ops"]]
+    save(run / "reward_examples.jsonl", [{
+        "id": row["id"], "prompt": row["prompt"],
+        "tokens": token_texts(row["rejected_ids"], tokenizer),
+        "wrong": [i for op, i, j in row["edit_ops"] if op != "insert"],
+        **{kind: rewards.get(kind, {}).get(row["place"]) for kind in KINDS}} for row in rows[:200]])
 
 def main(args):
     read_jsonl(Path(args.run) / "edits.jsonl")
     run = start_stage(args, "02", "ppo_* rlmec* rejection* dpo* responses.jsonl eval.json *.html")
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
+    path, rewards = run / "reward_metrics.json", {}
+    metrics = json.loads(path.read_text()) if path.exists() else {}
     for kind in KINDS if args.kind == "all" else [args.kind]:
         start = time.time()
         torch.manual_seed(args.seed)
@@ -447,10 +429,11 @@ def main(args):
             print(f"reward_{kind}: skipped, edits.jsonl has no rows for training, or for testing")
             continue
         train(kind, model, training, tokenizer, args)
-        metrics, rewards = evaluate(kind, model, held_out, tokenizer, args)
-        metrics["seconds"] = round(time.time() - start, 1)
+        metrics[kind], rewards[kind] = evaluate(kind, model, held_out, tokenizer, args)
+        metrics[kind]["seconds"] = round(time.time() - start, 1)
+        print(f"reward_{kind}: {json.dumps(metrics[kind])}")
         save(run / f"reward_{kind}", model, tokenizer)
-        hand_on(run, kind, metrics, rewards, tokenizer)
+        hand_on(run, metrics, rewards, tokenizer)
 
 if __name__ == "__main__":
     args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]

@@ -81,7 +81,6 @@ class Args:
     device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="device")
 
 # --- The equations ---
-
 def scores_of(reward_model, inputs, response_mask, kind, scale):
     """A7, the one place where the two runs differ: scores (B, T), in standard deviations.
     token: r_phi(s_t, a_t) on every token. sequence: 1[t = T] R_phi(x, y), all on the last."""
@@ -172,7 +171,6 @@ def rejection_loss(logprobs, M):
     return -logprobs.sum() / M
 
 # --- Helpers that stand in several scripts, letter for letter ---
-
 def token_rewards(model, inputs, response_mask):
     """A2: r_t = r_phi(s_t, a_t) (B, T), read at the position of token t; 0 outside."""
     T = response_mask.shape[1]
@@ -187,8 +185,7 @@ def sequence_reward(model, inputs):
 
 def edit_ops(a, b):
     """E1: the operations of one optimal path from a to b, [op, i, j] with op in replace, delete,
-    insert; i indexes a, j indexes b; their number is ED(a, b). An insertion has no token in a, a
-    deletion none in b. The first operation stands where a and b part."""
+    insert, i in a, j in b; their number is ED(a, b). The first stands where a and b part."""
     number = {item: k for k, item in enumerate([*a, *b])}
     a, b = (np.array([number[item] for item in items], dtype=np.int32) for items in (a, b))
     n = min(len(a), len(b))
@@ -222,9 +219,8 @@ def final_answer(text):
     return re.sub(r"[$,]|\.0*$", "", found[0 if marked else -1].strip())
 
 def wrong_steps(text, ended, problem):
-    """The one rule of all stages, 0 is right: hits of the rules, or steps that differ from the
-    nearest right solution, place by place, or a wrong answer; one more where the response did not
-    end. None where nobody knows."""
+    """The one rule of right, 0: hits of the rules, or steps unlike the nearest right solution's,
+    place by place, or a wrong answer; 1 more if it did not end. None where nobody knows."""
     steps_of = lambda text: [step.strip() for step in STEP.findall(text)]
     if problem.get("rules"):
         wrong = sum(len(re.findall(rule, text)) for rule in problem["rules"])
@@ -266,8 +262,7 @@ def save(path, *contents):
     part.replace(path)
 
 def start_stage(args, stage, later):
-    """Save the arguments, seed torch; the run folder. Outputs of later stages (patterns) that would
-    be stale stop the stage, or go with --overwrite."""
+    """The run folder, arguments saved. Later stages' outputs stop it, or go with --overwrite."""
     run = Path(args.run)
     for path in [path for pattern in later.split() for path in run.glob(pattern)]:
         if not args.overwrite:
@@ -283,8 +278,8 @@ def batches(rows, size):
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
 def pack(prompts, responses, model):
-    """Ids of prompts padded on the left to P, of responses on the right to T. The model inputs
-    (B, P + T), and response_mask (B, T) from lengths, the only mask of losses and metrics."""
+    """Prompts padded on the left to P, responses on the right to T: the model inputs (B, P + T),
+    and response_mask (B, T) from lengths, the only mask of losses and metrics."""
     P, T, pad = max(map(len, prompts)), max(map(len, responses)), [model.config.pad_token_id]
     ids = [pad * (P - len(p)) + p + r + pad * (T - len(r)) for p, r in zip(prompts, responses)]
     first = torch.tensor([P - len(p) for p in prompts])[:, None]
@@ -331,8 +326,10 @@ def grm_prompt(task, problem, response_ids, tokenizer):
     ids = list(problem["prompt_ids"])
     for part, text in (("solution", problem["solution_ids"]), ("attempt", response_ids)):
         ids += words(INSTRUCTIONS[part], tokenizer)
-        for k, step in enumerate(steps_of(text, tokenizer), 1):
-            ids += (words(f"[{k}]", tokenizer) if task == "locate" else []) + step
+        if task == "rewrite":
+            ids += [token for token in text if token != tokenizer.eos_token_id]
+        for k, step in enumerate(steps_of(text, tokenizer) if task == "locate" else [], 1):
+            ids += words(f"[{k}]", tokenizer) + step
     return ids + words(INSTRUCTIONS[task], tokenizer)
 
 def locate_answer(step, tokenizer):
@@ -340,11 +337,9 @@ def locate_answer(step, tokenizer):
     return words(f"[{step}]", tokenizer) + [tokenizer.eos_token_id]
 
 # --- Sampling ---
-
 @torch.no_grad()
 def sample(model, prompts, tokenizer, args, temperature):
-    """Draw a response to each prompt (ids) from pi(a_t | s_t); temperature 0 takes the likeliest
-    tokens. The end token, where a response has one, is its last."""
+    """Draw a response to each prompt (ids) from pi(a_t | s_t), with its end token; 0: likeliest."""
     if len(prompts) > args.micro_batch or not prompts:
         return [row for part in batches(prompts, args.micro_batch)
                 for row in sample(model, part, tokenizer, args, temperature)]
@@ -374,8 +369,7 @@ def sample(model, prompts, tokenizer, args, temperature):
     return responses
 
 def read(function, model, prompts, responses, args, *more):
-    """function(model, inputs, mask, *more) of all rows, a micro-batch at a time, as (B, T): the
-    logits of a whole rollout may need more memory than its training."""
+    """function(model, inputs, mask, *more) of all rows, a micro-batch at a time, as (B, T)."""
     rows = []
     for part in batches([*zip(prompts, responses)], args.micro_batch):
         inputs, mask = pack(*zip(*part), model)
@@ -397,14 +391,15 @@ def draw(problems, args):
 
 @torch.no_grad()
 def validate(policy, reference, problems, tokenizer, args):
-    """Share of right responses to validation problems; KL(policy, reference), the mean over them
-    of sum_t log pi - log pi_ref."""
+    """KL(policy, reference), the mean of sum_t log pi - log pi_ref; right responses, if known."""
     prompts = [problem["prompt_ids"] for problem in problems]
     responses = sample(policy, prompts, tokenizer, args, args.temperature)
     logprobs, ref_logprobs = (read(response_logprobs, model, prompts, responses, args,
                                    args.temperature) for model in (policy, reference))
-    return {"accuracy": float(np.mean(right_responses(responses, problems, tokenizer))),
-            "val_kl": (logprobs - ref_logprobs).sum(dim=1).mean().item()}
+    row = {"val_kl": (logprobs - ref_logprobs).sum(dim=1).mean().item()}
+    if {"solutions", "answer", "rules"} & {*problems[0]}:
+        row["accuracy"] = float(np.mean(right_responses(responses, problems, tokenizer)))
+    return row
 
 def optimizer_step(optimizer):
     """A step with gradients clipped to norm 1 a model (a parameter group); none are left."""
@@ -418,11 +413,10 @@ def open_model(auto_class, path, args, **options):
     return auto_class.from_pretrained(path, **options).to(args.device)
 
 # --- PPO ---
-
 @torch.no_grad()
 def rollout(kind, models, prompts, tokenizer, scale, args):
-    """Sample a response to each prompt and compute what the update needs, by the same forward pass
-    as in training: the model inputs, and a dictionary of (B, T) tensors."""
+    """Sample a response to each prompt, and compute what the update needs: statistics, the model
+    inputs, and a dictionary of (B, T) tensors."""
     responses = sample(models["policy"], prompts, tokenizer, args, args.temperature)
     inputs, mask = pack(prompts, responses, models["policy"])
     rows = prompts, responses, args
@@ -443,8 +437,7 @@ def rollout(kind, models, prompts, tokenizer, scale, args):
                          "returns": returns, "advantages": masked_whiten(advantages, mask)}
 
 def minibatch_step(models, optimizer, inputs, batch, rows, args):
-    """One optimiser step of A9 on some rows of a rollout, a micro-batch at a time; statistics are
-    means over the N response tokens."""
+    """One optimiser step of A9 on some rows of a rollout; means over the N response tokens."""
     N, total = batch["mask"][rows].sum().item(), Counter()
     for micro in rows.split(args.micro_batch):
         part = {name: x[micro] for name, x in batch.items()}
@@ -504,10 +497,9 @@ def ppo(kind, train, val, tokenizer, run, args):
     return models["policy"], log
 
 # --- The off-line methods: RLMEC, rejection sampling, DPO ---
-
 def rewrite(grm, wrong, tokenizer, args, drop):
-    """B4: in every wrong sample the GRM locates the first wrong step, keeps the steps before it
-    and writes the rest anew, as `rewrite_ids`. Where that is wrong, the sample is dropped."""
+    """B4: the GRM locates the first wrong step of a wrong sample, keeps the steps before it and
+    writes the rest anew, as `rewrite_ids`. Where that is wrong, the sample is dropped."""
     located = []
     answers = sample(grm, [grm_prompt("locate", row["problem"], row["response_ids"], tokenizer)
                            for row in wrong], tokenizer, args, 0.0)
@@ -558,8 +550,7 @@ def collect(policy, grm, problems, tokenizer, args):
 
 @torch.no_grad()
 def pairs_of(method, run, reference, args):
-    """C1: stage 2's pairs of edits.jsonl: y+ is the preferred sibling or the edit, y- the response;
-    with their log-probs under the reference, computed once."""
+    """C1: stage 2's pairs, y+ the preferred sibling or the edit; log pi_ref is computed once."""
     count = json.loads((run / "02_args.json").read_text())["pairs"]
     rows = [row for row in read_jsonl(run / "edits.jsonl", "chosen", "edit_ops")
             if row["split"] == "train" and row["chosen"] is not None and row["edit_ops"]][:count]
@@ -596,6 +587,8 @@ def offline_loss(method, policy, rows, batch, args):
 
 def offline(method, rows, val, tokenizer, run, args):
     """B8: three passes over rows that were made once; the policy and its log, one row a step."""
+    if not rows:
+        fail(f"{method}: no row to train on")
     policy, reference = (open_model(AutoModelForCausalLM, run / "policy", args) for _ in "pr")
     plan = [[rows[k] for k in indices.tolist()] for _ in range(3)
             for indices in torch.randperm(len(rows)).split(args.minibatch)]
@@ -620,7 +613,6 @@ def offline(method, rows, val, tokenizer, run, args):
     return policy, log
 
 # --- The stage ---
-
 def train_policy(method, problems, samples, tokenizer, run, args):
     """The policy and the log of a method; `samples` are collected once for all that use them."""
     train, val = ([row for row in problems if row["split"] == split] for split in ("train", "val"))

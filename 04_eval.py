@@ -41,14 +41,12 @@ class Args:
     device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="device")
 
 # --- Statistics: None where nothing was measured ---
-
 def mean(values):
     """The mean; None where nothing was measured."""
     return float(np.mean(values)) if len(values) else None
 
 def interval(values, seed, draws=10_000):
-    """95 % bootstrap interval of the mean of values: resampling n prompts is one multinomial draw
-    over the distinct values."""
+    """95 % bootstrap interval of the mean: resampling is a multinomial draw of distinct values."""
     n = len(values)
     if not n:
         return None
@@ -75,7 +73,6 @@ def first_update(log, level):
     return next((int(row["update"]) for row in log if row.get("accuracy", -1) >= level), None)
 
 # --- Helpers that stand in several scripts, letter for letter ---
-
 STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")        # a line, a sentence, or up to a ;
 
 def final_answer(text):
@@ -86,9 +83,8 @@ def final_answer(text):
     return re.sub(r"[$,]|\.0*$", "", found[0 if marked else -1].strip())
 
 def wrong_steps(text, ended, problem):
-    """The one rule of all stages, 0 is right: hits of the rules, or steps that differ from the
-    nearest right solution, place by place, or a wrong answer; one more where the response did not
-    end. None where nobody knows."""
+    """The one rule of right, 0: hits of the rules, or steps unlike the nearest right solution's,
+    place by place, or a wrong answer; 1 more if it did not end. None where nobody knows."""
     steps_of = lambda text: [step.strip() for step in STEP.findall(text)]
     if problem.get("rules"):
         wrong = sum(len(re.findall(rule, text)) for rule in problem["rules"])
@@ -134,8 +130,7 @@ def batches(rows, size):
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
 def generate(model, tokenizer, prompts, args, temperature=1.0):
-    """A sampled response to each prompt (ids), the end token included where it ended; without a
-    checkpoint's own top-k; temperature 0: the likeliest tokens."""
+    """A sampled response to each prompt (ids), with its end token; 0: the likeliest tokens."""
     rows, end = [], tokenizer.eos_token_id
     for part in tqdm(batches(prompts, args.micro_batch), desc="sampling", leave=False):
         inputs = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
@@ -148,7 +143,6 @@ def generate(model, tokenizer, prompts, args, temperature=1.0):
     return [row[:row.index(end) + 1] if end in row else row for row in rows]
 
 # --- Evaluation ---
-
 def respond(model, problems, tokenizer, args):
     """Responses to all problems, with the same seed for every policy: texts, and wrong steps."""
     torch.manual_seed(args.seed)
@@ -252,7 +246,6 @@ def combine(args):
     save(Path(args.run) / "combined.json", json.dumps(combined, indent=1) + "\n")
 
 # --- The report: one file of HTML and SVG ---
-
 PAGE_HEAD = """<!doctype html><html lang=en><meta charset=utf-8>
 <meta name=viewport content="width=device-width"><title>Token-level reward</title><style>
 :root{color-scheme:light dark}body{margin:auto;padding:1rem;max-width:56rem;font:16px/1.5 system-ui}
@@ -292,7 +285,7 @@ def card(prompt, rows):
 def heat_map(path, most):
     """Held-out responses under every reward model, token by token, wrong tokens framed."""
     out = "<h2>Held-out rewards</h2><p>Orange: punished, blue: praised, framed: wrong tokens.</p>"
-    rows = read_jsonl(path) if path.exists() else []
+    rows = read_jsonl(path) if path.exists() and path.stat().st_size else []
     for row in rows[:: max(1, len(rows) // max(1, most))][:most]:
         if row["sequence"] is not None:                        # A7: all on the last token
             row["sequence"] = [0.0] * (len(row["tokens"]) - 1) + [row["sequence"]]
@@ -335,7 +328,6 @@ def table(policies):
     return "\n".join(lines)
 
 # --- The stage ---
-
 def compare(run, logs, args):
     """All of eval.json, and rows of responses.jsonl."""
     problems = [row for row in read_jsonl(run / "problems.jsonl", "split", "prompt_ids")

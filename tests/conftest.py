@@ -13,24 +13,20 @@ SHARED = ROOT.parent / "shared"          # real data; absent in a clone of a use
 sys.path.insert(0, str(ROOT))
 STAGES = ("01_edit_data", "02_reward_model", "03_ppo", "04_eval")
 
-
 @pytest.fixture(scope="session")
 def stages():
     """[None, stage 1, stage 2, stage 3, stage 4], as modules."""
     return [None, *(importlib.import_module(name) for name in STAGES)]
 
-
 @pytest.fixture(scope="session", params=range(4), ids=STAGES)
 def script(request):
     return ROOT / f"{STAGES[request.param]}.py"
-
 
 @pytest.fixture(scope="session")
 def shared():
     if not SHARED.exists():
         pytest.skip("no ../shared")
     return SHARED
-
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, stages):
@@ -45,12 +41,10 @@ def tiny_run(tmp_path_factory, stages):
     four.main(four.Args(run=run))
     return Path(run)
 
-
 @pytest.fixture
 def run(tiny_run, tmp_path):
     """A copy of the tiny run to break."""
     return Path(shutil.copytree(tiny_run, tmp_path / "run"))
-
 
 @pytest.fixture(autouse=True)
 def seeded():

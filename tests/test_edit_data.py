@@ -21,7 +21,7 @@ def one(stages):
 def stage(one, tiny_run, tmp_path, capsys):
     """Run stage 1 on rows of data, or on a task of 13 prompts without SFT; edits.jsonl, printed."""
     def call(data=None, **flags):
-        args = {"train_prompts": 8, "test_prompts": 4, "sft_steps": 0, "hidden_size": 8}
+        args = {"train_prompts": 8, "test_prompts": 4, "sft_steps": 0, "hidden_size": 16}
         if data:
             args = {"data": str(tmp_path / "data"), "model": str(tiny_run / "policy")}
             (tmp_path / "data").write_text("".join(json.dumps(row) + "\n" for row in data))
@@ -187,7 +187,7 @@ def test_rows_of_the_tiny_run(one, tiny_run):
 ])
 def test_first_error_step_and_gates(one, text, texts, name, result):
     problems = one.make_problems(one.Args(train_prompts=99))
-    tokenizer = one.small_policy(problems, one.Args(hidden_size=8))[1]
+    tokenizer = one.small_policy(problems, one.Args(hidden_size=16))[1]
     problem = {**MATH, "id": "a", "split": "train", "prompt": "3+2-1+4-6=", "prompt_ids": [3]}
     wrong = one.wrong_steps(text, True, problem)
     response = {"rejected": text, "ended": True, "chosen": None, "wrong": wrong}
@@ -233,6 +233,7 @@ def test_rules_edit_samples_of_prompts_alone(one, stage, tmp_path, monkeypatch):
     ({"chosen": " tea", "rejected": " soap"}, "human", " tea", None),
     ({"chosen": " tea", "rejected": " soap", "answer": "5"}, "human", " tea", None),
     ({"response": " soap", "edited": " salt"}, "human", " salt", " salt"),
+    ({"response": " soap", "edited": " salt", "editor": "some LLM"}, "some LLM", " salt", " salt"),
     ({"solution": " It tea", "answer": "It tea", "response": " soap"}, "nearest", None, " It tea"),
 ])
 def test_shapes_of_data(one, stage, tiny_run, tmp_path, chat, columns, editor, chosen, edited):
@@ -240,7 +241,8 @@ def test_shapes_of_data(one, stage, tiny_run, tmp_path, chat, columns, editor, c
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\nA:{% endfor %}"
     tokenizer.save_pretrained(shutil.copytree(tiny_run / "policy", tmp_path / "model"))
     wrap = lambda text: [{"role": "assistant", "content": text}] if chat and text else text
-    columns = {name: text if name == "answer" else wrap(text) for name, text in columns.items()}
+    columns = {name: text if name in ("answer", "editor") else wrap(text)
+               for name, text in columns.items()}
     prompt = [{"role": "user", "content": "What"}] if chat else "What"
     rows, _ = stage([{"prompt": prompt, **columns}] * 3, model=str(tmp_path / "model"))
     assert sorted(row["split"] for row in rows) == ["test", "train", "val"]     # split by row
@@ -301,10 +303,10 @@ TSV, TASK = {"editor": "rules:rules"}, {"data": None, "train_prompts": 8, "test_
     ([GOOD, GOOD | {"prompt": [{"role": "user"}]}], {}, "line 2: .*`prompt`"),
     ([GOOD | {"prompt": [{"role": "user", "content": "a"}]}], {}, "line 1: .*chat template"),
     ([GOOD], {"model": None}, "needs --model"), ([GOOD], {"editor": "oracle"}, "oracle: .*human"),
-    ([PAIR], {"editor": "nearest"}, "human, llm"), ([GOOD], {"editor": "llm"}, "--llm_url"),
+    ([PAIR], {"editor": "nearest"}, "fits is .'human'"),
     ([GOOD], {"editor": "magic"}, "magic"), ([GOOD], TSV | {"rules": "a b"}, "tab and"),
     ([GOOD], TSV | {"rules": "(a\tb"}, "regular"), ([GOOD], TSV | {"rules": "a\t\\1"}, "regular"),
-    (None, TASK | {"editor": "human"}, "oracle"), (None, TASK | {"editor": "llm"}, "--llm_model"),
+    (None, TASK | {"editor": "human"}, "oracle"),
 ])
 def test_bad_input(one, tiny_run, tmp_path, monkeypatch, capsys, data, flags, message):
     monkeypatch.chdir(tmp_path)
@@ -320,7 +322,6 @@ def test_bad_input(one, tiny_run, tmp_path, monkeypatch, capsys, data, flags, me
     assert re.search(message, error) and not Path("new").exists()
 
 def test_stale_outputs_stop_the_stage_or_are_removed(stage, run, capsys):
-    (run / "llm_edits.jsonl").write_text("{}\n")
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     with pytest.raises(SystemExit) as stop:
         stage(run=str(run))
@@ -328,4 +329,4 @@ def test_stale_outputs_stop_the_stage_or_are_removed(stage, run, capsys):
     assert stop.value.code == 2 and before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     stage(run=str(run), overwrite=True)
     assert {path.name for path in run.iterdir() if "args" not in path.name} == {
-        "policy", "problems.jsonl", "edits.jsonl", "llm_edits.jsonl"}  # what was paid for is kept
+        "policy", "problems.jsonl", "edits.jsonl"}
