@@ -8,7 +8,7 @@ Equations: E1 (minimum edit), A1 (data), B1 (editing task). Simplified against t
   3. Fewer wrong steps are preferred. Right is: ended, and no step is wrong; paper B looks at the
      final answer alone, as --data with the column `answer` does.
   4. Two samples a problem at temperature 1; RLMEC's code draws five at 0.7, without duplicates.
-Reads nothing, or --data FILE. Writes RUN/policy, problems.jsonl and edits.jsonl.
+Reads --data FILE, or nothing. Writes RUN/policy, problems.jsonl and edits.jsonl.
 """
 
 import json, random, re, shutil, sys
@@ -43,7 +43,7 @@ class Args:
     editor: str = HfArg(default=None, help="oracle, nearest, human or rules:FILE")
     max_edit_share: float = HfArg(default=0.8, help="gate: edit distance over length")
     train_prompts: int = HfArg(default=16000, help="of a task")
-    edit_prompts: int = HfArg(default=13000, help="those whose responses are edited")
+    edit_prompts: int = HfArg(default=11000, help="those whose responses are edited")
     test_prompts: int = HfArg(default=1000, help="and a fourth as many to validate")
     sft_steps: int = HfArg(default=None, help="of 128 rows; default 500, --data 0")
     sft_lr: float = HfArg(default=3e-3, help="AdamW, cosine")
@@ -125,7 +125,7 @@ def tape(value, operations, rng=None):
         if not 0 <= value <= 9:
             return None
         if rng and rng.random() < STEP_ERROR:
-            others = {y for y in range(10) if tape(y, operations[k:])} - {value}
+            others = {y for y in range(10) if tape(y, operations[k:]) is not None} - {value}
             value = rng.choice(sorted(others) or [value])
         text += f"{x:+d}={value};"
     return text[:-1]
@@ -306,8 +306,8 @@ def fine_tune(model, tokenizer, problems, args):
     shown = [{"input_ids": p["prompt_ids"] + ids, "labels": [-100] * len(p["prompt_ids"]) + ids}
              for p in problems if "demonstration" in p
              for ids in [encode(p["demonstration"], True, tokenizer)]]
-    steps = args.sft_steps if args.sft_steps is not None else 0 if args.data else 500
-    steps = steps if shown else 0
+    default = 0 if args.data else 500
+    steps = bool(shown) * (default if args.sft_steps is None else args.sft_steps)
     optimizer = torch.optim.AdamW(model.parameters(), args.sft_lr, (0.9, 0.95), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
     rng, collate = random.Random(args.seed), DataCollatorForSeq2Seq(tokenizer)
@@ -499,8 +499,7 @@ def prepare(args, drop):
     context = model.config.max_position_embeddings
     short = [problem for problem in problems if encode_problem(problem, tokenizer) <= context]
     drop["problem: longer than the model's context"] = len(problems) - len(short)
-    if not short:
-        fail(f"{args.data}: no problem fits the model's context: {dict(drop)}")
+    short = short or fail(f"{args.data}: no problem fits the model's context: {dict(drop)}")
     return short, kind, rules, model, tokenizer
 
 def main(args):

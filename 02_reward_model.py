@@ -49,19 +49,19 @@ class Args:
     seed: int = HfArg(default=1, help="seed of the order of the rows")
     overwrite: bool = HfArg(default=False, help="remove what later stages made")
     kind: Literal[("all", *KINDS)] = HfArg(default="all", help="model to train")
-    pairs: int = HfArg(default=4500, help="A1: preference pairs for A5 and A6, at most")
+    pairs: int = HfArg(default=6000, help="A1: preference pairs for A5 and A6, at most")
     alpha: float = HfArg(default=2.0, help="A5: scale of the preference, alpha")
     beta: float = HfArg(default=1.0, help="A5: weight of equal rewards on kept tokens")
     zero: float = HfArg(default=5.0, help="ours: weight of their squared reward")
     response_reward: Literal["sum", "mean"] = HfArg(default="sum", help="A3: R of a response")
-    epochs: int = HfArg(default=12, help="A5: epochs")
+    epochs: int = HfArg(default=9, help="A5: epochs")
     batch: int = HfArg(default=64, help="A5: pairs an optimiser step")
     lr: float = HfArg(default=1.5e-3, help="A5: learning rate; all: cosine, 3 %% warm-up")
-    sequence_epochs: int = HfArg(default=8, help="A6: epochs")
+    sequence_epochs: int = HfArg(default=10, help="A6: epochs")
     sequence_batch: int = HfArg(default=64, help="A6: pairs an optimiser step")
     sequence_lr: float = HfArg(default=1.5e-3, help="A6: learning rate")
     rewrite_epochs: int = HfArg(default=1, help="B2: epochs of `rewrite`")
-    locate_epochs: int = HfArg(default=3, help="B2: epochs of `locate`")
+    locate_epochs: int = HfArg(default=4, help="B2: epochs of `locate`")
     grm_batch: int = HfArg(default=32, help="B2: examples an optimiser step")
     grm_lr: float = HfArg(default=2e-3, help="B2: learning rate")
     micro_batch: int = HfArg(default=256, help="rows of a forward pass, at most")
@@ -120,7 +120,6 @@ def generative_loss(logprobs, N):
     return -logprobs.sum() / N
 
 # --- Helpers that stand in several scripts, letter for letter ---
-# B2: the fixed words in the prompts of the generative model; a small policy has a token for each
 INSTRUCTIONS = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
                 "rewrite": "\nCorrected attempt:\n", "locate": "\nFirst wrong step:\n"}
 
@@ -139,10 +138,6 @@ def grm_prompt(task, problem, response_ids, tokenizer):
         for k, step in enumerate(steps_of(text, tokenizer) if task == "locate" else [], 1):
             ids += words(f"[{k}]", tokenizer) + step
     return ids + words(INSTRUCTIONS[task], tokenizer)
-
-def locate_answer(step, tokenizer):
-    """B2: the output of `locate`: the label of the first wrong step, from 1, and the end."""
-    return words(f"[{step}]", tokenizer) + [tokenizer.eos_token_id]
 
 def fail(message):
     """Bad input, or a run that cannot go on: one clear line, exit status 2."""
@@ -253,10 +248,11 @@ def loss_of(kind, model, rows, N, args):
 
 def examples_of(rows, tokenizer):
     """B2, (prompt, output): `rewrite` wrong responses into edits, right ones into themselves; and
-    `locate` the first wrong step."""
-    return ([(row["rewrite_prompt"], row["edited_ids"]) for row in rows],
-            [(row["locate_prompt"], locate_answer(row["first_wrong_step"], tokenizer))
-             for row in rows if row["first_wrong_step"]])
+    `locate`, whose output is the label of the first wrong step, from 1, and the end."""
+    rewrites = [(row["rewrite_prompt"], row["edited_ids"]) for row in rows]
+    label = lambda row: words(f"[{row['first_wrong_step']}]", tokenizer)
+    return rewrites, [(row["locate_prompt"], label(row) + [tokenizer.eos_token_id])
+                      for row in rows if row["first_wrong_step"]]
 
 def train(kind, model, rows, tokenizer, args):
     """Epochs in new orders; a batch of the GRM has one of its two tasks, which take turns."""
@@ -286,7 +282,6 @@ def train(kind, model, rows, tokenizer, args):
 
 # --- Metrics on held-out rows ---
 def mean(values):
-    """The mean; None where nothing was measured."""
     return float(np.mean(values)) if len(values) else None
 
 def auroc(positive, negative):
@@ -312,10 +307,9 @@ def in_order(kind, better, worse, how):
     return mean([(np.sign(total(w) - total(l)) + 1) / 2 for w, l in zip(better, worse)])
 
 def localisation(kind, rows, rejected, edited):
-    """How well low rewards of `rejected` find its errors. auroc: the first wrong token against the
-    right ones before it. first_edit: share of rows whose edited token beats the original where
-    they part. called_wrong: share of tokens below -0.25 (GRM: p_t < 0.5), of right tokens, first
-    wrong ones, replaced and deleted ones, and those that stand where some are missing (insert)."""
+    """How low rewards of `rejected` find its errors. auroc: the first wrong token against the right
+    ones before it; first_edit: share of rows whose edited token beats the original where they part;
+    called_wrong: share below -0.25 (GRM: p_t < 0.5), insert: of tokens where some are missing."""
     wrong, before, beats, called = [], [], [], defaultdict(list)
     for row, r_l, r_w in zip(rows, rejected, edited):
         first, (_, i, j) = row["first_error"], row["edit_ops"][0]
@@ -437,6 +431,5 @@ def main(args):
 
 if __name__ == "__main__":
     args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]
-    # without its cache, autocast never uses the weights of an older step
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.bf16, False):
-        main(args)
+        main(args)                                             # False: no cache of old weights

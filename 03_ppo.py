@@ -24,8 +24,6 @@ Simplified against the papers:
   4. B8: one sample a problem, where RLMEC's code draws five at temperature 0.7; rewrites are the
      GRM's likeliest. What is right, the answer says, never the locator.
 Reads RUN/policy, problems.jsonl, edits.jsonl, reward_*. Writes a policy and a CSV for each method.
-    python 03_ppo.py                               eighty seconds on two CPU cores
-    python 03_ppo.py --method all_baselines        with DPO and rejection sampling
 """
 
 import json, random, re, shutil, sys, time
@@ -65,15 +63,15 @@ class Args:
     rollout_batch: int = HfArg(default=256, help="responses sampled an update")
     ppo_epochs: int = HfArg(default=2, help="A9: passes over a rollout")
     minibatch: int = HfArg(default=64, help="responses an optimiser step")
-    lr: float = HfArg(default=1e-4, help="A9, C1: learning rate of the policy")
+    lr: float = HfArg(default=1e-4, help="A9: learning rate of the policy")
     value_lr: float = HfArg(default=1e-3, help="A9: learning rate of the value model")
-    offline_lr: float = HfArg(default=1e-3, help="B8, C2: learning rate; cosine, 3 %% warm-up")
+    offline_lr: float = HfArg(default=None, help="B8, C1, C2; default 1e-3, of DPO 3e-5")
     kappa: float = HfArg(default=0.1, help="A7: KL coefficient, kappa, in reward per nat")
     lam: float = HfArg(default=0.95, help="A8: lambda of GAE")
     clip: float = HfArg(default=0.2, help="A9: clip range, epsilon")
     rlmec_clip: float = HfArg(default=0.3, help="B5: clip range, epsilon")
     imitation_weight: float = HfArg(default=1.0, help="B7: weight of L_IR, lambda")
-    dpo_beta: float = HfArg(default=0.1, help="C1: b")
+    dpo_beta: float = HfArg(default=1.0, help="C1: b")
     temperature: float = HfArg(default=1.0, help="of samples and of A7, A9, B5")
     max_new_tokens: int = HfArg(default=48, help="longest response, in tokens")
     micro_batch: int = HfArg(default=256, help="rows of a forward pass, at most")
@@ -312,7 +310,6 @@ def steps_of(ids, tokenizer):
     starts = [bisect_right(ends, step.start()) for step in STEP.finditer("".join(texts))]
     return [ids[a:b] for a, b in pairwise([0, *starts[1:], len(ids)])]
 
-# B2: the fixed words in the prompts of the generative model; a small policy has a token for each
 INSTRUCTIONS = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
                 "rewrite": "\nCorrected attempt:\n", "locate": "\nFirst wrong step:\n"}
 
@@ -331,10 +328,6 @@ def grm_prompt(task, problem, response_ids, tokenizer):
         for k, step in enumerate(steps_of(text, tokenizer) if task == "locate" else [], 1):
             ids += words(f"[{k}]", tokenizer) + step
     return ids + words(INSTRUCTIONS[task], tokenizer)
-
-def locate_answer(step, tokenizer):
-    """B2: the output of `locate`: the label of the first wrong step, from 1, and the end."""
-    return words(f"[{step}]", tokenizer) + [tokenizer.eos_token_id]
 
 # --- Sampling ---
 @torch.no_grad()
@@ -505,9 +498,9 @@ def rewrite(grm, wrong, tokenizer, args, drop):
                            for row in wrong], tokenizer, args, 0.0)
     for row, answer in zip(wrong, answers):
         steps = steps_of(row["response_ids"], tokenizer)
-        labels = [locate_answer(k, tokenizer) for k in range(1, len(steps) + 1)]
-        if answer in labels:
-            located.append({**row, "kept": sum(steps[:labels.index(answer)], [])})
+        labels = [words(f"[{k}]", tokenizer) for k in range(1, len(steps) + 1)]
+        if answer[:-1] in labels:                              # its last token is the end
+            located.append({**row, "kept": sum(steps[:labels.index(answer[:-1])], [])})
     prompts = [row["grm_prompt"] + row["kept"] for row in located]
     for row, ending in zip(located, sample(grm, prompts, tokenizer, args, 0.0)):
         row["rewrite_ids"] = row["kept"] + ending
@@ -587,12 +580,11 @@ def offline_loss(method, policy, rows, batch, args):
 
 def offline(method, rows, val, tokenizer, run, args):
     """B8: three passes over rows that were made once; the policy and its log, one row a step."""
-    if not rows:
-        fail(f"{method}: no row to train on")
+    rows = rows or fail(f"{method}: no row to train on")
     policy, reference = (open_model(AutoModelForCausalLM, run / "policy", args) for _ in "pr")
     plan = [[rows[k] for k in indices.tolist()] for _ in range(3)
             for indices in torch.randperm(len(rows)).split(args.minibatch)]
-    lr = args.lr if method.startswith("dpo") else args.offline_lr
+    lr = args.offline_lr or (3e-5 if method.startswith("dpo") else 1e-3)
     optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, 0.95), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * len(plan)), len(plan))
     log, seconds = [], 0.0
@@ -652,6 +644,5 @@ def main(args):
 
 if __name__ == "__main__":
     args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]
-    # without its cache, autocast never uses the weights of an older step
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.bf16, False):
-        main(args)
+        main(args)                                             # False: no cache of old weights

@@ -6,9 +6,7 @@ edits, (2) win rate of fine-grained against ordinary PPO, (3) convergence of bot
 Simplified: the judge is the oracle of the built-in tasks (fewer wrong steps win) or the final
 answer, where paper A simulates people; the opponent is the SFT policy on the same prompts, and win
 rates count as in AlpacaEval. Other judges read responses.jsonl, and --verdicts reads what they say.
-Reads RUN/policy, problems.jsonl, the policies and CSVs of stage 3, reward_metrics.json and
-reward_examples.jsonl. Writes RUN/responses.jsonl, eval.json and report.html.
-    python 04_eval.py --runs runs/math1 runs/math2 runs/math3 --run runs/math       mean and spread
+Reads what stages 1 to 3 wrote. Writes RUN/responses.jsonl, eval.json and report.html.
 """
 
 import csv, html, json, re, shutil, sys
@@ -42,7 +40,6 @@ class Args:
 
 # --- Statistics: None where nothing was measured ---
 def mean(values):
-    """The mean; None where nothing was measured."""
     return float(np.mean(values)) if len(values) else None
 
 def interval(values, seed, draws=10_000):
@@ -150,11 +147,6 @@ def respond(model, problems, tokenizer, args):
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return texts, [wrong_steps(text, row[-1] == tokenizer.eos_token_id, problem)
                    for text, row, problem in zip(texts, ids, problems)]
-
-def read_log(path):
-    """Rows of a CSV of stage 3 as numbers, without its empty cells."""
-    rows = csv.DictReader(open(path, newline=""))
-    return [{k: float(v) for k, v in row.items() if v} for row in rows]
 
 def measure(wrong, log):
     """The numbers of one policy that need no opponent."""
@@ -358,8 +350,10 @@ def main(args):
     if args.verdicts:
         return verdicts(args)
     run = Path(args.run)
-    logs = {name: read_log(run / f"{name}.csv") for name in COLOURS
-            if (run / f"{name}.csv").exists()} or fail(f"{run}: no policy; 03_ppo.py makes them")
+    paths = [run / f"{name}.csv" for name in COLOURS if (run / f"{name}.csv").exists()]
+    logs = {path.stem: [{k: float(v) for k, v in row.items() if v} for row in
+                        csv.DictReader(open(path))] for path in paths}
+    logs = logs or fail(f"{run}: no policy to evaluate; 03_ppo.py makes them")
     result, rows = compare(run, logs, args)
     save(run / "04_args.json", [asdict(args)])
     save(run / "eval.json", json.dumps(result, indent=1) + "\n")

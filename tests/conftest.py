@@ -1,12 +1,9 @@
 """The four scripts as modules (their names begin with a digit), and a tiny run of all stages."""
 
-import importlib
-import shutil
-import sys
+import importlib, shutil, sys
 from pathlib import Path
 
-import pytest
-import torch
+import pytest, torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"          # real data; absent in a clone of a user

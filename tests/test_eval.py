@@ -1,8 +1,6 @@
 """Stage 4: the statistics by hand, verdicts, several runs, the report."""
 
-import csv
-import json
-import shutil
+import csv, json, shutil
 from pathlib import Path
 
 import numpy as np

@@ -1,21 +1,17 @@
 """The rules of the house, and the four scripts as a user runs them."""
 
-import ast
-import json
-import re
-import subprocess
-import sys
+import ast, json, re, subprocess, sys
 
 import pytest
 from conftest import ROOT, STAGES
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer)
 
-# what the scripts measure; the plan is 1,900 and 95,000: these only ever go down
-SCRIPT_LINES = 2110
-SCRIPT_CHARACTERS = 120000
+# what the files measure; the plan is 95,000 characters: these only ever go down
+SCRIPT_LINES = 1980
+SCRIPT_CHARACTERS = 113800
 README_LINES = 220
-TEST_LINES = 1320
+TEST_LINES = 1200
 OPTIONS = 22
 FUNCTION_LINES = 45
 COLUMNS = 100

@@ -2,8 +2,7 @@
 
 import json
 
-import pytest
-import torch
+import pytest, torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerFast)

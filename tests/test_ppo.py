@@ -1,12 +1,9 @@
 """Stage 3, A7 to A9 and B3 to B8: by hand, against slow versions, under padding, and in parts."""
 
-import copy
-import csv
-import math
+import copy, math
 from collections import Counter
 
-import pytest
-import torch
+import pytest, torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
 
 CONFIG = LlamaConfig(vocab_size=12, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
@@ -128,13 +125,6 @@ def test_first_rollout_and_its_micro_batches(three, tiny_run, tokenizer, kind, g
     assert row["reward"] == pytest.approx(row["score"] - 0.1 * row["kl"]) and row["kl"] > 0.1
     assert batch["returns"].sum(dim=1).mean().item() == pytest.approx(row["reward"])
 
-def test_the_log_of_ppo(tiny_run):
-    log = list(csv.DictReader(open(tiny_run / "ppo_token.csv")))
-    assert {"update", "episodes", "score", "score_std", "reward", "kl", "advantage_rms",
-            "approx_kl", "clipfrac", "accuracy", "seconds"} <= set(log[0])
-    assert [(row["update"], row["episodes"]) for row in log] == [("1", "32"), ("2", "64")]
-    assert float(log[0]["kl"]) == 0 != float(log[1]["kl"]) and log[1]["accuracy"]
-
 def chi_squared(tokens, probabilities):
     """In standard deviations above its mean, where tokens follow the probabilities."""
     expected = probabilities.detach() * len(tokens)
@@ -220,7 +210,7 @@ def test_b7_and_c2_of_single_rows(three, policy, tokenizer, method, tiny_run, mo
     monkeypatch.setattr(three, "open_model", lambda *_, **__: policy)
     monkeypatch.setattr(three, "collect", lambda *_: samples)
     for micro_batch in (256, 2):
-        args = three.Args(offline_lr=0.0, temperature=0.5, imitation_weight=3.0,
+        args = three.Args(offline_lr=1e-30, temperature=0.5, imitation_weight=3.0,
                           micro_batch=micro_batch, device="cpu")
         _, log = three.train_policy(method, [{"split": "train", "solution_ids": [2]}], [],
                                     tokenizer, tiny_run, args)
@@ -271,7 +261,7 @@ def test_collect_keeps_ids_and_the_steps_before_the_error(three, tokenizer, coll
     start = len(sum(three.steps_of(solution, tokenizer)[:2], []))
     wrong = solution[:start] + [solution[0]] + solution[start + 1:]
     monkeypatch.setattr(three, "generative_rewards", lambda p, right, mask: p * mask)
-    rows = collect_of([wrong, right], [three.locate_answer(3, tokenizer)], [solution[start:]])
+    rows = collect_of([wrong, right], [tokenizer("[3]").input_ids + [2]], [solution[start:]])
     assert seen[1] == [three.grm_prompt("locate", problems[0], wrong, tokenizer)]
     assert seen[2] == [rows[1]["grm_prompt"] + solution[:start]]   # B4
     assert [(row["right"], row["response_ids"], row["rewrite_ids"]) for row in rows] == [
@@ -290,7 +280,7 @@ def test_collect_keeps_ids_and_the_steps_before_the_error(three, tokenizer, coll
 def test_a_wrong_sample_is_never_praised(three, tokenizer, collect, answer, ending, reason, capsys):
     collect_of, _, problems, _ = collect
     solution, right = [problem["solution_ids"] for problem in problems]
-    answer = three.locate_answer(answer, tokenizer) if answer else [2]
+    answer = tokenizer(f"[{answer}]").input_ids + [2] if answer else [2]
     rows = collect_of([solution[:5] + [2], right], [answer], [solution[ending]] if ending else [])
     assert [row["response_ids"] for row in rows] == [right]
     assert f"1 right, 0 wrong and rewritten, dropped: {{'{reason}': 1}}" in capsys.readouterr().out

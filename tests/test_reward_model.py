@@ -3,8 +3,7 @@
 import copy
 from math import exp, log
 
-import pytest
-import torch
+import pytest, torch
 import torch.nn.functional as F
 
 @pytest.fixture(scope="module")
@@ -110,13 +109,12 @@ def test_prompts_of_the_grm_carry_the_ids_as_they_are(two, tokenizer, tiny_run):
     for response in (attempt, attempt + [end]):                    # cut off, and ended
         assert two.grm_prompt("rewrite", problem, response, tokenizer) == rewrite
         assert two.grm_prompt("locate", problem, response, tokenizer) == locate
-    assert two.locate_answer(3, tokenizer) == third + [end] != first + [end]
 
 def test_examples_of_a_wrong_and_a_right_response(two, tokenizer):
     names = ("rewrite_prompt", "locate_prompt", "edited_ids", "first_wrong_step")
     rows = [dict(zip(names, row)) for row in (([5], [6], [7, 2], 2), ([8], [9], [3, 2], None))]
     assert two.examples_of(rows, tokenizer) == (
-        [([5], [7, 2]), ([8], [3, 2])], [([6], two.locate_answer(2, tokenizer))])
+        [([5], [7, 2]), ([8], [3, 2])], [([6], tokenizer("[2]").input_ids + [2])])
 
 def test_exact_is_what_greedy_decoding_writes(two, tiny_run):
     model = new_model(two, tiny_run, "generative")
