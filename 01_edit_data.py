@@ -275,12 +275,14 @@ def small_policy(problems, args):
     return LlamaForCausalLM(config).to(args.device).eval(), tokenizer
 
 def renew_words(model):
-    """SFT never sees the words of B2 and pushes their embeddings, all the same way, out of the
-    policy's reach. There they stay as outputs; as inputs of the GRM they are drawn anew."""
-    weight = model.get_input_embeddings().weight
-    model.lm_head.weight = torch.nn.Parameter(weight.detach().clone())
+    """SFT never sees the words of B2 and pushes them all the same way, out of the policy's reach.
+    There they stay as outputs, told apart by noise; as inputs of the GRM they are drawn anew."""
+    weight, new = model.get_input_embeddings().weight, slice(-len(INSTRUCTIONS) - 9, None)
+    outputs = weight.detach().clone()
+    outputs[new] = outputs[new].mean(dim=0) + outputs.std() * torch.randn_like(outputs[new])
+    model.lm_head.weight = torch.nn.Parameter(outputs)
     model.config.tie_word_embeddings = False
-    weight.data[-len(INSTRUCTIONS) - 9:].normal_(std=weight.std().item())
+    weight.data[new].normal_(std=weight.std().item())
 
 def open_policy(args):
     """--model, made fit for all stages: a pad token that is not the end token, as many embeddings

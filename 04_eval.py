@@ -252,20 +252,18 @@ COLOURS = {"ppo_token": "#0072b2", "ppo_sequence": "#d55e00", "rlmec": "#009e73"
 CONTRASTS = [{"ppo_token", "ppo_sequence"}, {"rlmec", "rlmec_imitation"}, {"dpo", "dpo_edit"}]
 
 def learning_curves(logs):
-    """Validation accuracy of every policy against the episodes that it has seen, as SVG."""
-    top = max([row["episodes"] for log in logs.values() for row in log], default=1)
+    """Validation accuracy of every policy over its own updates, as SVG."""
     drawn = ('<path d="M0 0v200h400" fill="none" stroke="currentColor"/><text x="-45" y="10">100 %'
-             f'</text><text x="-45" y="204">0 %</text><text x="370" y="218">{top:,.0f}</text>')
+             '</text><text x="-45" y="204">0 %</text><text x="330" y="218">last update</text>')
     legend = ""
     for name, log in logs.items():
-        curve = [(row["episodes"], row["accuracy"]) for row in log if "accuracy" in row]
-        points = " ".join(f"{400 * x / top:.1f},{200 - 200 * y:.1f}" for x, y in curve)
-        colour = COLOURS[name]
-        drawn += f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="3"/>'
-        legend += f'<b><span style="color:{colour}">■</span> {html.escape(name)}</b> '
+        points = " ".join(f"{400 * row['update'] / log[-1]['update']:.0f},"
+                          f"{200 - 200 * row['accuracy']:.1f}" for row in log if "accuracy" in row)
+        drawn += (f'<polyline points="{points}" fill="none" stroke="{COLOURS[name]}" '
+                  'stroke-width="3"/>')
+        legend += f'<b><span style="color:{COLOURS[name]}">■</span> {html.escape(name)}</b> '
     return (f'<h2>Learning curves</h2><p>{legend}</p><svg viewBox="-45 -10 480 235">{drawn}</svg>'
-            "<p>Right responses to validation prompts, against episodes (sampled responses). RLMEC "
-            "samples once: all its updates stand at one number of episodes.</p>")
+            "<p>Right responses to validation prompts, over the updates of each run.</p>")
 
 def card(prompt, rows):
     """A prompt, and what is shown of it: name -> HTML."""
