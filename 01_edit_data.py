@@ -274,16 +274,6 @@ def small_policy(problems, args):
         max_position_embeddings=256, bos_token_id=None, eos_token_id=2, pad_token_id=0)
     return LlamaForCausalLM(config).to(args.device).eval(), tokenizer
 
-def renew_words(model):
-    """SFT never sees the words of B2 and pushes them all the same way, out of the policy's reach.
-    There they stay as outputs, told apart by noise; as inputs of the GRM they are drawn anew."""
-    weight, new = model.get_input_embeddings().weight, slice(-len(INSTRUCTIONS) - 9, None)
-    outputs = weight.detach().clone()
-    outputs[new] = outputs[new].mean(dim=0) + outputs.std() * torch.randn_like(outputs[new])
-    model.lm_head.weight = torch.nn.Parameter(outputs)
-    model.config.tie_word_embeddings = False
-    weight.data[new].normal_(std=weight.std().item())
-
 def open_policy(args):
     """--model, made fit for all stages: a pad token that is not the end token, as many embeddings
     as tokens (rows without one would be sampled), its end and its context in the config."""
@@ -512,8 +502,6 @@ def main(args):
     run = start_stage(args, "01", later)
     train = [problem for problem in problems if problem["split"] == "train"]
     fine_tune(model, tokenizer, train, args)
-    if not args.model:
-        renew_words(model)
     save(run / "policy", model, tokenizer)
     columns = "id split prompt prompt_ids solution solution_ids answer solutions rules".split()
     save(run / "problems.jsonl", [{name: p[name] for name in columns if p.get(name)}

@@ -49,19 +49,19 @@ class Args:
     seed: int = HfArg(default=1, help="seed of the order of the rows")
     overwrite: bool = HfArg(default=False, help="remove what later stages made")
     kind: Literal[("all", *KINDS)] = HfArg(default="all", help="model to train")
-    pairs: int = HfArg(default=6000, help="A1: preference pairs for A5 and A6, at most")
+    pairs: int = HfArg(default=7500, help="A1: preference pairs for A5 and A6, at most")
     alpha: float = HfArg(default=2.0, help="A5: scale of the preference, alpha")
     beta: float = HfArg(default=1.0, help="A5: weight of equal rewards on kept tokens")
     zero: float = HfArg(default=5.0, help="ours: weight of their squared reward")
     response_reward: Literal["sum", "mean"] = HfArg(default="sum", help="A3: R of a response")
-    epochs: int = HfArg(default=9, help="A5: epochs")
+    epochs: int = HfArg(default=8, help="A5: epochs")
     batch: int = HfArg(default=64, help="A5: pairs an optimiser step")
     lr: float = HfArg(default=1.5e-3, help="A5: learning rate; all: cosine, 3 %% warm-up")
-    sequence_epochs: int = HfArg(default=10, help="A6: epochs")
+    sequence_epochs: int = HfArg(default=8, help="A6: epochs")
     sequence_batch: int = HfArg(default=64, help="A6: pairs an optimiser step")
     sequence_lr: float = HfArg(default=1.5e-3, help="A6: learning rate")
     rewrite_epochs: int = HfArg(default=1, help="B2: epochs of `rewrite`")
-    locate_epochs: int = HfArg(default=4, help="B2: epochs of `locate`")
+    locate_epochs: int = HfArg(default=5, help="B2: epochs of `locate`")
     grm_batch: int = HfArg(default=32, help="B2: examples an optimiser step")
     grm_lr: float = HfArg(default=2e-3, help="B2: learning rate")
     micro_batch: int = HfArg(default=256, help="rows of a forward pass, at most")
@@ -364,10 +364,17 @@ def evaluate(kind, model, rows, tokenizer, args):
     return metrics, {row["place"]: r for row, r in zip(edited, r_l)}
 
 # --- The stage ---
-def open_reward_model(kind, path, args):
-    """A2, A6: the policy with one output and a head of zeros: r = 0; B2: the policy itself."""
+def open_reward_model(kind, path, tokenizer, args):
+    """A2, A6: the policy with one output and a head of zeros: r = 0; B2: the policy itself, where
+    embeddings of B2's words are drawn anew: SFT, which never saw them, pushed all to one place."""
     if kind == "generative":
-        return AutoModelForCausalLM.from_pretrained(path).to(args.device)
+        model = AutoModelForCausalLM.from_pretrained(path).to(args.device)
+        new = [words(text, tokenizer) for text in (
+            *INSTRUCTIONS.values(), *(f"[{k}]" for k in range(1, 10)))]
+        new = [ids[0] for ids in new if len(ids) == 1]         # a small policy's
+        for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
+            weight.data[new] = weight.data.std() * torch.randn_like(weight.data[new])
+        return model
     model = KINDS[kind].from_pretrained(path, num_labels=1).to(args.device)
     model.config.problem_type = "regression"                   # a pipeline then shows R itself
     for name, weight in model.named_parameters():
@@ -417,7 +424,7 @@ def main(args):
     for kind in KINDS if args.kind == "all" else [args.kind]:
         start = time.time()
         torch.manual_seed(args.seed)
-        model = open_reward_model(kind, run / "policy", args)
+        model = open_reward_model(kind, run / "policy", tokenizer, args)
         training, held_out = read_rows(run, kind, model, tokenizer, args)
         if not training or not held_out:
             print(f"reward_{kind}: skipped, edits.jsonl has no rows for training, or for testing")

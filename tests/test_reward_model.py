@@ -16,7 +16,8 @@ def tokenizer(two, tiny_run):
 
 def new_model(two, run, kind):
     """Stage 2's new model; its head of zeros is made random, so that it rewards something."""
-    model = two.open_reward_model(kind, run / "policy", two.Args(device="cpu"))
+    tokenizer = two.AutoTokenizer.from_pretrained(run / "policy")
+    model = two.open_reward_model(kind, run / "policy", tokenizer, two.Args(device="cpu"))
     if kind != "generative":
         assert not model.score.weight.any()
         torch.nn.init.normal_(model.score.weight, std=0.3)
