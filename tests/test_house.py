@@ -7,9 +7,8 @@ from conftest import ROOT, STAGES
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer)
 
-# what the files measure; the plan is 95,000 characters: these only ever go down
-SCRIPT_LINES = 1980
-SCRIPT_CHARACTERS = 113800
+SCRIPT_LINES = 1975                        # these only ever go down
+SCRIPT_CHARACTERS = 113615                 # the plan: 95,000
 README_LINES = 220
 TEST_LINES = 1200
 OPTIONS = 22

@@ -126,7 +126,6 @@ def test_first_rollout_and_its_micro_batches(three, tiny_run, tokenizer, kind, g
     assert batch["returns"].sum(dim=1).mean().item() == pytest.approx(row["reward"])
 
 def chi_squared(tokens, probabilities):
-    """In standard deviations above its mean, where tokens follow the probabilities."""
     expected = probabilities.detach() * len(tokens)
     seen = torch.bincount(torch.tensor(tokens), minlength=12)
     return (((seen - expected) ** 2 / expected).sum() - 11) / 22 ** 0.5

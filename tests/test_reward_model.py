@@ -117,6 +117,13 @@ def test_examples_of_a_wrong_and_a_right_response(two, tokenizer):
     assert two.examples_of(rows, tokenizer) == (
         [([5], [7, 2]), ([8], [3, 2])], [([6], tokenizer("[2]").input_ids + [2])])
 
+def test_words_of_b2_are_told_apart(two, tiny_run, tokenizer):
+    model, policy = (new_model(two, tiny_run, "generative").lm_head.weight,
+                     two.AutoModelForCausalLM.from_pretrained(tiny_run / "policy").lm_head.weight)
+    one, other = (tokenizer(f"[{k}]").input_ids[0] for k in (1, 2))
+    assert F.cosine_similarity(model[one], model[other], dim=0).abs() < 0.7
+    assert model[:9].equal(policy[:9]) and not model[one].equal(policy[one])
+
 def test_exact_is_what_greedy_decoding_writes(two, tiny_run):
     model = new_model(two, tiny_run, "generative")
     prompts, examples = [[5, 6], [7] * 9, [8, 9, 4]], []
