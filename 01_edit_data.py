@@ -201,8 +201,8 @@ def save(path, *contents):
     for content in contents:
         if isinstance(content, list):
             content = "".join(json.dumps(row) + "\n" for row in content)
-        write = part.write_text if isinstance(content, str) else content.save_pretrained
-        write(content if isinstance(content, str) else part)
+        write = part.write_bytes if isinstance(content, str) else content.save_pretrained
+        write(content.encode(errors="backslashreplace") if isinstance(content, str) else part)
     shutil.rmtree(path, ignore_errors=True)
     part.replace(path)
 
@@ -469,9 +469,10 @@ def report(rows, drop, tokenizer):
 def read_rules(path):
     """Regular expression -> replacement, of the lines of a file, parted by a tab."""
     try:
-        rules = dict(line.split("\t") for line in open(path).read().splitlines() if line)
+        lines = Path(path).read_text("utf-8").splitlines()
+        rules = dict(line.split("\t") for line in lines if line)
         [re.sub(*rule, "") for rule in rules.items()]
-        return rules
+        return rules or fail(f"{path}: has no rules")
     except (OSError, ValueError, IndexError, re.error) as error:
         fail(f"{path}: lines of a regular expression, a tab and its replacement ({error})")
 

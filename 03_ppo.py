@@ -98,17 +98,17 @@ def token_values(model, inputs, response_mask):
     T = response_mask.shape[1]
     return model(**inputs, use_cache=False).logits[:, -T - 1:-1, 0].float() * response_mask
 
-def gae(rewards, values, response_mask, lam, gamma=1.0):
+def gae(rewards, values, lam, gamma=1.0):
     """A8: advantages and returns (B, T). delta_t = r^_t + gamma V(s_{t+1}) - V(s_t); rewards and
-    values are 0 after the last token, so V(s_{T+1}) = 0."""
+    values are 0 after the last token, so V(s_{T+1}) = 0, and advantages are 0 there as well."""
     advantages = torch.zeros_like(rewards)
     advantage = next_value = torch.zeros_like(rewards[:, 0])
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = (delta + gamma * lam * advantage) * response_mask[:, t]
+        advantage = delta + gamma * lam * advantage
         next_value = values[:, t]
         advantages[:, t] = advantage
-    return advantages, (advantages + values) * response_mask
+    return advantages, advantages + values
 
 def masked_mean(x, mask):
     """Mean of x where mask is true; padding never counts."""
@@ -254,8 +254,8 @@ def save(path, *contents):
     for content in contents:
         if isinstance(content, list):
             content = "".join(json.dumps(row) + "\n" for row in content)
-        write = part.write_text if isinstance(content, str) else content.save_pretrained
-        write(content if isinstance(content, str) else part)
+        write = part.write_bytes if isinstance(content, str) else content.save_pretrained
+        write(content.encode(errors="backslashreplace") if isinstance(content, str) else part)
     shutil.rmtree(path, ignore_errors=True)
     part.replace(path)
 
@@ -418,7 +418,7 @@ def rollout(kind, models, prompts, tokenizer, scale, args):
     values = read(token_values, models["value"], *rows)
     scores = read(scores_of, models["reward"], *rows, kind, scale)
     rewards = kl_rewards(scores, logprobs, ref_logprobs, args.kappa)           # A7
-    advantages, returns = gae(rewards, values, mask, args.lam)                 # A8
+    advantages, returns = gae(rewards, values, args.lam)                       # A8
     total = scores.sum(dim=1)                                  # sums a response, means a rollout
     row = {"score": total.mean().item(), "score_std": total.std().item(),
            "reward": rewards.sum(dim=1).mean().item(),

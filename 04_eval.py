@@ -117,8 +117,8 @@ def save(path, *contents):
     for content in contents:
         if isinstance(content, list):
             content = "".join(json.dumps(row) + "\n" for row in content)
-        write = part.write_text if isinstance(content, str) else content.save_pretrained
-        write(content if isinstance(content, str) else part)
+        write = part.write_bytes if isinstance(content, str) else content.save_pretrained
+        write(content.encode(errors="backslashreplace") if isinstance(content, str) else part)
     shutil.rmtree(path, ignore_errors=True)
     part.replace(path)
 

@@ -40,7 +40,6 @@ def tiny_run(tmp_path_factory, stages):
 
 @pytest.fixture
 def run(tiny_run, tmp_path):
-    """A copy of the tiny run to break."""
     return Path(shutil.copytree(tiny_run, tmp_path / "run"))
 
 @pytest.fixture(autouse=True)

@@ -20,13 +20,11 @@ def tokenizer(three, tiny_run):
 
 @pytest.fixture
 def policy():
-    """Twelve tokens, 24 positions, and weights so large that a wrong place or mask shows."""
     model = LlamaForCausalLM(copy.copy(CONFIG)).eval()
     model.config.pad_token_id = 0
     return model
 
 def plain_logprobs(model, prompt, response, temperature=1.0):
-    """log pi of one row without padding: logits at t-1 score token t."""
     logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
     return (logits / temperature).log_softmax(-1)[range(len(response)), response]
 
@@ -49,7 +47,7 @@ def test_values_are_read_before_the_token_and_gae_by_hand(three):
     assert three.token_values(model, inputs, mask)[0].tolist() == pytest.approx(plain + [0, 0])
     # A8 with lambda and gamma 0.5: delta = 1 + 1 - 1, 0 + 1.5 - 2, 2 + 0 - 3
     rewards, values = torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[1.0, 2.0, 3.0]])
-    advantages, returns = three.gae(rewards, values, torch.tensor([[True] * 3]), 0.5, 0.5)
+    advantages, returns = three.gae(rewards, values, 0.5, 0.5)
     assert advantages[0].tolist() == pytest.approx([1 - 0.75 / 4, -0.5 - 0.25, -1.0])
     assert returns[0].tolist() == pytest.approx([1.8125, 1.25, 2.0])
 
@@ -57,7 +55,7 @@ def test_values_are_read_before_the_token_and_gae_by_hand(three):
 def test_gae_equals_the_double_sum_and_ignores_padding(three, lam, gamma):
     mask = torch.arange(7) < torch.tensor([5, 1, 3])[:, None]
     rewards, values, slow = torch.randn(3, 7) * mask, torch.randn(3, 7) * mask, torch.zeros(3, 7)
-    advantages, returns = three.gae(rewards, values, mask, lam, gamma)
+    advantages, returns = three.gae(rewards, values, lam, gamma)
     for row, T in enumerate([5, 1, 3]):
         v = values[row].tolist()[:T] + [0.0]                       # V(s_{T+1}) = 0
         deltas = [rewards[row, t].item() + gamma * v[t + 1] - v[t] for t in range(T)]
@@ -88,7 +86,7 @@ def test_value_loss_and_whitening_by_hand(three):
 def test_a_reward_moves_its_token_and_with_lambda_0_no_other(three, policy, reward):
     inputs, mask = three.pack([[5, 6]], [[7, 8, 9, 2]], policy)
     rewards = torch.tensor([[0.0, reward, 0.0, 0.0]])
-    advantages, _ = three.gae(rewards, torch.zeros(1, 4), mask, 0.0)
+    advantages, _ = three.gae(rewards, torch.zeros(1, 4), 0.0)
     assert advantages.equal(rewards)
     before = three.response_logprobs(policy, inputs, mask)
     three.policy_loss(before, before.detach(), advantages, mask, 0.2, 4).backward()

@@ -88,13 +88,16 @@ def test_a6_and_b2_count_the_pairs_and_the_output_tokens_of_the_batch(two, tiny_
 
 @pytest.mark.parametrize("kind", ["token", "sequence", "generative"])
 def test_micro_batches_give_the_batches_gradient(two, tiny_run, tokenizer, kind, monkeypatch):
-    model, grads = new_model(two, tiny_run, kind), []
+    model, grads, calls, loss_of = new_model(two, tiny_run, kind), [], [], two.loss_of
+    monkeypatch.setattr(two, "loss_of", lambda *call: calls.append(call) or loss_of(*call))
     rows = two.read_rows(tiny_run, kind, model, tokenizer, two.Args())[0][:7]
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, _: grads.append(
         torch.cat([p.grad.flatten() for p in parameters])))
     for micro_batch in (256, 3):
         args = two.Args(epochs=1, sequence_epochs=1, locate_epochs=1, micro_batch=micro_batch)
         two.train(kind, copy.deepcopy(model), rows, tokenizer, args)
+    for _, _, batch, N, _ in calls[:len(grads) // 2]:              # whole batches
+        assert N == (sum(len(y) for _, y in batch) if kind == "generative" else len(batch))
     parts = grads[len(grads) // 2]                                 # the first step of each run
     assert (grads[0] - parts).norm() < 1e-5 * grads[0].norm()
 
