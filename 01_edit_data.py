@@ -195,19 +195,21 @@ def read_jsonl(path, *columns):
         fail(f"{place}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
 
-def save(path, *contents):
+def save(path, *contents, **options):
     """Rows as JSONL, a text, or a model and its tokenizer: written aside, then renamed."""
     part = Path(f"{path}.part")
     for content in contents:
         if isinstance(content, list):
             content = "".join(json.dumps(row) + "\n" for row in content)
-        write = part.write_bytes if isinstance(content, str) else content.save_pretrained
-        write(content.encode(errors="backslashreplace") if isinstance(content, str) else part)
+        if isinstance(content, str):
+            part.write_text(content, "utf-8", "backslashreplace")
+        else:
+            content.save_pretrained(part, **options)
     shutil.rmtree(path, ignore_errors=True)
     part.replace(path)
 
 def start_stage(args, stage, later):
-    """The run folder, arguments saved. Later stages' outputs stop it, or go with --overwrite."""
+    """Make the run folder. Later stages' outputs stop it, or go with --overwrite."""
     run = Path(args.run)
     for path in [path for pattern in later.split() for path in run.glob(pattern)]:
         if not args.overwrite:
@@ -215,8 +217,6 @@ def start_stage(args, stage, later):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     run.mkdir(parents=True, exist_ok=True)
     save(run / f"{stage}_args.json", [asdict(args)])
-    torch.manual_seed(args.seed)
-    return run
 
 def batches(rows, size):
     """Slices of `size` rows, the last short one included."""
@@ -497,10 +497,10 @@ def prepare(args, drop):
 
 def main(args):
     torch.manual_seed(args.seed)
-    drop = Counter()
+    run, drop = Path(args.run), Counter()
     problems, kind, rules, model, tokenizer = prepare(args, drop)
-    later = "reward_* ppo_* rlmec* rejection* dpo* responses.jsonl eval.json *.html"
-    run = start_stage(args, "01", later)
+    later = "reward_* ppo_* rlmec* rejection* dpo* 03_state.pt responses.jsonl eval.json *.html"
+    start_stage(args, "01", later)
     train = [problem for problem in problems if problem["split"] == "train"]
     fine_tune(model, tokenizer, train, args)
     save(run / "policy", model, tokenizer)

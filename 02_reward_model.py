@@ -18,7 +18,7 @@ Reads RUN/policy, problems.jsonl, edits.jsonl. Writes RUN/reward_token, reward_s
 reward_generative, reward_metrics.json and reward_examples.jsonl.
 """
 
-import json, random, re, shutil, sys, time
+import json, os, random, re, shutil, sys, time
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -29,7 +29,11 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, HfArgumentParser,
@@ -40,6 +44,8 @@ from transformers.utils import logging
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 KINDS = {"token": AutoModelForTokenClassification, "sequence": AutoModelForSequenceClassification,
          "generative": AutoModelForCausalLM}
 
@@ -60,12 +66,12 @@ class Args:
     sequence_epochs: int = HfArg(default=9, help="A6: epochs")
     sequence_batch: int = HfArg(default=32, help="A6: pairs an optimiser step")
     sequence_lr: float = HfArg(default=1e-3, help="A6: learning rate")
-    rewrite_epochs: int = HfArg(default=1, help="B2: epochs of `rewrite`")
-    locate_epochs: int = HfArg(default=5, help="B2: epochs of `locate`")
+    locate_epochs: int = HfArg(default=5, help="B2: epochs of `locate`; `rewrite` has one")
     grm_batch: int = HfArg(default=32, help="B2: examples an optimiser step")
     grm_lr: float = HfArg(default=2e-3, help="B2: learning rate")
     micro_batch: int = HfArg(default=256, help="rows of a forward pass, at most")
     bf16: bool = HfArg(default=False, help="autocast to bfloat16; weights stay float32")
+    fsdp: bool = HfArg(default=False, help="shard the models over torchrun's processes")
     device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="device")
 
 # --- The equations ---
@@ -76,7 +82,7 @@ def token_rewards(model, inputs, response_mask):
 
 def sequence_reward(model, inputs):
     """A6: R_phi(x, y) (B,), read at the last token of the response, whatever that token is."""
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+    hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
     column = torch.arange(hidden.shape[1], device=hidden.device)
     last = (inputs["attention_mask"] * column).argmax(dim=1)
     return model.score(hidden[torch.arange(len(last)), last])[:, 0].float()
@@ -156,19 +162,21 @@ def read_jsonl(path, *columns):
         fail(f"{place}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
 
-def save(path, *contents):
+def save(path, *contents, **options):
     """Rows as JSONL, a text, or a model and its tokenizer: written aside, then renamed."""
     part = Path(f"{path}.part")
     for content in contents:
         if isinstance(content, list):
             content = "".join(json.dumps(row) + "\n" for row in content)
-        write = part.write_bytes if isinstance(content, str) else content.save_pretrained
-        write(content.encode(errors="backslashreplace") if isinstance(content, str) else part)
+        if isinstance(content, str):
+            part.write_text(content, "utf-8", "backslashreplace")
+        else:
+            content.save_pretrained(part, **options)
     shutil.rmtree(path, ignore_errors=True)
     part.replace(path)
 
 def start_stage(args, stage, later):
-    """The run folder, arguments saved. Later stages' outputs stop it, or go with --overwrite."""
+    """Make the run folder. Later stages' outputs stop it, or go with --overwrite."""
     run = Path(args.run)
     for path in [path for pattern in later.split() for path in run.glob(pattern)]:
         if not args.overwrite:
@@ -176,8 +184,6 @@ def start_stage(args, stage, later):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     run.mkdir(parents=True, exist_ok=True)
     save(run / f"{stage}_args.json", [asdict(args)])
-    torch.manual_seed(args.seed)
-    return run
 
 def batches(rows, size):
     """Slices of `size` rows, the last short one included."""
@@ -220,6 +226,30 @@ def steps_of(ids, tokenizer):
     starts = [bisect_right(ends, step.start()) for step in STEP.finditer("".join(texts))]
     return [ids[a:b] for a, b in pairwise([0, *starts[1:], len(ids)])]
 
+# --- Over several processes ---
+def shard(model, args):
+    """--fsdp: every process keeps a part of each weight; gradients are sums, as N is global."""
+    if args.fsdp and WORLD > 1:
+        mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))
+        layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+        for module in [*layers, model]:
+            fully_shard(module, mesh=mesh)
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+    return model
+
+def optimizer_step(optimizer, args):
+    """A step on the sum of all processes' gradients, clipped to norm 1 a parameter group."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    if WORLD > 1 and not args.fsdp:                            # else they are summed already
+        flat = parameters_to_vector(grads)
+        dist.all_reduce(flat)
+        vector_to_parameters(flat, grads)
+    for group in optimizer.param_groups:
+        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
 # --- Training ---
 def score(kind, model, rows, column):
     """Rewards of a column of responses, (B, T) and mask, or (B,) and None; GRM: p_t - 0.5."""
@@ -258,8 +288,7 @@ def train(kind, model, rows, tokenizer, args):
     """Epochs in new orders; a batch of the GRM has one of its two tasks, which take turns."""
     size, lr, epochs = {"token": (args.batch, args.lr, [args.epochs]),
                         "sequence": (args.sequence_batch, args.sequence_lr, [args.sequence_epochs]),
-                        "generative": (args.grm_batch, args.grm_lr,
-                                       [args.rewrite_epochs, args.locate_epochs])}[kind]
+                        "generative": (args.grm_batch, args.grm_lr, [1, args.locate_epochs])}[kind]
     rng = random.Random(args.seed)
     jobs = examples_of(rows, tokenizer) if kind == "generative" else [rows]
     plan = [batch for some, times in zip(jobs, epochs) for _ in range(times)
@@ -268,16 +297,15 @@ def train(kind, model, rows, tokenizer, args):
         rng.shuffle(plan)
     optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * len(plan)), len(plan))
-    for batch in tqdm(plan, desc=f"reward_{kind}"):
+    for batch in tqdm(plan, desc=f"reward_{kind}", disable=RANK > 0):
         N = sum(len(row[1]) for row in batch) if kind == "generative" else len(batch)
-        for part in batches(batch, args.micro_batch):
-            loss = loss_of(kind, model, part, N, args)
+        for part in batches(batch, args.micro_batch * WORLD):
+            mine = part[RANK::WORLD] or part[:1]               # without a row, one that adds 0
+            loss = loss_of(kind, model, mine, N, args) * (RANK < len(part))
             if not loss.isfinite():
                 fail(f"reward_{kind}: the loss is {loss.item()}; lower the learning rate")
             loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        optimizer_step(optimizer, args)
         schedule.step()
 
 # --- Metrics on held-out rows ---
@@ -416,8 +444,11 @@ def hand_on(run, metrics, rewards, tokenizer):
         **{kind: rewards.get(kind, {}).get(row["place"]) for kind in KINDS}} for row in rows[:200]])
 
 def main(args):
-    read_jsonl(Path(args.run) / "edits.jsonl")
-    run = start_stage(args, "02", "ppo_* rlmec* rejection* dpo* responses.jsonl eval.json *.html")
+    run = Path(args.run)
+    read_jsonl(run / "edits.jsonl")
+    if RANK == 0:
+        later = "ppo_* rlmec* rejection* dpo* 03_state.pt responses.jsonl eval.json *.html"
+        start_stage(args, "02", later)
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
     path, rewards = run / "reward_metrics.json", {}
     metrics = json.loads(path.read_text()) if path.exists() else {}
@@ -429,14 +460,22 @@ def main(args):
         if not training or not held_out:
             print(f"reward_{kind}: skipped, edits.jsonl has no rows for training, or for testing")
             continue
+        model = shard(model, args)
         train(kind, model, training, tokenizer, args)
         metrics[kind], rewards[kind] = evaluate(kind, model, held_out, tokenizer, args)
         metrics[kind]["seconds"] = round(time.time() - start, 1)
         print(f"reward_{kind}: {json.dumps(metrics[kind])}")
-        save(run / f"reward_{kind}", model, tokenizer)
-        hand_on(run, metrics, rewards, tokenizer)
+        state = get_model_state_dict(model, options=WHOLE) if args.fsdp else None
+        if RANK == 0:
+            save(run / f"reward_{kind}", model, tokenizer, state_dict=state)
+            hand_on(run, metrics, rewards, tokenizer)
 
 if __name__ == "__main__":
     args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]
+    if WORLD > 1:                                              # under torchrun
+        dist.init_process_group()
+        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+        if args.device == "cuda":
+            torch.cuda.set_device(RANK % torch.cuda.device_count())
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.bf16, False):
         main(args)                                             # False: no cache of old weights

@@ -26,7 +26,7 @@ Simplified against the papers:
 Reads RUN/policy, problems.jsonl, edits.jsonl, reward_*. Writes a policy and a CSV for each method.
 """
 
-import json, random, re, shutil, sys, time
+import json, os, random, re, shutil, sys, time
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -37,9 +37,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     get_state_dict, set_state_dict)
+from torch.distributed.fsdp import fully_shard
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
+from tqdm import tqdm, trange
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, HfArgumentParser,
                           get_cosine_schedule_with_warmup)
@@ -49,9 +54,12 @@ from transformers.utils import logging
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 
-METHODS = {"ppo_token": "token", "ppo_sequence": "sequence", "rlmec": "generative",
-           "rlmec_imitation": "generative", "rejection": "generative", "dpo": None,
-           "dpo_edit": None}                                   # and their reward models
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+METHODS = {"ppo_token": ("reward_token", 1e-4), "ppo_sequence": ("reward_sequence", 1e-4),
+           "rlmec": ("reward_generative", 1e-3), "rlmec_imitation": ("reward_generative", 1e-3),
+           "rejection": ("reward_generative", 1e-3), "dpo": ("policy", 3e-5),
+           "dpo_edit": ("policy", 3e-5)}                       # model needed, learning rate
 
 @dataclass
 class Args:
@@ -63,19 +71,19 @@ class Args:
     rollout_batch: int = HfArg(default=256, help="responses sampled an update")
     ppo_epochs: int = HfArg(default=2, help="A9: passes over a rollout")
     minibatch: int = HfArg(default=64, help="responses an optimiser step")
-    lr: float = HfArg(default=1e-4, help="A9: learning rate of the policy")
+    lr: float = HfArg(default=None, help="policy's learning rate; default: see METHODS")
     value_lr: float = HfArg(default=1e-3, help="A9: learning rate of the value model")
-    offline_lr: float = HfArg(default=None, help="B8, C1, C2; default 1e-3, of DPO 3e-5")
     kappa: float = HfArg(default=0.1, help="A7: KL coefficient, kappa, in reward per nat")
     lam: float = HfArg(default=0.95, help="A8: lambda of GAE")
-    clip: float = HfArg(default=0.2, help="A9: clip range, epsilon")
-    rlmec_clip: float = HfArg(default=0.3, help="B5: clip range, epsilon")
+    clip: float = HfArg(default=None, help="clip range, epsilon; default: A9 0.2, B5 0.3")
     imitation_weight: float = HfArg(default=1.0, help="B7: weight of L_IR, lambda")
     dpo_beta: float = HfArg(default=1.0, help="C1: b")
     temperature: float = HfArg(default=1.0, help="of samples and of A7, A9, B5")
     max_new_tokens: int = HfArg(default=48, help="longest response, in tokens")
     micro_batch: int = HfArg(default=256, help="rows of a forward pass, at most")
     bf16: bool = HfArg(default=False, help="autocast to bfloat16; the weights stay float32")
+    save_every: int = HfArg(default=10, help="updates after which a killed run can go on")
+    fsdp: bool = HfArg(default=False, help="shard the models over torchrun's processes")
     device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="device")
 
 # --- The equations ---
@@ -176,7 +184,7 @@ def token_rewards(model, inputs, response_mask):
 
 def sequence_reward(model, inputs):
     """A6: R_phi(x, y) (B,), read at the last token of the response, whatever that token is."""
-    hidden = model.base_model(**inputs, use_cache=False).last_hidden_state
+    hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
     column = torch.arange(hidden.shape[1], device=hidden.device)
     last = (inputs["attention_mask"] * column).argmax(dim=1)
     return model.score(hidden[torch.arange(len(last)), last])[:, 0].float()
@@ -248,19 +256,21 @@ def read_jsonl(path, *columns):
         fail(f"{place}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
 
-def save(path, *contents):
+def save(path, *contents, **options):
     """Rows as JSONL, a text, or a model and its tokenizer: written aside, then renamed."""
     part = Path(f"{path}.part")
     for content in contents:
         if isinstance(content, list):
             content = "".join(json.dumps(row) + "\n" for row in content)
-        write = part.write_bytes if isinstance(content, str) else content.save_pretrained
-        write(content.encode(errors="backslashreplace") if isinstance(content, str) else part)
+        if isinstance(content, str):
+            part.write_text(content, "utf-8", "backslashreplace")
+        else:
+            content.save_pretrained(part, **options)
     shutil.rmtree(path, ignore_errors=True)
     part.replace(path)
 
 def start_stage(args, stage, later):
-    """The run folder, arguments saved. Later stages' outputs stop it, or go with --overwrite."""
+    """Make the run folder. Later stages' outputs stop it, or go with --overwrite."""
     run = Path(args.run)
     for path in [path for pattern in later.split() for path in run.glob(pattern)]:
         if not args.overwrite:
@@ -268,8 +278,6 @@ def start_stage(args, stage, later):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     run.mkdir(parents=True, exist_ok=True)
     save(run / f"{stage}_args.json", [asdict(args)])
-    torch.manual_seed(args.seed)
-    return run
 
 def batches(rows, size):
     """Slices of `size` rows, the last short one included."""
@@ -329,17 +337,83 @@ def grm_prompt(task, problem, response_ids, tokenizer):
             ids += words(f"[{k}]", tokenizer) + step
     return ids + words(INSTRUCTIONS[task], tokenizer)
 
+# --- Over several processes ---
+def shard(model, args):
+    """--fsdp: every process keeps a part of each weight; gradients are sums, as N is global."""
+    if args.fsdp and WORLD > 1:
+        mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))
+        layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+        for module in [*layers, model]:
+            fully_shard(module, mesh=mesh)
+            module.set_force_sum_reduction_for_comms(True)
+            module.set_gradient_divide_factor(1.0)
+    return model
+
+def optimizer_step(optimizer, args):
+    """A step on the sum of all processes' gradients, clipped to norm 1 a parameter group."""
+    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    if WORLD > 1 and not args.fsdp:                            # else they are summed already
+        flat = parameters_to_vector(grads)
+        dist.all_reduce(flat)
+        vector_to_parameters(flat, grads)
+    for group in optimizer.param_groups:
+        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+def share(rows):
+    """This process's rows, as many as every other has; the last may repeat one, for `gather`."""
+    return [rows[k % len(rows)] for k in range(RANK, len(rows) + -len(rows) % WORLD, WORLD)]
+
+def gather(rows, size):
+    """The rows of all processes, in the order of the `size` rows that they shared."""
+    parts = [rows] * WORLD
+    if WORLD > 1:
+        dist.all_gather_object(parts, rows)
+    return [parts[k % WORLD][k // WORLD] for k in range(size)]
+
+def summed(total):
+    """Statistics of a batch, of which every process has a part."""
+    return {name: sum(part.get(name, 0) for part in gather([total], WORLD)) for name in total}
+
+def streams(args, number):
+    """Random numbers of an update: those returned are all processes', torch's (samples) its own."""
+    rng = random.Random(f"{args.seed} {number}")
+    torch.manual_seed(rng.getrandbits(60) + RANK)
+    return rng
+
+# --- A killed run goes on ---
+def read_state(run, args):
+    """What a killed run with the same flags had saved, or {}."""
+    path = run / "03_state.pt"
+    try:
+        state = torch.load(path, weights_only=True) if path.exists() else {}
+    except Exception as error:                                 # torch raises many kinds
+        fail(f"{path}: not readable ({type(error).__name__}); remove it to start again")
+    for name, value in state.get("args", {}).items():
+        if value != getattr(args, name) and name != "overwrite":
+            fail(f"{path}: the killed run had --{name} {value}; remove it to start again")
+    return state
+
+def save_state(run, args, models, optimizer, **place):
+    """Weights, optimiser, method, update and log: written aside, then renamed."""
+    weights, moments = get_state_dict(torch.nn.ModuleDict(models), optimizer, options=WHOLE)
+    if RANK == 0:
+        part = run / "03_state.part"
+        torch.save({"args": asdict(args), "weights": weights, "moments": moments, **place}, part)
+        part.replace(run / "03_state.pt")
+
 # --- Sampling ---
 @torch.no_grad()
 def sample(model, prompts, tokenizer, args, temperature):
     """Draw a response to each prompt (ids) from pi(a_t | s_t), with its end token; 0: likeliest."""
-    if len(prompts) > args.micro_batch or not prompts:
-        return [row for part in batches(prompts, args.micro_batch)
+    if len(prompts) > args.micro_batch * WORLD or not prompts:
+        return [row for part in batches(prompts, args.micro_batch * WORLD)
                 for row in sample(model, part, tokenizer, args, temperature)]
-    responses, running, cache = [[] for _ in prompts], list(range(len(prompts))), None
-    inputs, _ = pack(prompts, responses, model)
+    mine, limit = share(prompts), model.config.max_position_embeddings - max(map(len, prompts))
+    responses, running, cache = [[] for _ in mine], list(range(len(mine))), None
+    inputs, _ = pack(mine, responses, model)
     ids, mask, position = inputs.values()
-    limit = model.config.max_position_embeddings - ids.shape[1]
     for _ in range(min(args.max_new_tokens, limit)):
         output = model(input_ids=ids, attention_mask=mask, position_ids=position,
                        past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -351,36 +425,30 @@ def sample(model, prompts, tokenizer, args, temperature):
             tokens = torch.searchsorted(shares, u, right=True)[:, 0].clamp(max=shares.shape[1] - 1)
         for row, token in zip(running, tokens.tolist()):
             responses[row].append(token)
-        alive = (tokens != tokenizer.eos_token_id).nonzero()[:, 0]
-        if len(alive) == 0:
+        going = [k for k, row in enumerate(running) if responses[row][-1] != tokenizer.eos_token_id]
+        if not any(gather([going], WORLD)):                    # processes stop together
             break
-        if len(alive) < len(running):                          # who has ended leaves the batch
-            cache.batch_select_indices(alive)
-            running = [running[k] for k in alive.tolist()]
-        ids, position = tokens[alive, None], position[alive, -1:] + 1
-        mask = torch.cat([mask[alive], torch.ones_like(ids)], dim=1)
-    return responses
+        running, kept = [running[k] for k in going], torch.tensor(going or [0], device=args.device)
+        if len(kept) < len(tokens):                            # who has ended leaves the batch
+            cache.batch_select_indices(kept)
+        ids, position = tokens[kept, None], position[kept, -1:] + 1
+        mask = torch.cat([mask[kept], torch.ones_like(ids)], dim=1)
+    return gather(responses, len(prompts))
 
 def read(function, model, prompts, responses, args, *more):
     """function(model, inputs, mask, *more) of all rows, a micro-batch at a time, as (B, T)."""
     rows = []
-    for part in batches([*zip(prompts, responses)], args.micro_batch):
-        inputs, mask = pack(*zip(*part), model)
-        rows += [values[m] for values, m in zip(function(model, inputs, mask, *more), mask)]
-    return pad_sequence(rows, True)
+    for part in batches([*zip(prompts, responses)], args.micro_batch * WORLD):
+        inputs, mask = pack(*zip(*share(part)), model)
+        values = function(model, inputs, mask, *more)
+        rows += gather([x[m].cpu() for x, m in zip(values, mask)], len(part))
+    return pad_sequence(rows, True).to(args.device)
 
 def right_responses(responses, problems, tokenizer):
     """Which responses (ids) are right?"""
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     return [wrong_steps(text, row[-1:] == [tokenizer.eos_token_id], problem) == 0
             for text, row, problem in zip(texts, responses, problems)]
-
-def draw(problems, args):
-    """The problems of all updates, in passes of a new order each, the same for all methods."""
-    rng, drawn, episodes = random.Random(args.seed), [], args.updates * args.rollout_batch
-    while len(drawn) < episodes:
-        drawn += rng.sample(problems, len(problems))
-    return drawn[:episodes]
 
 @torch.no_grad()
 def validate(policy, reference, problems, tokenizer, args):
@@ -394,16 +462,13 @@ def validate(policy, reference, problems, tokenizer, args):
         row["accuracy"] = float(np.mean(right_responses(responses, problems, tokenizer)))
     return row
 
-def optimizer_step(optimizer):
-    """A step with gradients clipped to norm 1 a model (a parameter group); none are left."""
-    for group in optimizer.param_groups:
-        torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-
-def open_model(auto_class, path, args, **options):
-    """A model folder of an earlier stage, on the device."""
-    return auto_class.from_pretrained(path, **options).to(args.device)
+def open_model(auto_class, path, args):
+    """A model of an earlier stage, on the device; a new head, which is the value model's, is 0."""
+    options = {} if auto_class is AutoModelForCausalLM else {"num_labels": 1}
+    model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
+    for name in info["missing_keys"]:
+        torch.nn.init.zeros_(model.get_parameter(name))
+    return shard(model.to(args.device), args)
 
 # --- PPO ---
 @torch.no_grad()
@@ -431,63 +496,54 @@ def rollout(kind, models, prompts, tokenizer, scale, args):
 
 def minibatch_step(models, optimizer, inputs, batch, rows, args):
     """One optimiser step of A9 on some rows of a rollout; means over the N response tokens."""
-    N, total = batch["mask"][rows].sum().item(), Counter()
-    for micro in rows.split(args.micro_batch):
-        part = {name: x[micro] for name, x in batch.items()}
-        part_inputs = {name: x[micro] for name, x in inputs.items()}
-        mask, old_logprobs = part["mask"], part["old_logprobs"]
+    N, clip, total = batch["mask"][rows].sum().item(), args.clip or 0.2, Counter()
+    for some in batches(rows, args.micro_batch * WORLD):
+        mine = some[RANK::WORLD] or some[:1]                   # without a row, one that adds 0
+        part = {name: x[mine] for name, x in batch.items()}
+        part_inputs = {name: x[mine] for name, x in inputs.items()}
+        mask, old_logprobs = part["mask"] * (RANK < len(some)), part["old_logprobs"]
         logprobs = response_logprobs(models["policy"], part_inputs, mask, args.temperature)
-        loss = policy_loss(logprobs, old_logprobs, part["advantages"], mask, args.clip, N)
+        loss = policy_loss(logprobs, old_logprobs, part["advantages"], mask, clip, N)
         loss.backward()                                        # its activations go before V's come
         values = token_values(models["value"], part_inputs, mask)
-        loss_v = value_loss(values, part["old_values"], part["returns"], mask, args.clip, N)
+        loss_v = value_loss(values, part["old_values"], part["returns"], mask, clip, N)
         loss_v.backward()
         logratio = (logprobs - old_logprobs).detach()
         change = logratio.exp() - 1
         total.update(policy_loss=loss.item(), value_loss=loss_v.item(),
                      approx_kl=((change - logratio) * mask).sum().item() / N,  # Schulman's k3
-                     clipfrac=((change.abs() > args.clip) * mask).sum().item() / N)
-    if not np.isfinite(sum(total.values())):
-        fail(f"PPO: not finite any more, {dict(total)}; lower --lr or raise --kappa")
-    optimizer_step(optimizer)
-    return total
+                     clipfrac=((change.abs() > clip) * mask).sum().item() / N)
+    optimizer_step(optimizer, args)
+    return summed(total)
 
 def open_models(kind, run, args):
-    """The four models of PPO; the value model starts from the SFT policy, with V = 0."""
+    """The four models of PPO; policy, reference and value model start from the SFT policy."""
     Reward = (AutoModelForTokenClassification if kind == "token"
               else AutoModelForSequenceClassification)
-    value = open_model(AutoModelForTokenClassification, run / "policy", args, num_labels=1)
-    for name, weight in value.named_parameters():
-        if not name.startswith(value.base_model_prefix + "."):
-            torch.nn.init.zeros_(weight)
-    return {"policy": open_model(AutoModelForCausalLM, run / "policy", args), "value": value,
+    return {"policy": open_model(AutoModelForCausalLM, run / "policy", args),
+            "value": open_model(AutoModelForTokenClassification, run / "policy", args),
             "reference": open_model(AutoModelForCausalLM, run / "policy", args),
             "reward": open_model(Reward, run / f"reward_{kind}", args)}
 
-def ppo(kind, train, val, tokenizer, run, args):
-    """A policy trained on one kind of reward, and its log: one row an update."""
-    size, log, seconds, drawn = args.rollout_batch, [], 0.0, draw(train, args)
+def ppo(kind, lr, problems, tokenizer, run, args):
+    """The models, their optimiser, the number of updates, and the function that makes one."""
     scale = json.loads((run / "reward_metrics.json").read_text())[kind]["scale"]
     models = open_models(kind, run, args)
-    optimizer = torch.optim.AdamW([{"params": models["policy"].parameters(), "lr": args.lr},
-                                   {"params": models["value"].parameters(), "lr": args.value_lr}],
-                                  betas=(0.9, 0.95), weight_decay=0.0)
-    bar = tqdm(batches(drawn, size), desc=f"ppo_{kind}")
-    for number, problems in enumerate(bar, 1):
-        start = time.time()
-        prompts = [problem["prompt_ids"] for problem in problems]
+    groups = [{"params": models[name].parameters(), "lr": rate}
+              for name, rate in (("policy", lr), ("value", args.value_lr))]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def update(number, rng):
+        size = args.rollout_batch                              # the same prompts for both rewards
+        prompts = [row["prompt_ids"] for row in rng.choices(problems, k=size)]
         row, inputs, batch = rollout(kind, models, prompts, tokenizer, scale, args)
         steps = [minibatch_step(models, optimizer, inputs, batch, rows, args)
                  for _ in range(args.ppo_epochs)
-                 for rows in torch.randperm(size, device=args.device).split(args.minibatch)]
+                 for rows in batches(rng.sample(range(size), size), args.minibatch)]
         row.update({name: float(np.mean([step[name] for step in steps])) for name in steps[0]})
-        seconds += time.time() - start
-        row = {"update": number, "episodes": number * size, "seconds": seconds, **row}
-        if val and (number % 2 == 0 or number == args.updates):
-            row.update(validate(models["policy"], models["reference"], val, tokenizer, args))
-        log.append(row)
-        bar.set_postfix({k: f"{row[k]:.2f}" for k in ("score", "kl", "accuracy") if k in row})
-    return models["policy"], log
+        return {"episodes": number * size, **row}
+
+    return models, optimizer, args.updates, update
 
 # --- The off-line methods: RLMEC, rejection sampling, DPO ---
 def rewrite(grm, wrong, tokenizer, args, drop):
@@ -556,93 +612,122 @@ def pairs_of(method, run, reference, args):
             for row in zip(prompts, better, worse, *refs)]
 
 def offline_loss(method, policy, rows, batch, args):
-    """The part of a batch's loss that some of its rows add, and statistics to log."""
+    """The part of a batch's loss that some of its rows add, and what else to log."""
     column = lambda name: [row[name] for row in rows]
-    logprobs = lambda name, temperature=1.0: read(
-        response_logprobs, policy, column("prompt_ids"), column(name), args, temperature)
+    logprobs = lambda name, temperature=1.0: response_logprobs(
+        policy, *pack(column("prompt_ids"), column(name), policy), temperature)
     if method.startswith("dpo"):
         w, l = (logprobs(name).sum(dim=1) for name in ("better_ids", "worse_ids"))
         ref_w, ref_l = (torch.stack(column(name)) for name in ("ref_better", "ref_worse"))
-        return dpo_loss(w, l, ref_w, ref_l, args.dpo_beta, len(batch)), {                     # C1
-            "logprob_better": (w - ref_w).sum().item() / len(batch),
-            "logprob_worse": (l - ref_l).sum().item() / len(batch)}
+        return {"loss": dpo_loss(w, l, ref_w, ref_l, args.dpo_beta, len(batch)),              # C1
+                "logprob_better": (w - ref_w).sum() / len(batch),
+                "logprob_worse": (l - ref_l).sum() / len(batch)}
     M = sum(len(row["rewrite_ids"]) for row in batch)
     if method == "rejection":                                  # its rows are right as they are
-        return rejection_loss(logprobs("response_ids"), M), {}                                # C2
+        return {"loss": rejection_loss(logprobs("response_ids"), M)}                          # C2
     old_logprobs, rewards, gamma = (
         pad_sequence(column(name), True) for name in ("old_logprobs", "rewards", "gamma"))
     loss = args.imitation_weight * imitation_loss(logprobs("rewrite_ids"), gamma, M)          # B6
     if method == "rlmec":
         N = sum((row["rewards"] != 0).sum().item() for row in batch)
         loss = loss + rlmec_loss(logprobs("response_ids", args.temperature), old_logprobs,    # B7
-                                 rewards, args.rlmec_clip, N)                                 # B5
-    return loss, {}
+                                 rewards, args.clip or 0.3, N)                                # B5
+    return {"loss": loss}
 
-def offline(method, rows, val, tokenizer, run, args):
-    """B8: three passes over rows that were made once; the policy and its log, one row a step."""
+def offline(method, lr, rows, reference, run, args):
+    """B8: as `ppo`, of three passes over rows that were made once; an update is one step."""
     rows = rows or fail(f"{method}: no row to train on")
-    policy, reference = (open_model(AutoModelForCausalLM, run / "policy", args) for _ in "pr")
-    plan = [[rows[k] for k in indices.tolist()] for _ in range(3)
-            for indices in torch.randperm(len(rows)).split(args.minibatch)]
-    lr = args.offline_lr or (3e-5 if method.startswith("dpo") else 1e-3)
+    policy, rng = open_model(AutoModelForCausalLM, run / "policy", args), streams(args, 0)
+    plan = [batch for _ in range(3)
+            for batch in batches(rng.sample(rows, len(rows)), args.minibatch)]
     optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, 0.95), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * len(plan)), len(plan))
-    log, seconds = [], 0.0
-    for number, batch in enumerate(tqdm(plan, desc=method), 1):
-        start, total = time.time(), Counter()
-        for part in batches(batch, args.micro_batch):
-            loss, statistics = offline_loss(method, policy, part, batch, args)
-            loss.backward()
-            total.update(loss=loss.item(), **statistics)
-        if not np.isfinite(total["loss"]):
-            fail(f"{method}: the loss is {total['loss']}; lower its learning rate")
-        optimizer_step(optimizer)
+
+    def update(number, _):
+        batch, total = plan[number - 1], Counter()
+        for part in batches(batch, args.micro_batch * WORLD):
+            mine = part[RANK::WORLD] or part[:1]               # without a row, one that adds 0
+            numbers = offline_loss(method, policy, mine, batch, args)
+            (numbers["loss"] * (RANK < len(part))).backward()
+            total.update({name: x.item() * (RANK < len(part)) for name, x in numbers.items()})
+        optimizer_step(optimizer, args)
+        schedule.last_epoch = number - 1                       # of a run that goes on, too
         schedule.step()
-        seconds += time.time() - start
-        log.append({"update": number, "episodes": len(rows), "seconds": seconds, **total})
-        if val and (number % max(1, len(plan) // 10) == 0 or number == len(plan)):
-            log[-1].update(validate(policy, reference, val, tokenizer, args))
-    return policy, log
+        return {"episodes": len(rows), **summed(total)}
+
+    return {"policy": policy, "reference": reference}, optimizer, len(plan), update
 
 # --- The stage ---
-def train_policy(method, problems, samples, tokenizer, run, args):
-    """The policy and the log of a method; `samples` are collected once for all that use them."""
-    train, val = ([row for row in problems if row["split"] == split] for split in ("train", "val"))
-    torch.manual_seed(args.seed)                               # the same prompts for all methods
+def open_method(method, problems, samples, tokenizer, run, args):
+    """What `train_policy` needs; `samples` are collected once for all methods that use them."""
+    lr = METHODS[method][1] if args.lr is None else args.lr
     if method.startswith("ppo"):
-        return ppo(METHODS[method], train, val, tokenizer, run, args)
+        return ppo(method[4:], lr, problems, tokenizer, run, args)
     policy = open_model(AutoModelForCausalLM, run / "policy", args)
     if method.startswith("dpo"):
-        return offline(method, pairs_of(method, run, policy, args), val, tokenizer, run, args)
+        return offline(method, lr, pairs_of(method, run, policy, args), policy, run, args)
     if not samples:
         grm = open_model(AutoModelForCausalLM, run / "reward_generative", args)
-        solved = [row for row in train if "solution_ids" in row]
-        samples += collect(policy, grm, draw(solved, args), tokenizer, args)
-    torch.manual_seed(args.seed)
+        solved, rng = [row for row in problems if "solution_ids" in row], streams(args, 0)
+        drawn = rng.sample(solved, min(len(solved), args.updates * args.rollout_batch))
+        samples += collect(policy, grm, drawn, tokenizer, args)
     rows = [row for row in samples if row["right"] or method != "rejection"]
-    return offline(method, rows, val, tokenizer, run, args)
+    return offline(method, lr, rows, policy, run, args)
+
+def train_policy(method, problems, samples, state, tokenizer, run, args):
+    """The policy and the log of a method, a row an update; `state` is of a run that was killed."""
+    train, val = ([row for row in problems if row["split"] == split] for split in ("train", "val"))
+    models, optimizer, updates, update = open_method(method, train, samples, tokenizer, run, args)
+    trained, log = {name: models[name] for name in ("policy", "value") if name in models}, []
+    if state.get("method") == method:
+        log = state["log"]
+        set_state_dict(torch.nn.ModuleDict(trained), optimizer, options=WHOLE,
+                       model_state_dict=state["weights"], optim_state_dict=state["moments"])
+    bar = trange(len(log) + 1, updates + 1, desc=method, disable=RANK > 0)
+    for number in bar:
+        start, rng, seconds = time.time(), streams(args, number), log[-1]["seconds"] if log else 0.0
+        row = {"update": number, **update(number, rng)}
+        if not np.isfinite(sum(row.values())):
+            fail(f"{method}: not finite any more, {row}; lower its learning rate, raise --kappa")
+        row["seconds"] = seconds + time.time() - start
+        if val and (number % max(1, updates // 8) == 0 or number == updates):
+            row.update(validate(models["policy"], models["reference"], val, tokenizer, args))
+        log.append(row)
+        bar.set_postfix({k: f"{row[k]:.2f}" for k in ("score", "kl", "accuracy") if k in row})
+        if number % args.save_every == 0:
+            save_state(run, args, trained, optimizer, method=method, log=log)
+    return models["policy"], log
 
 def main(args):
     run, samples = Path(args.run), []
     problems = read_jsonl(run / "problems.jsonl", "id", "split", "prompt_ids")
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
     methods = {"all": [*METHODS][:4], "all_baselines": METHODS}.get(args.method, [args.method])
-    folder = lambda method: run / f"reward_{METHODS[method]}"
-    there = [method for method in methods if not METHODS[method] or folder(method).is_dir()]
+    there = [method for method in methods if (run / METHODS[method][0]).is_dir()]
     print("without a reward model of stage 2:", sorted({*methods} - {*there}) or "none")
     for method in there or fail(f"{run}: no reward model for {args.method}; 02_reward_model.py"):
-        if METHODS[method] and (AutoTokenizer.from_pretrained(folder(method)).get_vocab()
-                                != tokenizer.get_vocab()):
-            fail(f"{folder(method)}: its vocabulary is not that of {run}/policy")
-    start_stage(args, "03", "responses.jsonl eval.json *.html")
-    for method in there:
-        policy, log = train_policy(method, problems, samples, tokenizer, run, args)
+        path = run / METHODS[method][0]
+        if AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
+            fail(f"{path}: its vocabulary is not that of {run}/policy")
+    saved = read_state(run, args)
+    if RANK == 0:
+        start_stage(args, "03", "responses.jsonl eval.json *.html")
+    for method in there[there.index(saved.get("method", there[0])):]:
+        policy, log = train_policy(method, problems, samples, saved, tokenizer, run, args)
+        state = get_model_state_dict(policy, options=WHOLE) if args.fsdp else None
         columns = list(dict.fromkeys(name for row in log for name in row))
         lines = [columns] + [[row.get(name, "") for name in columns] for row in log]
-        save(run / f"{method}.csv", "".join(",".join(map(str, x)) + "\n" for x in lines))
-        save(run / method, policy, tokenizer)
+        if RANK == 0:
+            save(run / f"{method}.csv", "".join(",".join(map(str, x)) + "\n" for x in lines))
+            save(run / method, policy, tokenizer, state_dict=state)
+    (run / "03_state.pt").unlink(missing_ok=True)
 
 if __name__ == "__main__":
     args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]
+    if WORLD > 1:                                              # under torchrun
+        dist.init_process_group()
+        sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
+        if args.device == "cuda":
+            torch.cuda.set_device(RANK % torch.cuda.device_count())
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.bf16, False):
         main(args)                                             # False: no cache of old weights

@@ -111,14 +111,16 @@ def read_jsonl(path, *columns):
         fail(f"{place}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
 
-def save(path, *contents):
+def save(path, *contents, **options):
     """Rows as JSONL, a text, or a model and its tokenizer: written aside, then renamed."""
     part = Path(f"{path}.part")
     for content in contents:
         if isinstance(content, list):
             content = "".join(json.dumps(row) + "\n" for row in content)
-        write = part.write_bytes if isinstance(content, str) else content.save_pretrained
-        write(content.encode(errors="backslashreplace") if isinstance(content, str) else part)
+        if isinstance(content, str):
+            part.write_text(content, "utf-8", "backslashreplace")
+        else:
+            content.save_pretrained(part, **options)
     shutil.rmtree(path, ignore_errors=True)
     part.replace(path)
 

@@ -111,12 +111,12 @@ def test_first_rollout_and_its_micro_batches(three, tiny_run, tokenizer, kind, g
     assert batch["advantages"].equal(three.masked_whiten(batch["returns"], batch["mask"]))  # V = 0
     stay = torch.optim.SGD([*models["policy"].parameters(), *models["value"].parameters()], 0.0)
     for args.micro_batch in (256, 2):
-        step = three.minibatch_step(models, stay, inputs, batch, torch.arange(7), args)
+        step = three.minibatch_step(models, stay, inputs, batch, list(range(7)), args)
         assert abs(step["approx_kl"]) < 1e-7 and step["clipfrac"] == 0
     whole, parts = torch.cat(grads).chunk(2)                       # of the policy and of V
     assert (whole - parts).norm() < 1e-5 * whole.norm()
     batch["old_logprobs"] -= 0.5 * batch["mask"]                   # rho is e^0.5
-    step = three.minibatch_step(models, stay, inputs, batch, torch.arange(7), args)
+    step = three.minibatch_step(models, stay, inputs, batch, list(range(7)), args)
     assert [step["approx_kl"], step["clipfrac"]] == pytest.approx([math.exp(0.5) - 1.5, 1], 1e-3)
     models["reference"].get_input_embeddings().weight.data *= 1.5
     row, _, batch = three.rollout(kind, models, prompts, tokenizer, SCALE, args)
@@ -207,9 +207,9 @@ def test_b7_and_c2_of_single_rows(three, policy, tokenizer, method, tiny_run, mo
     monkeypatch.setattr(three, "open_model", lambda *_, **__: policy)
     monkeypatch.setattr(three, "collect", lambda *_: samples)
     for micro_batch in (256, 2):
-        args = three.Args(offline_lr=1e-30, temperature=0.5, imitation_weight=3.0,
+        args = three.Args(lr=1e-30, temperature=0.5, imitation_weight=3.0,
                           micro_batch=micro_batch, device="cpu")
-        _, log = three.train_policy(method, [{"split": "train", "solution_ids": [2]}], [],
+        _, log = three.train_policy(method, [{"split": "train", "solution_ids": [2]}], [], {},
                                     tokenizer, tiny_run, args)
         assert [row["loss"] for row in log] == pytest.approx([expected.item()] * 3, rel=1e-5)
     assert (grads[0] - grads[-1]).norm() < 1e-5 * grads[0].norm()
@@ -230,13 +230,14 @@ def test_c1_starts_at_log_2_raises_the_better_and_lowers_the_worse(three, tiny_r
     name = "edited_ids" if method == "dpo_edit" else "chosen_token_ids"
     assert [row["better_ids"] for row in rows] == [row[name] for row in edits]
     rows = rows[:4]
-    loss, before = three.offline_loss(method, policy, rows, rows, args)
-    assert [loss.item(), before["logprob_better"]] == pytest.approx([math.log(2), 0], abs=1e-5)
-    part, _ = three.offline_loss(method, policy, rows[:1], rows, args)
+    start = three.offline_loss(method, policy, rows, rows, args)
+    assert start["loss"].item() == pytest.approx(math.log(2), abs=1e-5)
+    assert start["logprob_better"].item() == pytest.approx(0, abs=1e-5)
+    part = three.offline_loss(method, policy, rows[:1], rows, args)["loss"]
     assert part.item() == pytest.approx(math.log(2) / 4, abs=1e-5)   # sums of 60 nats in float32
-    loss.backward()
+    start["loss"].backward()
     torch.optim.SGD(policy.parameters(), 1e-3).step()
-    _, after = three.offline_loss(method, policy, rows, rows, args)
+    after = three.offline_loss(method, policy, rows, rows, args)
     assert after["logprob_better"] > after["logprob_worse"] and after["logprob_worse"] < 0
 
 @pytest.fixture
