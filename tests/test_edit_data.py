@@ -7,27 +7,25 @@ from os.path import commonprefix
 from pathlib import Path
 
 import pytest
+from conftest import one, rows_of
 from transformers import AutoTokenizer
 
 @pytest.fixture
-def one(stages):
-    return stages[1]
-
-@pytest.fixture
-def stage(one, tiny_run, tmp_path, capsys):
+def stage(tiny_run, tmp_path, monkeypatch, capsys):
     """Run stage 1 on rows of data, or on a task of 13 prompts without SFT; edits.jsonl, printed."""
-    def call(data=None, **flags):
+    def call(data=None, rules="", **flags):
         args = {"train_prompts": 8, "test_prompts": 4, "sft_steps": 0, "hidden_size": 16}
-        if data:
-            args = {"data": str(tmp_path / "data"), "model": str(tiny_run / "policy")}
-            (tmp_path / "data").write_text("".join(json.dumps(row) + "\n" for row in data))
-        args = {"run": str(tmp_path / "new"), "max_edit_share": 1.0, **args, **flags}
+        if data is not None:
+            args = {"data": "data", "model": str(tiny_run / "policy")}
+            lines = [row if isinstance(row, str) else json.dumps(row) for row in data]
+            Path("data").write_text("".join(line + "\n" for line in lines))
+        Path("rules").write_text(rules)
+        args = {"run": "new", "max_edit_share": 1.0, **args, **flags}
         one.main(one.Args(**args))
-        return read(Path(args["run"]) / "edits.jsonl"), capsys.readouterr().out
-    return call
+        return rows_of(Path(args["run"]) / "edits.jsonl"), capsys.readouterr().out
 
-def read(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    monkeypatch.chdir(tmp_path)
+    return call
 
 def apply(ops, a, b):
     """The operations make this out of a; tokens that they bring in come from b."""
@@ -51,14 +49,13 @@ def plain_distance(a, b):
     ("ab", "", [["delete", 0, 0], ["delete", 1, 0]]), ("", "a", [["insert", 0, 0]]),
     ("aab", "ab", [["delete", 1, 1]]), ("abc", "abc", []), ("", "", []),
 ])
-def test_ops_by_hand(one, a, b, ops):
+def test_ops_by_hand(a, b, ops):
     assert one.edit_ops(a, b) == ops
 
-def test_ops_are_a_shortest_path_and_the_distance_is_a_metric(one):
+def test_ops_are_a_shortest_path():
     rng = random.Random(0)
     words = [rng.choices("abc", k=rng.randint(0, 10) if k < 20 else 150) for k in range(23)]
-    distance = {}
-    for (x, a), (y, b) in product(enumerate(words), repeat=2):
+    for a, b in product(words, repeat=2):
         ops = one.edit_ops(a, b)
         assert apply(ops, a, b) == b and len(ops) == plain_distance(a, b)
         in_a, in_b = ({o[k] for o in ops if o[0] != op} for k, op in ((1, "insert"), (2, "delete")))
@@ -66,11 +63,8 @@ def test_ops_are_a_shortest_path_and_the_distance_is_a_metric(one):
             == [x for j, x in enumerate(b) if j not in in_b]           # kept tokens, in their order
         start = len(commonprefix([a, b]))
         assert ops == [] if a == b else ops[0][1:] == [start, start]   # where the two part
-        distance[x, y] = len(ops)
-    assert all(distance[y, x] == d and all(distance[x, z] <= d + distance[y, z] for z in range(23))
-               for (x, y), d in distance.items())
 
-def test_ten_times_faster_than_the_plain_programme(one):
+def test_ten_times_faster_than_the_plain_programme():
     rng = random.Random(0)
     a = rng.choices(range(1000), k=512)
     b = [rng.randrange(1000) if rng.random() < 0.1 else token for token in a]
@@ -79,10 +73,10 @@ def test_ten_times_faster_than_the_plain_programme(one):
     plain, ours = map(min, zip(*seconds))
     assert plain > 10 * ours
 
-def test_ops_agree_with_the_errors_that_humans_marked(one, shared):
+def test_ops_agree_with_the_errors_that_humans_marked(shared):
     """All 487 edits by words. The minimum edits that agree best have only 0.865 and 0.923."""
     total = Counter()
-    for row in [row for row in read(shared / "data/qa_feedback.jsonl") if row["edited"]]:
+    for row in [row for row in rows_of(shared / "data/qa_feedback.jsonl") if row["edited"]]:
         words = list(re.finditer(r"\S+", row["response"]))
         ops = one.edit_ops([word[0] for word in words], row["edited"].split())
         ours = {i for op, i, j in ops if op != "insert"}
@@ -97,7 +91,7 @@ def test_ops_agree_with_the_errors_that_humans_marked(one, shared):
     ("The answer is 1/2.", "1/2"), ("The answer is 12:30", "12:30"), ("3.14", "3.14"),
     ("2 of them.\nThe answer is Paris.\nYes", "Paris"), ("", ""), ("100", "100"), ("50%", "50"),
 ])
-def test_final_answer(one, text, answer):
+def test_final_answer(text, answer):
     assert one.final_answer(text) == answer
 
 TAPE = ["3+2=5;-1=4;+4=8;-6=2"]
@@ -112,19 +106,19 @@ RULES = {"rules": [r"\bsad\b", "(a|b)c"], "answer": "5"}             # rules go 
     ("9 is right. The answer is 5", {"answer": "$5.00"}, 0), ("5 or 6", {"answer": "5"}, 1),
     ("The answer is 30", {"answer": "12:30"}, 1), ("The answer is 1", {"answer": "1/2"}, 1),
 ])
-def test_wrong_steps_by_hand(one, text, problem, wrong):
+def test_wrong_steps_by_hand(text, problem, wrong):
     assert one.wrong_steps(text, True, problem) == wrong
     assert one.wrong_steps(text, False, problem) == wrong + 1          # not ended is never right
     assert one.wrong_steps(text, True, {"rules": []}) is None          # nobody knows
 
-def test_right_is_what_the_labels_of_gsm8k_say(one, shared):
-    rows = read(shared / "data" / "gsm8k_model_solutions.jsonl")
+def test_right_is_what_the_labels_of_gsm8k_say(shared):
+    rows = rows_of(shared / "data" / "gsm8k_model_solutions.jsonl")
     right = [one.wrong_steps(row["response"], True, row) == 0 for row in rows]
     assert len(rows) == 5276 and right == [row["is_correct"] for row in rows]
     assert not any(one.wrong_steps(row["solution"], True, row) for row in rows)
 
 @pytest.mark.parametrize("task, solutions, kinds", [("math", 1, 1), ("qa", 4, 3)])
-def test_tasks(one, task, solutions, kinds):
+def test_tasks(task, solutions, kinds):
     right, ops = 0, Counter()
     problems = one.make_problems(one.Args(task=task, train_prompts=260, test_prompts=32))
     for problem in problems:
@@ -144,7 +138,7 @@ def test_tasks(one, task, solutions, kinds):
     assert len({problem["prompt"] for problem in problems}) == 300
 
 # --- A1, B1: rows, editors, gates ---
-def check_row(one, row, tokenizer):
+def check_row(row, tokenizer):
     """What contract.md says of every row with an edit."""
     ops, names = row["edit_ops"], ("rejected", "edited", "chosen")
     for name, column in zip(names, ("rejected_ids", "edited_ids", "chosen_token_ids")):
@@ -156,14 +150,13 @@ def check_row(one, row, tokenizer):
     assert row["edit_distance"] == len(ops) and not {"margin", "chosen_ids"} & set(row)
     assert row["first_error"] == (ops[0][1] if ops and ops[0][0] != "insert" else None)
 
-def test_rows_of_the_tiny_run(one, tiny_run):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_run / "policy")
-    rows, samples = read(tiny_run / "problems.jsonl"), defaultdict(list)
+def test_rows_of_the_tiny_run(tiny_run, tokenizer):
+    rows, samples = rows_of(tiny_run / "problems.jsonl"), defaultdict(list)
     assert Counter(row["split"] for row in rows) == {"train": 60, "test": 40, "val": 10}
     assert len({row["prompt"] for row in rows}) == 110                 # the splits are disjoint
     problems = {row["id"]: row for row in rows}
-    for row in read(tiny_run / "edits.jsonl"):
-        check_row(one, row, tokenizer)
+    for row in rows_of(tiny_run / "edits.jsonl"):
+        check_row(row, tokenizer)
         problem, ended = problems[row["id"]], row["rejected_ids"][-1] == tokenizer.eos_token_id
         assert all(row[name] == problem[name] for name in ("split", "prompt", "prompt_ids"))
         assert row["edited"] in problem["solutions"] and row["editor"] == "oracle"
@@ -185,7 +178,7 @@ def test_rows_of_the_tiny_run(one, tiny_run):
     ("9", TAPE, "m", "gate: the edit changes more than 80%"),
     ("3+2=5;-1=4;+4=8;-6=3", ["3+2=5;-1=4;+4=8;-6=4"], "m", "gate: the edit is not better"),
 ])
-def test_first_error_step_and_gates(one, text, texts, name, result):
+def test_first_error_step_and_gates(text, texts, name, result):
     problems = one.make_problems(one.Args(train_prompts=99))
     tokenizer = one.small_policy(problems, one.Args(hidden_size=16))[1]
     problem = {**MATH, "id": "a", "split": "train", "prompt": "3+2-1+4-6=", "prompt_ids": [3]}
@@ -193,13 +186,13 @@ def test_first_error_step_and_gates(one, text, texts, name, result):
     response = {"rejected": text, "ended": True, "chosen": None, "wrong": wrong}
     row = one.edit_row(problem, response, texts, name, one.Args(), tokenizer)
     if isinstance(row, dict):
-        check_row(one, row, tokenizer)
+        check_row(row, tokenizer)
         (op, *_), *_ = row["edit_ops"] or [[None]]
         row = op, row["first_error"], row["first_wrong_step"]
     assert row == result
 
 @pytest.mark.parametrize("editor", ["oracle", "nearest"])
-def test_right_samples_are_rows_in_proportion(one, stage, monkeypatch, editor):
+def test_right_samples_are_rows_in_proportion(stage, monkeypatch, editor):
     def samples(model, tokenizer, prompts, args):                # right, wrong, right, junk
         for k, ids in enumerate(prompts):
             first, *operations = map(int, re.findall(r"[+-]?\d", tokenizer.decode(ids)))
@@ -215,17 +208,16 @@ def test_right_samples_are_rows_in_proportion(one, stage, monkeypatch, editor):
     assert all(row["edit_ops"] == [["replace", 19, 19]] for row in edits)
     assert all(row["chosen"] == row["edited"] and row["editor"] == editor for row in edits)
 
-def test_rules_edit_samples_of_prompts_alone(one, stage, tmp_path, monkeypatch):
+def test_rules_edit_samples_of_prompts_alone(stage, monkeypatch):
     samples = [(" tea and soap", False), (" soap", True), (" tea", True)]
     monkeypatch.setattr(one, "generate", lambda model, tokenizer, prompts, args: [
         one.encode(*samples[k % 3], tokenizer) for k in range(len(prompts))])
-    (tmp_path / "rules").write_text("soap\tsalt\n\nwine\tcheese\n")
     data = [{"prompt": f"Ada {name}"} for name in one.PEOPLE]
-    rows, _ = stage(data, editor=f"rules:{tmp_path / 'rules'}", samples=3)
+    rows, _ = stage(data, "soap\tsalt\n\nwine\tcheese\n", editor="rules:rules", samples=3)
     assert Counter((row["rejected"], row["edited"], 2 in row["edited_ids"]) for row in rows) == {
         (" tea and soap", " tea and salt", False): 30, (" soap", " salt", True): 30}   # one ended
     assert {(row["chosen"], row["editor"]) for row in rows} == {(" tea", "rules")}
-    assert all(p["rules"] == ["soap", "wine"] for p in read(tmp_path / "new" / "problems.jsonl"))
+    assert all(p["rules"] == ["soap", "wine"] for p in rows_of("new/problems.jsonl"))
 
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
 @pytest.mark.parametrize("columns, editor, chosen, edited", [
@@ -236,15 +228,14 @@ def test_rules_edit_samples_of_prompts_alone(one, stage, tmp_path, monkeypatch):
     ({"response": " soap", "edited": " salt", "editor": "some LLM"}, "some LLM", " salt", " salt"),
     ({"solution": " It tea", "answer": "It tea", "response": " soap"}, "nearest", None, " It tea"),
 ])
-def test_shapes_of_data(one, stage, tiny_run, tmp_path, chat, columns, editor, chosen, edited):
-    tokenizer = AutoTokenizer.from_pretrained(tiny_run / "policy")
+def test_shapes_of_data(stage, tiny_run, tokenizer, chat, columns, editor, chosen, edited):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\nA:{% endfor %}"
-    tokenizer.save_pretrained(shutil.copytree(tiny_run / "policy", tmp_path / "model"))
+    tokenizer.save_pretrained(shutil.copytree(tiny_run / "policy", "model"))
     wrap = lambda text: [{"role": "assistant", "content": text}] if chat and text else text
     columns = {name: text if name in ("answer", "editor") else wrap(text)
                for name, text in columns.items()}
     prompt = [{"role": "user", "content": "What"}] if chat else "What"
-    rows, _ = stage([{"prompt": prompt, **columns}] * 3, model=str(tmp_path / "model"))
+    rows, _ = stage([{"prompt": prompt, **columns}] * 3, model="model")
     assert sorted(row["split"] for row in rows) == ["test", "train", "val"]     # split by row
     for row in rows:
         assert [row[name] for name in ("prompt", "chosen", "edited", "editor")] == [
@@ -252,12 +243,12 @@ def test_shapes_of_data(one, stage, tiny_run, tmp_path, chat, columns, editor, c
         assert row["prompt_ids"] == tokenizer("What\nA:" if chat else "What").input_ids
         assert row["rejected_ids"][-1] == tokenizer.eos_token_id
         if edited:
-            check_row(one, row, tokenizer)
+            check_row(row, tokenizer)
         else:
             assert row["edit_ops"] is row["edited_ids"] is row["edit_distance"] is None
 
-def test_nearest_on_gsm8k(one, stage, shared):
-    data = [row for row in read(shared / "data/gsm8k_model_solutions.jsonl")
+def test_nearest_on_gsm8k(stage, shared):
+    data = [row for row in rows_of(shared / "data/gsm8k_model_solutions.jsonl")
             if len(row["prompt"] + max(row["solution"], row["response"], key=len)) < 300][:80]
     model = str(shared / "models" / "stories260K")
     rows, shown = stage([*data, {**data[0], "answer": "no such"}], model=model)
@@ -268,7 +259,7 @@ def test_nearest_on_gsm8k(one, stage, shared):
         texts += [row["response"]] * row["is_correct"]
     tokenizer = AutoTokenizer.from_pretrained(model)
     for row in rows:
-        check_row(one, row, tokenizer)
+        check_row(row, tokenizer)
         texts = right[row["prompt"]]
         assert row["prompt_ids"] == tokenizer(row["prompt"]).input_ids     # begins with <s>
         assert row["edited"] in texts and row["editor"] == "nearest"
@@ -281,10 +272,10 @@ def test_nearest_on_gsm8k(one, stage, shared):
 # --- Bad input: exit status 2 and one line ---
 GOOD = {"prompt": "Ada", "response": " soap", "edited": " tea"}
 PAIR, SOLVED = GOOD | {"chosen": " tea", "rejected": " a"}, GOOD | {"solution": " 5", "answer": "6"}
-TSV, TASK = {"editor": "rules:rules"}, {"data": None, "train_prompts": 8, "test_prompts": 4}
+TSV = {"editor": "rules:rules"}
 @pytest.mark.parametrize("data, flags, message", [
     ([GOOD, "{oops"], {}, "line 2: "), ([GOOD, [1]], {}, "line 2: "), ([], {}, "no rows"),
-    ([{"edited": "a"}], {}, "line 1: .*'prompt'"), (None, {}, "No such file"),
+    ([{"edited": "a"}], {}, "line 1: .*'prompt'"), ([], {"data": "none"}, "No such file"),
     ([GOOD, {"prompt": "a"}], {}, "2: .*'response'"), ([SOLVED], {}, "no row is left.* solution"),
     ([PAIR, {"prompt": "a", "chosen": "b"}], {}, "line 2: .*'rejected'"),
     ([SOLVED, {"prompt": "a", "answer": "5"}], {}, "line 2: .*'solution'"),
@@ -296,27 +287,16 @@ TSV, TASK = {"editor": "rules:rules"}, {"data": None, "train_prompts": 8, "test_
     ([PAIR], {"editor": "nearest"}, "fits is .'human'"),
     ([GOOD], {"editor": "magic"}, "magic"), ([GOOD], TSV | {"rules": "a b"}, "tab and"),
     ([GOOD], TSV | {"rules": "(a\tb"}, "regular"), ([GOOD], TSV | {"rules": "a\t\\1"}, "regular"),
-    (None, TASK | {"editor": "human"}, "oracle"),
+    (None, {"editor": "human"}, "oracle"),
 ])
-def test_bad_input(one, tiny_run, tmp_path, monkeypatch, capsys, data, flags, message):
-    monkeypatch.chdir(tmp_path)
-    args = {"run": "new", "data": "data", "model": str(tiny_run / "policy"), **flags}
-    Path("rules").write_text(args.pop("rules", ""))
-    if data is not None:
-        lines = [row if isinstance(row, str) else json.dumps(row) for row in data]
-        Path("data").write_text("".join(line + "\n" for line in lines))
-    with pytest.raises(SystemExit) as stop:
-        one.main(one.Args(**args))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    assert re.search(message, error) and not Path("new").exists()
+def test_bad_input(stage, fails, data, flags, message):
+    fails(message, stage, data, **flags)
+    assert not Path("new").exists()
 
-def test_stale_outputs_stop_the_stage_or_are_removed(stage, run, capsys):
+def test_stale_outputs_stop_the_stage_or_are_removed(stage, fails, run):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
-    with pytest.raises(SystemExit) as stop:
-        stage(run=str(run))
-    assert re.fullmatch(r"error: .*reward_.*--overwrite\n", capsys.readouterr().err)
-    assert stop.value.code == 2 and before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    fails("^error: .*reward_.*--overwrite\n$", stage, run=str(run))
+    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     stage(run=str(run), overwrite=True)
     assert {path.name for path in run.iterdir() if "args" not in path.name} == {
         "policy", "problems.jsonl", "edits.jsonl"}
