@@ -342,7 +342,8 @@ def shard(model, args):
     """--fsdp: every process keeps a part of each weight; gradients are sums, as N is global."""
     if args.fsdp and WORLD > 1:
         mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))
-        layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
+        names = model._no_split_modules or ()
+        layers = [module for module in model.modules() if type(module).__name__ in names]
         for module in [*layers, model]:
             fully_shard(module, mesh=mesh)
             module.set_force_sum_reduction_for_comms(True)

@@ -1,63 +1,41 @@
 """Stage 4: the statistics by hand, verdicts, several runs, the report."""
 
-import csv, json, shutil
-from pathlib import Path
+import json, shutil
 
 import numpy as np
 import pytest
+from conftest import four, rows_of
 
 HOSTILE = "<script>alert(1)</script>&"
 COLUMNS = {"win_rate", "win_rate_se", "win_rate_ci95", "n", "accuracy", "wrong_steps_per_response",
            "kl_to_ref", "updates", "episodes", "seconds"}
 
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-@pytest.fixture(scope="module")
-def evaluated(stages, tiny_run, tmp_path_factory):
-    """A run with the SFT policy as ppo_sequence, a KL of 91 in a CSV, and prompts of HTML."""
-    run = Path(shutil.copytree(tiny_run, tmp_path_factory.mktemp("evaluated") / "run"))
-    shutil.copytree(run / "policy", run / "ppo_sequence", dirs_exist_ok=True)
-    names, first, *rest = csv.reader((run / "ppo_token.csv").read_text().splitlines())
-    first[names.index("kl")] = "91"
-    lines = "".join(",".join(line) + "\n" for line in (names, first, *rest))
-    (run / "ppo_token.csv").write_text(lines)
-    for name in ("problems.jsonl", "reward_examples.jsonl"):
-        rows = [{**row, "prompt": HOSTILE + row["prompt"]} for row in rows_of(run / name)]
-        (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stages[4].main(stages[4].Args(run=str(run), examples=4))
-    return run
-
-def test_win_rate_as_alpacaeval_counts_it(stages):
+def test_win_rate_as_alpacaeval_counts_it_and_intervals():
     # wins 1, 0, 1/2 and, for 0, 1/2 again; the others are no verdicts
-    result = stages[4].win_rate([2, 1, 1.5, 0, None, 3, 0.5, -1, "2", True, float("nan")])
+    result = four.win_rate([2, 1, 1.5, 0, None, 3, 0.5, -1, "2", True, float("nan")])
     assert result["n"] == 4 and result["win_rate"] == 0.5
-    assert result["win_rate_se"] == pytest.approx((0.5 / 3) ** 0.5 / 2)        # n - 1 = 3, sqrt(4)
-    assert stages[4].win_rate([None, 7])["win_rate"] is None
-
-def test_intervals(stages):
+    assert four.win_rate([None, 7])["win_rate"] is None
     values = np.random.default_rng(0).choice([0, 0.5, 1], 20_000, p=[0.2, 0.3, 0.5])
     half = 1.96 * values.std(ddof=1) / len(values) ** 0.5
     expected = [values.mean() - half, values.mean() + half]    # the normal one, for large n
-    assert stages[4].interval(values, 1) == pytest.approx(expected, abs=0.04 * half)
-    paired = stages[4].difference([2, 1, None, 1.5, 2], [1, 1, 2, 1, None], 1)
+    assert four.interval(values, 1) == pytest.approx(expected, abs=0.04 * half)
+    paired = four.difference([2, 1, None, 1.5, 2], [1, 1, 2, 1, None], 1)
     assert paired["difference"] == pytest.approx(0.5) and paired["n"] == 3
-    assert stages[4].difference(values, values, 1)["ci95"] == [0, 0]           # paired
+    assert four.difference(values, values, 1)["ci95"] == [0, 0]           # paired
 
-def test_measure_by_hand(stages):
+def test_measure_by_hand():
     log = [{"update": k, "episodes": 10 * k, "seconds": k / 2, "val_kl": 0.3} for k in range(1, 9)]
     for row, accuracy in zip(log[1::2], (0.5, 0.9, 0.6, 0.8)):
         row["accuracy"] = accuracy
-    assert stages[4].measure([0, 2, 0, 1], log) == pytest.approx({
+    assert four.measure([0, 2, 0, 1], log) == pytest.approx({
         "accuracy": 0.5, "wrong_steps_per_response": 0.75, "kl_to_ref": 0.3, "updates": 8,
         "episodes": 80, "seconds": 4.0, "best_accuracy": 0.9, "largest_drop": 0.3,
         "updates_to_95": 4})                                   # 0.9 >= 0.95 x 0.8
-    assert [stages[4].first_update(log, level) for level in (0.5, 0.51, 0.95)] == [2, 4, None]
-    assert stages[4].measure([None, 1], [])["accuracy"] is None
+    assert [four.first_update(log, level) for level in (0.5, 0.51, 0.95)] == [2, 4, None]
+    assert four.measure([None, 1], [])["accuracy"] is None
 
 @pytest.mark.parametrize("reward, token, row, needle", [
-    ({}, {}, {}, None),
-    ({"pair_accuracy": 0.7}, {}, {"kl": -20.0}, None),
+    ({}, {}, {}, None), ({"pair_accuracy": 0.7}, {}, {"kl": -20.0}, None),
     ({"pair_accuracy": 0.69}, {}, {}, "reward accuracy under 70 %: reward_token"),
     ({"pair_accuracy": 0.0}, {}, {}, "reward accuracy"),
     ({}, {"win_rate": 0.5}, {}, "win rate not above the baseline"),
@@ -66,19 +44,26 @@ def test_measure_by_hand(stages):
     ({}, {}, {"kl": -91.0}, "kl of 91, over 20"),
     ({}, {}, {"approx_kl": 0.11}, "approx_kl of 0.11, over 0.1"),
     ({}, {}, {"advantage_rms": float("nan")}, "advantage_rms of nan, over 10")])
-def test_failure_signatures(stages, reward, token, row, needle):
+def test_failure_signatures(reward, token, row, needle):
     good = {"pair_accuracy": 0.9, "preference_accuracy": 0.9}
     policies = {name: {"win_rate": win, "largest_drop": 0.1}
                 for name, win in (("ppo_token", 0.6), ("ppo_sequence", 0.5))}
     policies["ppo_token"].update(token)
     models = {"sequence": good, "token": {**good, **reward}, "generative": good}
     logs = {"ppo_token": [{"kl": 2.0}, row], "ppo_sequence": [{"kl": 2.0}]}
-    warnings = stages[4].failure_signatures(models, policies, logs)
+    warnings = four.failure_signatures(models, policies, logs)
     assert len(warnings) == (needle is not None) and (not needle or needle in warnings[0])
 
-def test_files_of_the_stage(evaluated):
-    result = json.loads((evaluated / "eval.json").read_text())
-    rows = rows_of(evaluated / "responses.jsonl")
+def test_files_of_the_stage(run):
+    """Of the SFT policy as ppo_sequence, a KL of 91 in a CSV, and prompts of HTML."""
+    shutil.copytree(run / "policy", run / "ppo_sequence", dirs_exist_ok=True)
+    (run / "ppo_token.csv").write_text(
+        "update,episodes,seconds,kl,val_kl,accuracy\n1,32,0.5,91,,\n2,64,1.0,2,0.3,0.5\n")
+    for name in ("problems.jsonl", "reward_examples.jsonl"):
+        rows = [{**row, "prompt": HOSTILE + row["prompt"]} for row in rows_of(run / name)]
+        (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    four.main(four.Args(run=str(run), examples=4))
+    result, rows = json.loads((run / "eval.json").read_text()), rows_of(run / "responses.jsonl")
     policies, (gap,) = result["policies"], result["differences"]
     assert set(policies) == {"sft", "ppo_token", "ppo_sequence"}
     assert all(COLUMNS <= set(row) for row in policies.values())
@@ -86,40 +71,38 @@ def test_files_of_the_stage(evaluated):
     assert any("ppo_token reached a kl of 91, over 20" in text for text in result["warnings"])
     assert gap["difference"] == pytest.approx(
         policies[gap["a"]]["win_rate"] - policies[gap["b"]]["win_rate"])
-    problems = [row for row in rows_of(evaluated / "problems.jsonl") if row["split"] == "test"]
+    problems = [row for row in rows_of(run / "problems.jsonl") if row["split"] == "test"]
     for row, problem in zip(rows, problems, strict=True):
         assert set(row) == {"id", "prompt", *policies} and row["prompt"] == problem["prompt"]
     same = policies["ppo_sequence"]                            # the policy against itself
     assert (same["win_rate"], same["win_rate_se"]) == (0.5, 0)
     assert all(row["sft"] == row["ppo_sequence"] for row in rows) and "ppo_token" in rows[0]
-    text = (evaluated / "report.html").read_text(encoding="utf-8")
+    text = (run / "report.html").read_text(encoding="utf-8")
     assert text.count("<polyline") == 2 and '<span class="e"' in text      # curves, heat map
     assert "<ins>" in text and "<del>" in text and "reached a kl of 91" in text
     assert "<script" not in text and text.count("&lt;script&gt;alert(1)&lt;/script&gt;&amp;") == 8
     assert not any(word in text for word in ("http", "url(", "@import", " src=", " href="))
 
-def test_combine_several_runs(stages, tmp_path):
+def test_combine_several_runs(tmp_path):
     runs = [tmp_path / name for name in "abc"]
     for run, win in zip(runs, (0.5, 0.6, 0.9)):
         run.mkdir()
         (run / "eval.json").write_text(json.dumps({
             "policies": {"ppo_token": {"win_rate": win, "accuracy": None}},
             "differences": [{"a": "x", "b": "y", "difference": win / 2, "ci95": [0, 1]}]}))
-    stages[4].main(stages[4].Args(run=str(tmp_path), runs=list(map(str, runs))))
+    four.main(four.Args(run=str(tmp_path), runs=list(map(str, runs))))
     table = json.loads((tmp_path / "combined.json").read_text())
     assert table["policies ppo_token win_rate"] == {           # variance: 0.08667 / (3 - 1)
         "mean": pytest.approx(2 / 3), "sd": pytest.approx((0.13 / 3) ** 0.5),
         "values": [0.5, 0.6, 0.9]}
     assert set(table) == {"policies ppo_token win_rate", "differences x - y"}
 
-def test_verdicts_of_alpacaeval(stages, tmp_path, capsys):
+def test_verdicts_of_alpacaeval(tmp_path, capsys, fails):
     path = tmp_path / "annotations.json"
     rows = [{"preference": p, "output_1": "a", "output_2": "b"} for p in (2, 2, 1, 0, None)]
     path.write_text(json.dumps([*rows, {"preference": 2, "output_1": "c", "output_2": "c"}]))
-    stages[4].main(stages[4].Args(verdicts=str(path)))         # wins 1, 1, 0, 1/2, 1/2
+    four.main(four.Args(verdicts=str(path)))         # wins 1, 1, 0, 1/2, 1/2; n - 1 = 4
     assert capsys.readouterr().out.split()[1::2] == ["60.000", "18.708", "5"]
     for text in ("[]", "{", '[{"output_1": "a", "output_2": "b"}]', '[{"preference": 9}]'):
         path.write_text(text)
-        with pytest.raises(SystemExit, match="2"):
-            stages[4].main(stages[4].Args(verdicts=str(path)))
-        assert str(path) in capsys.readouterr().err
+        fails(str(path), four.main, four.Args(verdicts=str(path)))

@@ -3,7 +3,8 @@
 import json
 
 import pytest, torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from conftest import four, one, rows_of, three, two
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerFast)
 
@@ -28,12 +29,9 @@ FAMILIES = {
 def make_model(name, path):
     """Weights large enough that a wrong position or mask shows in the log-probs."""
     settings, more_rows, specials, roles, template = FAMILIES[name]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(TEXTS, trainers.BpeTrainer(
-        vocab_size=380, special_tokens=specials, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(TEXTS, 380, special_tokens=specials, show_progress=False)
+    backend = Tokenizer.from_str(bpe.to_str())
     if roles[0] is not None:
         bos = (specials[roles[0]], roles[0])                   # special tokens have the first ids
         backend.post_processor = processors.TemplateProcessing(f"{bos[0]} $A", special_tokens=[bos])
@@ -62,61 +60,59 @@ def data_rows(shape):
             edit = {} if shape == "unedited" else {"edited": right}
             yield {"prompt": prompt, "chosen": right, "rejected": wrong, **edit}
 
-def run_stages(stages, folder, name, shape):
-    def solution(grm, wrong, tokenizer, args, drop):           # a random GRM cannot rewrite
-        return [{**row, "rewrite_ids": row["problem"]["solution_ids"]} for row in wrong]
-
-    model, data, run = make_model(name, folder / "model"), folder / "data.jsonl", folder / "run"
-    data.write_text("".join(json.dumps(row) + "\n" for row in data_rows(shape)))
-    one, two, three, four = stages[1:]
-    one.main(one.Args(run=str(run), data=str(data), model=model, sft_steps=2, sft_lr=1e-4))
-    two.main(two.Args(run=str(run), epochs=1, sequence_epochs=1, locate_epochs=1))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(three, "rewrite", solution)
-        three.main(three.Args(run=str(run), updates=1, rollout_batch=8, minibatch=4,
-                              ppo_epochs=1, max_new_tokens=6))
-    four.main(four.Args(run=str(run), max_new_tokens=6))
-    return run
-
 @torch.no_grad()
-def check_plain_forward(stages, run, end, pad):
-    """Log-probs and rewards of a padded batch equal those of each row alone. One response ends in
-    the pad token, one has it in the middle."""
+def check_plain_forward(run, end, pad):
+    """Log-probs, rewards and values of a padded batch equal those of each row alone. One response
+    ends in the pad token, one has it in the middle."""
     prompts = [[40, 41, 42] * 7, [43], [44, 45]]
     responses = [[50, 51, end], [52, 53, 54, 55, pad], [56, pad, 57, end]]
     policy = AutoModelForCausalLM.from_pretrained(run / "ppo_token")
-    inputs, mask = stages[3].pack(prompts, responses, policy)
+    inputs, mask = three.pack(prompts, responses, policy)
     token = AutoModelForTokenClassification.from_pretrained(run / "reward_token")
     sequence = AutoModelForSequenceClassification.from_pretrained(run / "reward_sequence")
     for head in (getattr(token, "classifier", None) or token.score, sequence.score):
         torch.nn.init.normal_(head.weight)                     # trained ones are next to nothing
-    logprobs = stages[3].response_logprobs(policy, inputs, mask, 0.7)
-    rewards = stages[3].token_rewards(token, inputs, mask)
-    totals = stages[3].sequence_reward(sequence, inputs)
+    logprobs = three.response_logprobs(policy, inputs, mask, 0.7)
+    rows = [{"prompt_ids": x, "rewrite_prompt": x, "rejected_ids": y}
+            for x, y in zip(prompts, responses)]
+    rewards, totals, likelihoods = (two.score(kind, model, rows, "rejected")[0] for kind, model in (
+        ("token", token), ("sequence", sequence), ("generative", policy)))
+    values = three.token_values(token, inputs, mask)
     for k, (prompt, response) in enumerate(zip(prompts, responses)):
         ids, T = torch.tensor([prompt + response]), len(response)
-        every = (policy(ids).logits[0, len(prompt) - 1:-1] / 0.7).log_softmax(dim=1)
-        assert torch.allclose(logprobs[k, :T], every[range(T), response], atol=1e-4)
-        assert torch.allclose(rewards[k, :T], token(ids).logits[0, len(prompt):, 0], atol=1e-4)
-        hidden = sequence.base_model(ids).last_hidden_state[0, -1]
+        logits, own = policy(ids).logits[0, len(prompt) - 1:-1], (range(T), response)
+        before, *alone = token(ids).logits[0, len(prompt) - 1:]      # A2: at the token's own place
+        hidden = sequence.base_model(ids).last_hidden_state[0, -1]   # A6: the last token, pad too
+        for x, plain in ((logprobs[k], (logits / 0.7).log_softmax(dim=1)[own]),
+                         (rewards[k], torch.cat(alone)),
+                         (values[k], torch.cat([before, *alone[:-1]])),   # V: one place before it
+                         (likelihoods[k], logits.softmax(dim=1)[own] - 0.5)):
+            assert torch.allclose(x[:T], plain, atol=1e-4) and not x[T:].any()
         assert torch.allclose(totals[k], sequence.score(hidden)[0], atol=1e-4)
 
 @pytest.mark.parametrize("name, shape", [
     *((name, "solved") for name in FAMILIES), ("llama", "chat"), ("qwen2", "chat"),
     ("gpt2", "unedited"), ("gpt2", "wrong")])
-def test_all_stages(stages, tmp_path, name, shape):
-    run, bos = run_stages(stages, tmp_path, name, shape), FAMILIES[name][3][0]
+def test_all_stages(tmp_path, monkeypatch, name, shape):
+    monkeypatch.setattr(three, "rewrite", lambda grm, wrong, *_: [      # a random GRM cannot
+        {**row, "rewrite_ids": row["problem"]["solution_ids"]} for row in wrong])
+    model, data, run = make_model(name, tmp_path / "model"), tmp_path / "data", tmp_path / "run"
+    data.write_text("".join(json.dumps(row) + "\n" for row in data_rows(shape)))
+    one.main(one.Args(run=str(run), data=str(data), model=model, sft_steps=2, sft_lr=1e-4))
+    two.main(two.Args(run=str(run), epochs=1, sequence_epochs=1, locate_epochs=1))
+    three.main(three.Args(run=str(run), updates=1, rollout_batch=8, minibatch=4, ppo_epochs=1,
+                          max_new_tokens=6))
+    four.main(four.Args(run=str(run), max_new_tokens=6))
     trained = ["ppo_token"] * (shape not in ("unedited", "wrong"))
     trained += ["ppo_sequence"] * (shape != "wrong")
     trained += ["rlmec", "rlmec_imitation"] * (shape in ("solved", "wrong"))
     assert {*json.loads((run / "eval.json").read_text())["policies"]} == {"sft", *trained}
-    tokenizer = AutoTokenizer.from_pretrained(run / "policy")
+    tokenizer, bos = AutoTokenizer.from_pretrained(run / "policy"), FAMILIES[name][3][0]
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     for folder in ("policy", trained[0]):                      # no row without a token
         model = AutoModelForCausalLM.from_pretrained(run / folder)
         assert model.get_input_embeddings().num_embeddings == len(tokenizer)
-    rows = [json.loads(line) for line in (run / "edits.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["rejected"] != row["edited"]]
+    rows = [row for row in rows_of(run / "edits.jsonl") if row["rejected"] != row["edited"]]
     assert len(rows) == 24 and pad not in (None, end)
     for row in rows:
         ids, prompt, rejected = row["prompt_ids"], row["prompt"], row["rejected"]
@@ -128,4 +124,4 @@ def test_all_stages(stages, tmp_path, name, shape):
         *ids, last = row["rejected_ids"]
         assert tokenizer.decode(ids) == rejected and last == end
     if "ppo_token" in trained:
-        check_plain_forward(stages, run, end, pad)
+        check_plain_forward(run, end, pad)

@@ -1,26 +1,20 @@
 """Stage 3, A7 to A9 and B3 to B8: by hand, against slow versions, under padding, and in parts."""
 
-import copy, math
+import math
 from collections import Counter
 
 import pytest, torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForTokenClassification
+import torch.nn.functional as F
+from conftest import rows_of, three
+from transformers import LlamaConfig, LlamaForCausalLM
 
-CONFIG = LlamaConfig(vocab_size=12, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                     num_attention_heads=2, max_position_embeddings=24, initializer_range=0.4)
 SCALE = {"mean": 1.0, "std": 2.0}
-
-@pytest.fixture(scope="module")
-def three(stages):
-    return stages[3]
-
-@pytest.fixture(scope="module")
-def tokenizer(three, tiny_run):
-    return three.AutoTokenizer.from_pretrained(tiny_run / "policy")
 
 @pytest.fixture
 def policy():
-    model = LlamaForCausalLM(copy.copy(CONFIG)).eval()
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=12, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=24, initializer_range=0.4)).eval()
     model.config.pad_token_id = 0
     return model
 
@@ -28,7 +22,7 @@ def plain_logprobs(model, prompt, response, temperature=1.0):
     logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
     return (logits / temperature).log_softmax(-1)[range(len(response)), response]
 
-def test_scores_and_kl_rewards_by_hand(three, monkeypatch):
+def test_scores_and_kl_rewards_by_hand(monkeypatch):
     mask = torch.tensor([[True] * 3, [True, False, False]])
     monkeypatch.setattr(three, "sequence_reward", lambda *_: torch.tensor([5.0, 4.0]))
     monkeypatch.setattr(three, "token_rewards", lambda *_: torch.tensor([[2.0, 4.0, 6.0]]))
@@ -39,34 +33,20 @@ def test_scores_and_kl_rewards_by_hand(three, monkeypatch):
     rewards = three.kl_rewards(torch.tensor([1.0, 0.0]), old, ref, 0.1)
     assert rewards.tolist() == pytest.approx([1 - 0.05, 0.1]) and not rewards.requires_grad
 
-def test_values_are_read_before_the_token_and_gae_by_hand(three):
-    model = LlamaForTokenClassification(copy.copy(CONFIG)).eval()
-    model.config.pad_token_id = 0
-    inputs, mask = three.pack([[5, 6, 7], [4] * 7], [[8, 9, 2], [3] * 5], model)
-    plain = model(torch.tensor([[5, 6, 7, 8, 9, 2]])).logits[0, 2:5, 0].tolist()
-    assert three.token_values(model, inputs, mask)[0].tolist() == pytest.approx(plain + [0, 0])
-    # A8 with lambda and gamma 0.5: delta = 1 + 1 - 1, 0 + 1.5 - 2, 2 + 0 - 3
-    rewards, values = torch.tensor([[1.0, 0.0, 2.0]]), torch.tensor([[1.0, 2.0, 3.0]])
-    advantages, returns = three.gae(rewards, values, 0.5, 0.5)
-    assert advantages[0].tolist() == pytest.approx([1 - 0.75 / 4, -0.5 - 0.25, -1.0])
-    assert returns[0].tolist() == pytest.approx([1.8125, 1.25, 2.0])
-
 @pytest.mark.parametrize("lam, gamma", [(0.95, 1.0), (1.0, 0.9), (0.0, 0.7)])
-def test_gae_equals_the_double_sum_and_ignores_padding(three, lam, gamma):
+def test_gae_equals_the_double_sum_and_ignores_padding(lam, gamma):
     mask = torch.arange(7) < torch.tensor([5, 1, 3])[:, None]
-    rewards, values, slow = torch.randn(3, 7) * mask, torch.randn(3, 7) * mask, torch.zeros(3, 7)
+    rewards, values = torch.randn(3, 7) * mask, torch.randn(3, 7) * mask
     advantages, returns = three.gae(rewards, values, lam, gamma)
-    for row, T in enumerate([5, 1, 3]):
-        v = values[row].tolist()[:T] + [0.0]                       # V(s_{T+1}) = 0
-        deltas = [rewards[row, t].item() + gamma * v[t + 1] - v[t] for t in range(T)]
-        for t in range(T):
-            slow[row, t] = sum((gamma * lam) ** l * deltas[t + l] for l in range(T - t))
+    delta = rewards + gamma * F.pad(values, (0, 1))[:, 1:] - values    # V(s_{T+1}) = 0
+    slow = torch.stack([sum((gamma * lam) ** l * delta[:, t + l] for l in range(7 - t))
+                        for t in range(7)], dim=1)
     assert torch.allclose(torch.cat([advantages, returns - values]), slow.repeat(2, 1), atol=1e-5)
 
 @pytest.mark.parametrize("ratio, advantage, loss, gradient", [
     (1.1, 1.0, -1.1, -1.1), (1.5, 1.0, -1.2, 0.0), (0.5, 1.0, -0.5, -0.5),
     (1.5, -1.0, 1.5, 1.5), (0.5, -1.0, 0.8, 0.0)])                 # A9: min, for bad tokens too
-def test_policy_loss_on_each_side_of_the_clip(three, ratio, advantage, loss, gradient):
+def test_policy_loss_on_each_side_of_the_clip(ratio, advantage, loss, gradient):
     logprobs = torch.tensor([ratio, 9.0]).log().requires_grad_()
     value = three.policy_loss(logprobs, torch.zeros(2), torch.tensor([advantage, 9.0]),
                               torch.tensor([True, False]), 0.2, 4)
@@ -74,35 +54,26 @@ def test_policy_loss_on_each_side_of_the_clip(three, ratio, advantage, loss, gra
     assert value.item() == pytest.approx(loss / 4)
     assert logprobs.grad.tolist() == pytest.approx([gradient / 4, 0.0])
 
-def test_value_loss_and_whitening_by_hand(three):
-    mask, old = torch.tensor([True, True, True, False]), torch.zeros(4)
-    values, returns = torch.tensor([1.0, 0.1, -1.0, 9.0]), torch.tensor([0.5, 0.5, -2.0, 0.0])
-    loss = three.value_loss(values, old, returns, mask, 0.2, 5)    # clipped to 0.2 0.1 -0.2
+def test_value_loss_and_whitening_by_hand():
+    mask, old = torch.tensor([True, True, True, False]), torch.ones(4)
+    values, returns = torch.tensor([2.0, 1.1, 0.0, 9.0]), torch.tensor([1.5, 1.5, -1.0, 0.0])
+    loss = three.value_loss(values, old, returns, mask, 0.2, 5)    # clipped to 1.2 1.1 0.8
     assert loss.item() == pytest.approx(0.5 * (0.5 ** 2 + 0.4 ** 2 + 1.8 ** 2) / 5)
     white = three.masked_whiten(torch.tensor([1.0, 2.0, 3.0, 99.0]), mask)
     assert white.tolist() == pytest.approx([-1.5 ** 0.5, 0.0, 1.5 ** 0.5, 0.0])
 
 @pytest.mark.parametrize("reward", [1.0, -1.0])
-def test_a_reward_moves_its_token_and_with_lambda_0_no_other(three, policy, reward):
+def test_a_reward_moves_its_token_and_with_lambda_0_no_other(policy, reward):
     inputs, mask = three.pack([[5, 6]], [[7, 8, 9, 2]], policy)
-    rewards = torch.tensor([[0.0, reward, 0.0, 0.0]])
-    advantages, _ = three.gae(rewards, torch.zeros(1, 4), 0.0)
-    assert advantages.equal(rewards)
+    advantages, _ = three.gae(torch.tensor([[0.0, reward, 0.0, 0.0]]), torch.zeros(1, 4), 0.0)
+    assert advantages[0].tolist() == [0, reward, 0, 0]
     before = three.response_logprobs(policy, inputs, mask)
     three.policy_loss(before, before.detach(), advantages, mask, 0.2, 4).backward()
     torch.optim.SGD(policy.parameters(), 1e-3).step()
     assert reward * (three.response_logprobs(policy, inputs, mask) - before)[0, 1] > 0
 
-@pytest.fixture
-def grads(monkeypatch):
-    """The gradient of every optimiser step, before it is clipped."""
-    steps = []
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, _: steps.append(
-        torch.cat([p.grad.flatten() for p in parameters])))
-    return steps
-
 @pytest.mark.parametrize("kind", ["token", "sequence"])
-def test_first_rollout_and_its_micro_batches(three, tiny_run, tokenizer, kind, grads):
+def test_first_rollout_and_its_micro_batches(tiny_run, tokenizer, kind, grads):
     args = three.Args(device="cpu", max_new_tokens=12, temperature=0.5, lam=0.0)
     models = three.open_models(kind, tiny_run, args)
     prompts = [row["prompt_ids"] for row in three.read_jsonl(tiny_run / "problems.jsonl")[:7]]
@@ -129,7 +100,7 @@ def chi_squared(tokens, probabilities):
     return (((seen - expected) ** 2 / expected).sum() - 11) / 22 ** 0.5
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_samples_follow_the_policy(three, policy, tokenizer, temperature):
+def test_samples_follow_the_policy(policy, tokenizer, temperature):
     prompts = [[5, 6], [4, 9, 3, 7, 8]] * 2000                     # half of the rows are padded
     args = three.Args(device="cpu", max_new_tokens=2)
     rows = three.sample(policy, prompts, tokenizer, args, temperature)[::2]
@@ -139,31 +110,27 @@ def test_samples_follow_the_policy(three, policy, tokenizer, temperature):
     second = [row[1] for row in rows if row[0] == a]
     assert chi_squared(second, share([5, 6, a])) < 4 and chi_squared(second, share([5, 6])) > 10
 
-def test_likeliest_samples_equal_one_by_one_without_a_cache(three, policy, tokenizer):
+def test_likeliest_samples_equal_one_by_one_without_a_cache(policy, tokenizer):
     prompts = [[k, j] * (1 + k % 3) for k in range(3, 12) for j in (4, 7)]
-    args, expected = three.Args(device="cpu", max_new_tokens=9), []
-    for prompt in prompts:
-        expected.append([])
-        while len(expected[-1]) < 9 and 2 not in expected[-1]:
-            logits = policy(torch.tensor([prompt + expected[-1]])).logits[0, -1]
-            expected[-1].append(logits.argmax().item())
+    args = three.Args(device="cpu", max_new_tokens=9)
+    expected = [policy.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False,
+                                use_cache=False)[0, len(prompt):].tolist() for prompt in prompts]
     assert len({len(row) for row in expected}) > 2                 # they end at several times
     for args.micro_batch in (256, 4):
         assert three.sample(policy, prompts, tokenizer, args, 0.0) == expected
 
-def test_samples_fit_the_context_and_teacher_forcing_agrees(three, policy, tokenizer):
+def test_samples_fit_the_context_and_teacher_forcing_agrees(policy, tokenizer):
     prompts, args = [[5, 6], [4, 9, 3, 7, 8], [3] * 20] * 20, three.Args(device="cpu")
     responses = three.sample(policy, prompts, tokenizer, args, 1.0)
     assert max(map(len, responses)) == 4 and any(row[-1] == 2 for row in responses)
     assert all(2 not in row[:-1] and (row[-1] == 2 or len(row) == 4) for row in responses)
     args.micro_batch = 25
-    for temperature in (1.0, 0.5):
-        rows = (policy, prompts, responses, args, temperature)
-        for row, x, y in zip(three.read(three.response_logprobs, *rows), prompts, responses):
-            plain = plain_logprobs(policy, x, y, temperature).tolist()
-            assert row.tolist() == pytest.approx(plain + [0] * (4 - len(y)), abs=1e-5)
+    rows = three.read(three.response_logprobs, policy, prompts, responses, args, 0.5)
+    for row, x, y in zip(rows, prompts, responses, strict=True):
+        plain = plain_logprobs(policy, x, y, 0.5).tolist()
+        assert row.tolist() == pytest.approx(plain + [0] * (4 - len(y)), abs=1e-5)
 
-def test_b3_b5_and_b6_by_hand(three):
+def test_b3_b5_b6_and_c1_by_hand():
     p, mask = torch.tensor([[0.9, 0.6, 0.3, 0.45, 0.7]] * 2), torch.tensor([[True] * 4 + [False]])
     r = three.generative_rewards(p, torch.tensor([True, False]), mask)
     assert torch.allclose(r, torch.tensor([[0.4, 0.1, 0, 0, 0], [0, 0, -0.1, -0.05, 0]]))
@@ -175,10 +142,14 @@ def test_b3_b5_and_b6_by_hand(three):
     loss = three.rlmec_loss(logprobs, logprobs.detach(), torch.zeros(2, 2), 0.3, 0)
     loss.backward()                                                # no token has a reward
     assert loss.item() == 0 and not logprobs.grad.any()
+    # C1: two tokens each, -1 -1 and -2 -1 of y+ and y-, under the reference -2 -1 and -1 -1
+    better, worse, ref_w, ref_l = torch.tensor([[-2.0], [-3.0], [-3.0], [-2.0]])
+    loss = three.dpo_loss(better, worse, ref_w, ref_l, 0.5, 2)     # 1 - (-1) = 2, times b
+    assert loss.item() == pytest.approx(math.log(1 + math.exp(-0.5 * 2)) / 2)
 
 @pytest.mark.parametrize("reward, ratio, weight", [
     (0.4, 2.0, 1.3 * 0.4), (0.4, 0.5, 0.5 * 0.4), (-0.1, 2, 2 * -0.1), (-0.1, 0.5, 0.7 * -0.1)])
-def test_b5_stops_the_weights_gradient_and_keeps_that_of_log_pi(three, reward, ratio, weight):
+def test_b5_stops_the_weights_gradient_and_keeps_that_of_log_pi(reward, ratio, weight):
     old = torch.tensor([-1.0, -2.0])
     logprobs = (old + torch.tensor([math.log(ratio), 0.3])).requires_grad_()
     loss = three.rlmec_loss(logprobs, old, torch.tensor([reward, 0.0]), 0.3, 2)
@@ -187,7 +158,7 @@ def test_b5_stops_the_weights_gradient_and_keeps_that_of_log_pi(three, reward, r
     assert logprobs.grad.tolist() == pytest.approx([-weight / 2, 0.0])
 
 @pytest.mark.parametrize("method", ["rlmec", "rlmec_imitation", "rejection"])
-def test_b7_and_c2_of_single_rows(three, policy, tokenizer, method, tiny_run, monkeypatch, grads):
+def test_b7_and_c2_of_single_rows(policy, tokenizer, method, tiny_run, monkeypatch, grads):
     """And of micro-batches. L_RL is at the temperature, L_IR is not; rho is 1 in the first step."""
     samples, expected = [], 0.0
     for prompt, response, rewrite, rewards, gamma in (
@@ -214,18 +185,12 @@ def test_b7_and_c2_of_single_rows(three, policy, tokenizer, method, tiny_run, mo
         assert [row["loss"] for row in log] == pytest.approx([expected.item()] * 3, rel=1e-5)
     assert (grads[0] - grads[-1]).norm() < 1e-5 * grads[0].norm()
 
-def test_c1_by_hand(three):
-    """Two tokens each: log-probs -1 -1 and -2 -1 of y+ and y-, under the reference -2 -1, -1 -1."""
-    loss = lambda w, l: three.dpo_loss(w, l, torch.tensor([-3.0]), torch.tensor([-2.0]), 0.5, 2)
-    value = loss(torch.tensor([-2.0]), torch.tensor([-3.0]))       # 1 - (-1) = 2, times b
-    assert value.item() == pytest.approx(math.log(1 + math.exp(-0.5 * 2)) / 2)
-
 @pytest.mark.parametrize("method", ["dpo", "dpo_edit"])
-def test_c1_starts_at_log_2_raises_the_better_and_lowers_the_worse(three, tiny_run, method):
+def test_c1_starts_at_log_2_raises_the_better_and_lowers_the_worse(tiny_run, method):
     args = three.Args(device="cpu", run=str(tiny_run))
     policy = three.open_model(three.AutoModelForCausalLM, tiny_run / "policy", args)
     rows = three.pairs_of(method, tiny_run, policy, args)
-    edits = [row for row in three.read_jsonl(tiny_run / "edits.jsonl")
+    edits = [row for row in rows_of(tiny_run / "edits.jsonl")
              if row["split"] == "train" and row["chosen"] is not None]
     name = "edited_ids" if method == "dpo_edit" else "chosen_token_ids"
     assert [row["better_ids"] for row in rows] == [row[name] for row in edits]
@@ -241,7 +206,7 @@ def test_c1_starts_at_log_2_raises_the_better_and_lowers_the_worse(three, tiny_r
     assert after["logprob_better"] > after["logprob_worse"] and after["logprob_worse"] < 0
 
 @pytest.fixture
-def collect(three, tiny_run, tokenizer, monkeypatch):
+def collect(tiny_run, tokenizer, monkeypatch):
     """B8 on two problems: `collect` with a `sample` that gives these responses, call after call."""
     args = three.Args(device="cpu", temperature=0.7)
     grm = three.open_model(three.AutoModelForCausalLM, tiny_run / "policy", args)
@@ -251,11 +216,10 @@ def collect(three, tiny_run, tokenizer, monkeypatch):
         monkeypatch.setattr(three, "sample", lambda model, prompts, *_: (
             seen.append(prompts) or answers[len(seen) - 1]))
         return three.collect(grm, grm, problems, tokenizer, args)
-    return collect_of, grm, problems, seen
+    return collect_of, grm, problems, seen, *(problem["solution_ids"] for problem in problems)
 
-def test_collect_keeps_ids_and_the_steps_before_the_error(three, tokenizer, collect, monkeypatch):
-    collect_of, grm, problems, seen = collect
-    solution, right = [problem["solution_ids"] for problem in problems]
+def test_collect_keeps_ids_and_the_steps_before_the_error(tokenizer, collect, monkeypatch):
+    collect_of, grm, problems, seen, solution, right = collect
     start = len(sum(three.steps_of(solution, tokenizer)[:2], []))
     wrong = solution[:start] + [solution[0]] + solution[start + 1:]
     monkeypatch.setattr(three, "generative_rewards", lambda p, right, mask: p * mask)
@@ -275,9 +239,8 @@ def test_collect_keeps_ids_and_the_steps_before_the_error(three, tokenizer, coll
 @pytest.mark.parametrize("answer, ending, reason", [
     (None, None, "the locator names no step"), (12, None, "the locator names no step"),
     (1, slice(0, 5), "the rewrite is wrong"), (1, slice(0, -1), "the rewrite is wrong")])  # no end
-def test_a_wrong_sample_is_never_praised(three, tokenizer, collect, answer, ending, reason, capsys):
-    collect_of, _, problems, _ = collect
-    solution, right = [problem["solution_ids"] for problem in problems]
+def test_a_wrong_sample_is_never_praised(tokenizer, collect, answer, ending, reason, capsys):
+    collect_of, *_, solution, right = collect
     answer = tokenizer(f"[{answer}]").input_ids + [2] if answer else [2]
     rows = collect_of([solution[:5] + [2], right], [answer], [solution[ending]] if ending else [])
     assert [row["response_ids"] for row in rows] == [right]
@@ -288,10 +251,7 @@ def test_a_wrong_sample_is_never_praised(three, tokenizer, collect, answer, endi
     ("problems.jsonl", '{"id": "qa-6", ', "{,", "problems.jsonl, line 7:"),        # no JSON
     ("reward_token/tokenizer.json", '"[9]"', '"[ten]"', "its vocabulary is not that of"),
     ("reward_token", "", "", "no reward model for ppo_token; 02_reward_model.py")])
-def test_bad_input_is_named(three, run, name, old, new, message, capsys):
+def test_bad_input_is_named(fails, run, name, old, new, message):
     path = run / name
     path.write_text(path.read_text().replace(old, new)) if old else path.rename(run / "gone")
-    with pytest.raises(SystemExit) as stop:
-        three.main(three.Args(run=str(run), method="ppo_token", overwrite=True, device="cpu"))
-    errors = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(errors) == 1 and message in errors[0]
+    fails(message, three.main, three.Args(run=str(run), method="ppo_token", overwrite=True))

@@ -1,14 +1,13 @@
-"""What test_processes.py runs apart: `worker.py grads RUN OUT [--fsdp]` under torchrun or alone, the
-gradient of one optimiser step of every loss; `worker.py kill RUN`, a run killed and started again."""
+"""`worker.py grads RUN OUT [--fsdp]`, alone or under torchrun: the gradient of one optimiser step
+of every loss. `worker.py die`: a rank that fails. `worker.py kill RUN`: a run killed five times."""
 
-import importlib, os, random, shutil, signal, sys, time
+import os, random, shutil, signal, sys, time
 from pathlib import Path
 
 import torch
+from conftest import three, two
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-two, three = importlib.import_module("02_reward_model"), importlib.import_module("03_ppo")
-run, grads = Path(sys.argv[2]), []
+mode, run, grads = sys.argv[1], Path(sys.argv[2]), []
 
 def keep(parameters, _):
     """In the place of clipping: behind the sum over processes, before the step."""
@@ -16,20 +15,19 @@ def keep(parameters, _):
     grads.append(torch.cat([x.flatten() for x in full]))
 
 def reward_models(tokenizer, fsdp):
-    """A5, A6 and B2 of a batch of 7 rows in micro-batches of 2, so that one rank has no last row."""
-    sizes = {f"{name}batch": 7 for name in ("", "sequence_", "grm_")}
-    args = two.Args(epochs=1, sequence_epochs=1, locate_epochs=0, micro_batch=2, fsdp=fsdp,
-                    device="cpu", **sizes)
+    """A5, A6 and B2 of a batch of 7 in micro-batches of 2, so that one rank has no last row."""
+    args = two.Args(epochs=1, batch=7, sequence_epochs=1, sequence_batch=7, grm_batch=7,
+                    locate_epochs=0, micro_batch=2, fsdp=fsdp, device="cpu")
     for kind in two.KINDS:
         torch.manual_seed(0)
         model = two.open_reward_model(kind, run / "policy", tokenizer, args)
-        head = getattr(model, "score", None)
-        torch.nn.init.normal_(head.weight) if head else None
+        if kind != "generative":
+            torch.nn.init.normal_(model.score.weight)
         rows, _ = two.read_rows(run, kind, model, tokenizer, args)
         two.train(kind, two.shard(model, args), rows[:7], tokenizer, args)
 
 def policies(tokenizer, fsdp):
-    """A9 on a given rollout of 7 responses, B7 and C1; in B7 one rank has no token with r_t != 0."""
+    """A9 on a given rollout of 7 responses, B7 where only rank 0 has tokens with r_t != 0, C1."""
     args = three.Args(micro_batch=2, minibatch=7, fsdp=fsdp, device="cpu", temperature=0.7)
     edits = three.read_jsonl(run / "edits.jsonl")[:7]
     prompts, responses = ([row[name] for row in edits] for name in ("prompt_ids", "rejected_ids"))
@@ -40,32 +38,28 @@ def policies(tokenizer, fsdp):
     row, inputs, batch = three.rollout("token", models, prompts, tokenizer, scale, args)
     step = three.minibatch_step(models, optimizer, inputs, batch, [*range(7)], args)
     grads.append(torch.tensor([*row.values(), *step.values(), *batch["advantages"].flatten()]))
-    samples = [{"prompt_ids": x, "response_ids": y, "rewrite_ids": y, "right": True,
-                "old_logprobs": torch.full((len(y),), -2.0), "gamma": torch.full((len(y),), 0.5),
+    samples = [{"prompt_ids": x, "response_ids": y, "rewrite_ids": y, "gamma": torch.ones(len(y)),
+                "old_logprobs": torch.full((len(y),), -2.0),
                 "rewards": torch.full((len(y),), 0.1 * (k % 2 == 0))}
                for k, (x, y) in enumerate(zip(prompts, responses))]
-    reference = models["reference"]
-    for method, rows in (("rlmec", samples),
-                         ("dpo_edit", three.pairs_of("dpo_edit", run, reference, args)[:7])):
-        _, _, _, update = three.offline(method, 1e-3, rows, reference, run, args)
+    pairs = three.pairs_of("dpo_edit", run, models["reference"], args)[:7]
+    for method, rows in (("rlmec", samples), ("dpo_edit", pairs)):
+        *_, update = three.offline(method, 1e-3, rows, models["reference"], run, args)
         grads.append(torch.tensor([update(1, None)["loss"]]))
 
-def kill():
-    """One run to its end, and one killed (-9) at five random moments; both were forked from here."""
-    def start(name):
-        pid = os.fork()
-        if not pid:
-            args = three.Args(run=str(run / name), method="all_baselines", updates=4, save_every=1,
-                              rollout_batch=16, minibatch=16, max_new_tokens=12, overwrite=True,
-                              device="cpu")
-            three.main(args)
-            os._exit(0)
-        return pid
+def start(name):
+    """A child with a run of its own; its parent never ran a model, so that a fork is safe."""
+    pid = os.fork()
+    if not pid:
+        three.main(three.Args(run=str(run / name), method="all_baselines", updates=4, save_every=1,
+                              rollout_batch=16, minibatch=16, max_new_tokens=12, overwrite=True))
+        os._exit(0)
+    return pid
 
+if mode == "kill":
     shutil.rmtree(run / "reward_generative")                   # PPO and DPO are enough
     for name in ("whole", "killed"):
-        shutil.copytree(run, run.parent / name)
-        shutil.move(run.parent / name, run / name)
+        shutil.move(shutil.copytree(run, run.parent / name), run / name)
     began = time.time()
     assert os.waitpid(start("whole"), 0)[1] == 0
     seconds = time.time() - began
@@ -75,17 +69,14 @@ def kill():
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     assert os.waitpid(start("killed"), 0)[1] == 0
-
-if sys.argv[1] == "kill":
-    kill()
-else:
-    if three.WORLD > 1:
-        torch.distributed.init_process_group("gloo")
-    if sys.argv[1] == "die" and three.RANK == 1:
-        raise SystemExit("this rank dies")
-    torch.nn.utils.clip_grad_norm_ = keep
-    tokenizer = three.AutoTokenizer.from_pretrained(run / "policy")
-    reward_models(tokenizer, "--fsdp" in sys.argv)
-    policies(tokenizer, "--fsdp" in sys.argv)
-    if three.RANK == 0:
-        torch.save(grads, sys.argv[3])
+    raise SystemExit
+if three.WORLD > 1:
+    torch.distributed.init_process_group("gloo")
+if mode == "die" and three.RANK == 1:
+    raise SystemExit("this rank dies")
+torch.nn.utils.clip_grad_norm_ = keep
+tokenizer = three.AutoTokenizer.from_pretrained(run / "policy")
+reward_models(tokenizer, "--fsdp" in sys.argv)
+policies(tokenizer, "--fsdp" in sys.argv)
+if three.RANK == 0:
+    torch.save(grads, sys.argv[3])
