@@ -1,8 +1,7 @@
 """Stage 2: a reward for every token, learnt from minimal edits: a token reward model, the sequence
 reward it is compared with, and a generative reward model (GRM) that locates errors and rewrites.
 
-Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, arXiv 2401.06081).
-Equations: A2 to A6, B2.
+Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, 2401.06081): A2 to A6, B2.
     symbol         variable                          shape
     x, y*          prompt_ids, solution_ids          prompt and reference solution
     tau^w, tau^l   edited_ids, rejected_ids          a response after and before its minimal edit
@@ -121,8 +120,7 @@ def sequence_loss(reward_w, reward_l, N):
     return -F.logsigmoid(reward_w - reward_l).sum() / N
 
 def generative_loss(logprobs, N):
-    """B2: -(1/N) sum of the log-likelihood of output tokens; logprobs (B, T) of these rows, N of
-    the whole batch."""
+    """B2: -(1/N) sum of the log-probs (B, T) of these rows' output tokens; N: all the batch's."""
     return -logprobs.sum() / N
 
 # --- Helpers that stand in several scripts, letter for letter ---
@@ -231,8 +229,7 @@ def shard(model, args):
     """--fsdp: every process keeps a part of each weight; gradients are sums, as N is global."""
     if args.fsdp and WORLD > 1:
         mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))
-        names = model._no_split_modules or ()
-        layers = [module for module in model.modules() if type(module).__name__ in names]
+        layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
         for module in [*layers, model]:
             fully_shard(module, mesh=mesh)
             module.set_force_sum_reduction_for_comms(True)
@@ -319,7 +316,6 @@ def auroc(positive, negative):
     below = [np.searchsorted(negative, positive, side) for side in ("left", "right")]
     return mean(np.mean(below, axis=0) / len(negative)) if len(negative) else None
 
-@torch.no_grad()
 def score_all(kind, model, rows, column, args):
     """Rewards of all rows: a list of floats a response, or one float (sequence)."""
     rewards = []
@@ -354,17 +350,17 @@ def localisation(kind, rows, rejected, edited):
     return {"auroc": auroc(wrong, before), "first_edit": mean(beats),
             "called_wrong": {name: mean(hits) for name, hits in called.items()}}
 
-@torch.no_grad()
 def exact(model, examples, args):
     """B2: share of outputs that greedy decoding would write, told by one forward pass."""
     hits = []
     for part in batches(examples, args.micro_batch):
         inputs, mask = pack(*zip(*part), model)
         T = mask.shape[1]
-        likeliest = model(**inputs, logits_to_keep=T + 1).logits[:, :-1].argmax(dim=2)
+        likeliest = model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, :-1].argmax(2)
         hits += ((likeliest == inputs["input_ids"][:, -T:]) | ~mask).all(dim=1).tolist()
     return mean(hits)
 
+@torch.no_grad()
 def evaluate(kind, model, rows, tokenizer, args):
     """The entry of reward_metrics.json, and place of a row -> rewards of its `rejected`."""
     edited = [row for row in rows if row["edit_ops"]]
@@ -448,8 +444,7 @@ def main(args):
     run = Path(args.run)
     read_jsonl(run / "edits.jsonl")
     if RANK == 0:
-        later = "ppo_* rlmec* rejection* dpo* 03_state.pt responses.jsonl eval.json *.html"
-        start_stage(args, "02", later)
+        start_stage(args, "02", "ppo_* rlmec* rejection* dpo* 03_state.pt responses* eval* *.html")
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
     path, rewards = run / "reward_metrics.json", {}
     metrics = json.loads(path.read_text()) if path.exists() else {}

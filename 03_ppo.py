@@ -1,8 +1,8 @@
 """Stage 3: PPO with a reward on every token, beside ordinary PPO with one a response; RLMEC; and
 the baselines DPO and rejection sampling.
 
-Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, arXiv 2401.06081).
-Equations: A7 to A9, B3 to B8, E1; ours: C1 (DPO, Rafailov et al., 2023), C2 (rejection sampling).
+Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, 2401.06081): A7 to A9, B3 to
+B8, E1; and C1 (DPO, Rafailov et al., 2023), C2 (rejection sampling).
     symbol        variable                     shape
     a_t           input_ids[:, -T:]            (B, T)   response tokens, the end token included
     pi, pi_old    logprobs, old_logprobs       (B, T)   log pi(a_t | s_t)
@@ -39,8 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     get_state_dict, set_state_dict)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
@@ -58,8 +57,8 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 METHODS = {"ppo_token": ("reward_token", 1e-4), "ppo_sequence": ("reward_sequence", 1e-4),
            "rlmec": ("reward_generative", 1e-3), "rlmec_imitation": ("reward_generative", 1e-3),
-           "rejection": ("reward_generative", 1e-3), "dpo": ("policy", 3e-5),
-           "dpo_edit": ("policy", 3e-5)}                       # model needed, learning rate
+           "rejection": ("reward_generative", 1e-3), "dpo": ("reward_token", 3e-5),
+           "dpo_edit": ("reward_token", 3e-5)}                 # what must be there; learning rate
 
 @dataclass
 class Args:
@@ -164,17 +163,14 @@ def imitation_weights(response_ids, rewrite_ids):
     return gamma
 
 def imitation_loss(logprobs, gamma, M):
-    """B6: -(1/M) sum_t gamma_t log pi(y~_t | x, y~_<t), all (B, T~); M: tokens of all rewrites."""
+    """B6: -(1/M) sum_t gamma_t log pi(y~_t | x, y~_<t), all (B, T~); M: tokens of all rewrites.
+    C2, rejection sampling: the same of right responses alone, with gamma_t = 1."""
     return -(gamma * logprobs).sum() / M
 
 def dpo_loss(logprob_w, logprob_l, ref_w, ref_l, beta, N):
-    """C1: -(1/N) sum of log sigmoid(b [(log pi(y+) - log pi_ref(y+)) - (log pi(y-) - log pi_ref(y-
-    ))]) over these of N pairs; all (B,), sums over the response tokens."""
+    """C1: -(1/N) sum of log sigmoid(b [log pi / pi_ref (y+) - log pi / pi_ref (y-)]) over these of
+    N pairs; all (B,): y+ is w, y- is l, sums over the response tokens."""
     return -F.logsigmoid(beta * ((logprob_w - ref_w) - (logprob_l - ref_l))).sum() / N
-
-def rejection_loss(logprobs, M):
-    """C2: -(1/M) sum_t log pi(a_t | s_t) (B, T) of right responses alone; M: all their tokens."""
-    return -logprobs.sum() / M
 
 # --- Helpers that stand in several scripts, letter for letter ---
 def token_rewards(model, inputs, response_mask):
@@ -227,11 +223,11 @@ def final_answer(text):
 def wrong_steps(text, ended, problem):
     """The one rule of right, 0: hits of the rules, or steps unlike the nearest right solution's,
     place by place, or a wrong answer; 1 more if it did not end. None where nobody knows."""
-    steps_of = lambda text: [step.strip() for step in STEP.findall(text)]
+    split = lambda text: [step.strip() for step in STEP.findall(text)]
     if problem.get("rules"):
         wrong = sum(len(re.findall(rule, text)) for rule in problem["rules"])
     elif problem.get("solutions"):
-        wrong = min(sum(a != b for a, b in zip_longest(steps_of(text), steps_of(solution)))
+        wrong = min(sum(a != b for a, b in zip_longest(split(text), split(solution)))
                     for solution in problem["solutions"])
     elif problem.get("answer"):
         wrong = final_answer(text) != final_answer(problem["answer"])
@@ -342,8 +338,7 @@ def shard(model, args):
     """--fsdp: every process keeps a part of each weight; gradients are sums, as N is global."""
     if args.fsdp and WORLD > 1:
         mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))
-        names = model._no_split_modules or ()
-        layers = [module for module in model.modules() if type(module).__name__ in names]
+        layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
         for module in [*layers, model]:
             fully_shard(module, mesh=mesh)
             module.set_force_sum_reduction_for_comms(True)
@@ -363,8 +358,8 @@ def optimizer_step(optimizer, args):
     optimizer.zero_grad()
 
 def share(rows):
-    """This process's rows, as many as every other has; the last may repeat one, for `gather`."""
-    return [rows[k % len(rows)] for k in range(RANK, len(rows) + -len(rows) % WORLD, WORLD)]
+    """This process's rows; where none is left, one that must not count."""
+    return rows[RANK::WORLD] or rows[:1]
 
 def gather(rows, size):
     """The rows of all processes, in the order of the `size` rows that they shared."""
@@ -375,10 +370,11 @@ def gather(rows, size):
 
 def summed(total):
     """Statistics of a batch, of which every process has a part."""
-    return {name: sum(part.get(name, 0) for part in gather([total], WORLD)) for name in total}
+    parts = gather([total], WORLD)
+    return {name: sum(part[name] for part in parts) for name in total}
 
 def streams(args, number):
-    """Random numbers of an update: those returned are all processes', torch's (samples) its own."""
+    """Seeds of an update: the returned generator is equal on all processes, torch's is not."""
     rng = random.Random(f"{args.seed} {number}")
     torch.manual_seed(rng.getrandbits(60) + RANK)
     return rng
@@ -436,6 +432,7 @@ def sample(model, prompts, tokenizer, args, temperature):
         mask = torch.cat([mask[kept], torch.ones_like(ids)], dim=1)
     return gather(responses, len(prompts))
 
+@torch.no_grad()
 def read(function, model, prompts, responses, args, *more):
     """function(model, inputs, mask, *more) of all rows, a micro-batch at a time, as (B, T)."""
     rows = []
@@ -451,7 +448,6 @@ def right_responses(responses, problems, tokenizer):
     return [wrong_steps(text, row[-1:] == [tokenizer.eos_token_id], problem) == 0
             for text, row, problem in zip(texts, responses, problems)]
 
-@torch.no_grad()
 def validate(policy, reference, problems, tokenizer, args):
     """KL(policy, reference), the mean of sum_t log pi - log pi_ref; right responses, if known."""
     prompts = [problem["prompt_ids"] for problem in problems]
@@ -472,7 +468,6 @@ def open_model(auto_class, path, args):
     return shard(model.to(args.device), args)
 
 # --- PPO ---
-@torch.no_grad()
 def rollout(kind, models, prompts, tokenizer, scale, args):
     """Sample a response to each prompt, and compute what the update needs: statistics, the model
     inputs, and a dictionary of (B, T) tensors."""
@@ -497,9 +492,10 @@ def rollout(kind, models, prompts, tokenizer, scale, args):
 
 def minibatch_step(models, optimizer, inputs, batch, rows, args):
     """One optimiser step of A9 on some rows of a rollout; means over the N response tokens."""
-    N, clip, total = batch["mask"][rows].sum().item(), args.clip or 0.2, Counter()
+    N, total = batch["mask"][rows].sum().item(), Counter()
+    clip = 0.2 if args.clip is None else args.clip
     for some in batches(rows, args.micro_batch * WORLD):
-        mine = some[RANK::WORLD] or some[:1]                   # without a row, one that adds 0
+        mine = share(some)
         part = {name: x[mine] for name, x in batch.items()}
         part_inputs = {name: x[mine] for name, x in inputs.items()}
         mask, old_logprobs = part["mask"] * (RANK < len(some)), part["old_logprobs"]
@@ -551,8 +547,7 @@ def rewrite(grm, wrong, tokenizer, args, drop):
     """B4: the GRM locates the first wrong step of a wrong sample, keeps the steps before it and
     writes the rest anew, as `rewrite_ids`. Where that is wrong, the sample is dropped."""
     located = []
-    answers = sample(grm, [grm_prompt("locate", row["problem"], row["response_ids"], tokenizer)
-                           for row in wrong], tokenizer, args, 0.0)
+    answers = sample(grm, [row["locate_prompt"] for row in wrong], tokenizer, args, 0.0)
     for row, answer in zip(wrong, answers):
         steps = steps_of(row["response_ids"], tokenizer)
         labels = [words(f"[{k}]", tokenizer) for k in range(1, len(steps) + 1)]
@@ -567,7 +562,6 @@ def rewrite(grm, wrong, tokenizer, args, drop):
     drop["the rewrite is wrong"] = right.count(False)
     return [row for row, good in zip(located, right) if good]
 
-@torch.no_grad()
 def collect(policy, grm, problems, tokenizer, args):
     """B8: one sample a problem, rewarded (B3), rewritten (B4) and aligned (B6) once: dictionaries
     with ids as they were sampled, old_logprobs and rewards (T,), gamma (T~,)."""
@@ -575,11 +569,12 @@ def collect(policy, grm, problems, tokenizer, args):
     responses = sample(policy, prompts, tokenizer, args, args.temperature)
     samples = [{"problem": problem, "prompt_ids": problem["prompt_ids"], "response_ids": ids,
                 "right": good, "rewrite_ids": ids,
-                "grm_prompt": grm_prompt("rewrite", problem, ids, tokenizer)}
+                "grm_prompt": grm_prompt("rewrite", problem, ids, tokenizer),
+                "locate_prompt": [] if good else grm_prompt("locate", problem, ids, tokenizer)}
                for problem, ids, good in zip(
                    problems, responses, right_responses(responses, problems, tokenizer))]
-    fitting = [row for row in samples if len(row["grm_prompt"]) + len(row["response_ids"])
-               <= grm.config.max_position_embeddings]
+    fitting = [row for row in samples if grm.config.max_position_embeddings >= len(
+        row["response_ids"]) + max(len(row["grm_prompt"]), len(row["locate_prompt"]))]
     drop = Counter({"it exceeds the GRM's context": len(samples) - len(fitting)})
     right, wrong = ([row for row in fitting if row["right"] == good] for good in (True, False))
     rewritten = rewrite(grm, wrong, tokenizer, args, drop)
@@ -598,12 +593,12 @@ def collect(policy, grm, problems, tokenizer, args):
         row.update(old_logprobs=logprobs[k, :T], rewards=rewards[k, :T], gamma=gamma)
     return samples
 
-@torch.no_grad()
 def pairs_of(method, run, reference, args):
     """C1: stage 2's pairs, y+ the preferred sibling or the edit; log pi_ref is computed once."""
     count = json.loads((run / "02_args.json").read_text())["pairs"]
     rows = [row for row in read_jsonl(run / "edits.jsonl", "chosen", "edit_ops")
             if row["split"] == "train" and row["chosen"] is not None and row["edit_ops"]][:count]
+    rows = rows or fail(f"{method}: edits.jsonl has no pair of an edit and a preferred response")
     name = "edited_ids" if method == "dpo_edit" else "chosen_token_ids"
     prompts, better, worse = ([row[key] for row in rows]
                               for key in ("prompt_ids", name, "rejected_ids"))
@@ -625,19 +620,18 @@ def offline_loss(method, policy, rows, batch, args):
                 "logprob_worse": (l - ref_l).sum() / len(batch)}
     M = sum(len(row["rewrite_ids"]) for row in batch)
     if method == "rejection":                                  # its rows are right as they are
-        return {"loss": rejection_loss(logprobs("response_ids"), M)}                          # C2
+        return {"loss": imitation_loss(logprobs("response_ids"), 1.0, M)}                     # C2
     old_logprobs, rewards, gamma = (
         pad_sequence(column(name), True) for name in ("old_logprobs", "rewards", "gamma"))
     loss = args.imitation_weight * imitation_loss(logprobs("rewrite_ids"), gamma, M)          # B6
     if method == "rlmec":
         N = sum((row["rewards"] != 0).sum().item() for row in batch)
         loss = loss + rlmec_loss(logprobs("response_ids", args.temperature), old_logprobs,    # B7
-                                 rewards, args.clip or 0.3, N)                                # B5
+                                 rewards, 0.3 if args.clip is None else args.clip, N)         # B5
     return {"loss": loss}
 
 def offline(method, lr, rows, reference, run, args):
     """B8: as `ppo`, of three passes over rows that were made once; an update is one step."""
-    rows = rows or fail(f"{method}: no row to train on")
     policy, rng = open_model(AutoModelForCausalLM, run / "policy", args), streams(args, 0)
     plan = [batch for _ in range(3)
             for batch in batches(rng.sample(rows, len(rows)), args.minibatch)]
@@ -647,8 +641,7 @@ def offline(method, lr, rows, reference, run, args):
     def update(number, _):
         batch, total = plan[number - 1], Counter()
         for part in batches(batch, args.micro_batch * WORLD):
-            mine = part[RANK::WORLD] or part[:1]               # without a row, one that adds 0
-            numbers = offline_loss(method, policy, mine, batch, args)
+            numbers = offline_loss(method, policy, share(part), batch, args)
             (numbers["loss"] * (RANK < len(part))).backward()
             total.update({name: x.item() * (RANK < len(part)) for name, x in numbers.items()})
         optimizer_step(optimizer, args)
@@ -672,7 +665,8 @@ def open_method(method, problems, samples, tokenizer, run, args):
         solved, rng = [row for row in problems if "solution_ids" in row], streams(args, 0)
         drawn = rng.sample(solved, min(len(solved), args.updates * args.rollout_batch))
         samples += collect(policy, grm, drawn, tokenizer, args)
-    rows = [row for row in samples if row["right"] or method != "rejection"]
+    rows = ([row for row in samples if row["right"] or method != "rejection"]
+            or fail(f"{method}: no sample is right"))
     return offline(method, lr, rows, policy, run, args)
 
 def train_policy(method, problems, samples, state, tokenizer, run, args):
@@ -682,6 +676,7 @@ def train_policy(method, problems, samples, state, tokenizer, run, args):
     trained, log = {name: models[name] for name in ("policy", "value") if name in models}, []
     if state.get("method") == method:
         log = state["log"]
+        print(f"{method}: goes on after update {len(log)}; to start again, remove 03_state.pt")
         set_state_dict(torch.nn.ModuleDict(trained), optimizer, options=WHOLE,
                        model_state_dict=state["weights"], optim_state_dict=state["moments"])
     bar = trange(len(log) + 1, updates + 1, desc=method, disable=RANK > 0)
@@ -715,13 +710,13 @@ def main(args):
         start_stage(args, "03", "responses.jsonl eval.json *.html")
     for method in there[there.index(saved.get("method", there[0])):]:
         policy, log = train_policy(method, problems, samples, saved, tokenizer, run, args)
-        state = get_model_state_dict(policy, options=WHOLE) if args.fsdp else None
-        columns = list(dict.fromkeys(name for row in log for name in row))
-        lines = [columns] + [[row.get(name, "") for name in columns] for row in log]
+        state = get_state_dict(policy, [], options=WHOLE)[0] if args.fsdp else None
+        lines = [log[-1]] + [[row.get(name, "") for name in log[-1]] for row in log]
         if RANK == 0:
-            save(run / f"{method}.csv", "".join(",".join(map(str, x)) + "\n" for x in lines))
             save(run / method, policy, tokenizer, state_dict=state)
-    (run / "03_state.pt").unlink(missing_ok=True)
+            save(run / f"{method}.csv", "".join(",".join(map(str, x)) + "\n" for x in lines))
+    if RANK == 0:
+        (run / "03_state.pt").unlink(missing_ok=True)
 
 if __name__ == "__main__":
     args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]

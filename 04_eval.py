@@ -82,11 +82,11 @@ def final_answer(text):
 def wrong_steps(text, ended, problem):
     """The one rule of right, 0: hits of the rules, or steps unlike the nearest right solution's,
     place by place, or a wrong answer; 1 more if it did not end. None where nobody knows."""
-    steps_of = lambda text: [step.strip() for step in STEP.findall(text)]
+    split = lambda text: [step.strip() for step in STEP.findall(text)]
     if problem.get("rules"):
         wrong = sum(len(re.findall(rule, text)) for rule in problem["rules"])
     elif problem.get("solutions"):
-        wrong = min(sum(a != b for a, b in zip_longest(steps_of(text), steps_of(solution)))
+        wrong = min(sum(a != b for a, b in zip_longest(split(text), split(solution)))
                     for solution in problem["solutions"])
     elif problem.get("answer"):
         wrong = final_answer(text) != final_answer(problem["answer"])
