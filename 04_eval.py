@@ -192,7 +192,7 @@ def percent(x, sign=""):
 def checks(reward_models, policies, differences, logs):
     """The papers' checks as sentences."""
     each = lambda rows, column, show=percent: ", ".join(
-        f"{name} {show(row[column])}" for name, row in rows.items() if row[column] is not None)
+        f"{name} {show(x[column])}" for name, x in rows.items() if x[column] is not None) or "–"
     shares = each(reward_models, "pair_accuracy")
     yield f"Reward models, held-out (edited, original) pairs in order: {shares}."
     for row in differences:
