@@ -10,7 +10,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 SCRIPT_LINES = 2094                        # these only ever go down; the plan: 2,050
 SCRIPT_CHARACTERS = 120325                 # the plan: 95,000
 README_LINES = 220
-TEST_LINES = 1263                          # the plan: 1,200
+TEST_LINES = 1264                          # the plan: 1,200
 OPTIONS = 22
 FUNCTION_LINES = 45
 COLUMNS = 100
