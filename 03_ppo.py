@@ -531,7 +531,7 @@ def ppo(kind, lr, problems, tokenizer, run, args):
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
 
     def update(number, rng):
-        size = args.rollout_batch                              # the same prompts for both rewards
+        size = args.rollout_batch              # with replacement, the same prompts for both rewards
         prompts = [row["prompt_ids"] for row in rng.choices(problems, k=size)]
         row, inputs, batch = rollout(kind, models, prompts, tokenizer, scale, args)
         steps = [minibatch_step(models, optimizer, inputs, batch, rows, args)
