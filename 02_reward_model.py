@@ -82,9 +82,8 @@ def token_rewards(model, inputs, response_mask):
 def sequence_reward(model, inputs):
     """A6: R_phi(x, y) (B,), read at the last token of the response, whatever that token is."""
     hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
-    column = torch.arange(hidden.shape[1], device=hidden.device)
-    last = (inputs["attention_mask"] * column).argmax(dim=1)
-    return model.score(hidden[torch.arange(len(last)), last])[:, 0].float()
+    last = inputs["attention_mask"].cumsum(dim=1).argmax(dim=1)
+    return model.score(hidden[range(len(last)), last])[:, 0].float()
 
 def response_reward(rewards, response_mask, how):
     """A3: R(tau) (B,), the mean (or the sum) over the T response tokens of rewards (B, T)."""
@@ -150,14 +149,13 @@ def fail(message):
 
 def read_jsonl(path, *columns):
     """Rows of a JSONL file with their `place`; a fault is named by file, line and column."""
-    rows, place = [], path
+    rows = []
     try:
-        for number, line in enumerate(open(path, encoding="utf-8"), 1):
-            place = f"{path}, line {number}"
-            row = json.loads(line)
-            rows.append({"place": place, **{name: row[name] for name in columns}, **row})
+        for line in open(path, encoding="utf-8"):
+            row = {"place": f"{path}, line {len(rows) + 1}", **json.loads(line)}
+            rows.append({**{name: row[name] for name in columns}, **row})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        fail(f"{place}: no JSON object, or a column is missing ({error!r})")
+        fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
 
 def save(path, *contents, **options):

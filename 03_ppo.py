@@ -181,35 +181,32 @@ def token_rewards(model, inputs, response_mask):
 def sequence_reward(model, inputs):
     """A6: R_phi(x, y) (B,), read at the last token of the response, whatever that token is."""
     hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
-    column = torch.arange(hidden.shape[1], device=hidden.device)
-    last = (inputs["attention_mask"] * column).argmax(dim=1)
-    return model.score(hidden[torch.arange(len(last)), last])[:, 0].float()
+    last = inputs["attention_mask"].cumsum(dim=1).argmax(dim=1)
+    return model.score(hidden[range(len(last)), last])[:, 0].float()
 
 def edit_ops(a, b):
     """E1: the operations of one optimal path from a to b, [op, i, j] with op in replace, delete,
     insert, i in a, j in b; their number is ED(a, b). The first stands where a and b part."""
-    number = {item: k for k, item in enumerate([*a, *b])}
-    a, b = (np.array([number[item] for item in items], dtype=np.int32) for items in (a, b))
+    a, b = np.array([*a]), np.array([*b])
     n = min(len(a), len(b))
     start = int(np.append(a[:n] != b[:n], True).argmax())      # the common beginning is kept
     a, b = a[start:], b[start:]
-    column = np.arange(len(b) + 1, dtype=np.int32)
-    D = np.tile(column, (len(a) + 1, 1))
+    column = np.arange(len(b) + 1)
+    D = np.add.outer(np.arange(len(a) + 1), column)
     # D[i, j] = min(D[i-1, j] + 1, D[i-1, j-1] + [a_i != b_j], D[i, j-1] + 1)
     for i in range(1, len(a) + 1):
-        D[i, 0] = i
         D[i, 1:] = np.minimum(D[i - 1, 1:] + 1, D[i - 1, :-1] + (b != a[i - 1]))
         # insertions run along the row: D[i, j] = min over k <= j of D[i, k] + j - k
         D[i] = np.minimum.accumulate(D[i] - column) + column
     i, j, ops = len(a), len(b), []
     while i or j:                                              # back from the last cell
-        keep = i and j and a[i - 1] == b[j - 1]
-        op = ("delete" if not keep and i and D[i, j] == D[i - 1, j] + 1 else
-              "insert" if not keep and j and D[i, j] == D[i, j - 1] + 1 else "replace")
+        op = ("keep" if i and j and a[i - 1] == b[j - 1] else
+              "delete" if i and D[i, j] == D[i - 1, j] + 1 else
+              "insert" if j and D[i, j] == D[i, j - 1] + 1 else "replace")
         i -= op != "insert"
         j -= op != "delete"
-        ops += [] if keep else [[op, start + i, start + j]]
-    return ops[::-1]
+        ops.append([op, start + i, start + j])
+    return [step for step in reversed(ops) if step[0] != "keep"]
 
 STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")        # a line, a sentence, or up to a ;
 
@@ -242,14 +239,13 @@ def fail(message):
 
 def read_jsonl(path, *columns):
     """Rows of a JSONL file with their `place`; a fault is named by file, line and column."""
-    rows, place = [], path
+    rows = []
     try:
-        for number, line in enumerate(open(path, encoding="utf-8"), 1):
-            place = f"{path}, line {number}"
-            row = json.loads(line)
-            rows.append({"place": place, **{name: row[name] for name in columns}, **row})
+        for line in open(path, encoding="utf-8"):
+            row = {"place": f"{path}, line {len(rows) + 1}", **json.loads(line)}
+            rows.append({**{name: row[name] for name in columns}, **row})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        fail(f"{place}: no JSON object, or a column is missing ({error!r})")
+        fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
 
 def save(path, *contents, **options):

@@ -101,14 +101,13 @@ def fail(message):
 
 def read_jsonl(path, *columns):
     """Rows of a JSONL file with their `place`; a fault is named by file, line and column."""
-    rows, place = [], path
+    rows = []
     try:
-        for number, line in enumerate(open(path, encoding="utf-8"), 1):
-            place = f"{path}, line {number}"
-            row = json.loads(line)
-            rows.append({"place": place, **{name: row[name] for name in columns}, **row})
+        for line in open(path, encoding="utf-8"):
+            row = {"place": f"{path}, line {len(rows) + 1}", **json.loads(line)}
+            rows.append({**{name: row[name] for name in columns}, **row})
     except (OSError, ValueError, TypeError, KeyError) as error:
-        fail(f"{place}: no JSON object, or a column is missing ({error!r})")
+        fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
 
 def save(path, *contents, **options):
