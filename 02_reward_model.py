@@ -92,26 +92,23 @@ def response_reward(rewards, response_mask, how):
 
 def kept_tokens(edit_ops, rejected_length, edited_length):
     """A4: U_0, pairs (i in rejected, j in edited): what no operation touches, in order."""
-    touched_i = {i for op, i, j in edit_ops if op != "insert"}
-    touched_j = {j for op, i, j in edit_ops if op != "delete"}
-    return list(zip([i for i in range(rejected_length) if i not in touched_i],
-                    [j for j in range(edited_length) if j not in touched_j], strict=True))
+    kept_i = {*range(rejected_length)} - {i for op, i, j in edit_ops if op != "insert"}
+    kept_j = {*range(edited_length)} - {j for op, i, j in edit_ops if op != "delete"}
+    return list(zip(sorted(kept_i), sorted(kept_j), strict=True))
 
-def fine_grained_loss(rewards_w, mask_w, rewards_l, mask_l, kept, N, alpha, beta, zero=0.0,
-                      how="sum"):
+def fine_grained_loss(rewards_w, mask_w, rewards_l, mask_l, kept, N, alpha, beta, zero, how):
     """A5 of N pairs, of which these are some: rewards and masks (B, T_w), (B, T_l), kept U_0.
     (1/N) sum over pairs of -log sigmoid(alpha (R(tau^w) - R(tau^l)))
     + beta 1[U_0 not empty] (1/|U_0|) sum over U_0 of (r_j^w - r_i^l)^2, and, ours,
     + zero 1[U_0 not empty] (1/|U_0|) sum over U_0 of ((r_j^w)^2 + (r_i^l)^2) / 2."""
     margin = response_reward(rewards_w, mask_w, how) - response_reward(rewards_l, mask_l, how)
     loss = -F.logsigmoid(alpha * margin).sum()                         # A5, first term
-    flat = [(row, i, j, 1 / len(pairs)) for row, pairs in enumerate(kept) for i, j in pairs]
+    flat = [(row, i, j, len(pairs)) for row, pairs in enumerate(kept) for i, j in pairs]
     if flat:                                                           # 1[U_0 not empty]
-        row, i, j, share = torch.tensor(flat, device=loss.device).T
-        row, i, j = row.long(), i.long(), j.long()
+        row, i, j, size = torch.tensor(flat, device=loss.device).T     # size: |U_0|
         r_w, r_l = rewards_w[row, j], rewards_l[row, i]
-        loss = loss + beta * (share * (r_w - r_l) ** 2).sum()          # A5, second term
-        loss = loss + zero * (share * (r_w ** 2 + r_l ** 2) / 2).sum()
+        loss = loss + beta * (1 / size * (r_w - r_l) ** 2).sum()       # A5, second term
+        loss = loss + zero * (1 / size * (r_w ** 2 + r_l ** 2) / 2).sum()
     return loss / N
 
 def sequence_loss(reward_w, reward_l, N):
@@ -248,47 +245,47 @@ def optimizer_step(optimizer, args):
 
 # --- Training ---
 def score(kind, model, rows, column):
-    """Rewards of a column of responses, (B, T) and mask, or (B,) and None; GRM: p_t - 0.5."""
-    prompts = [row["rewrite_prompt" if kind == "generative" else "prompt_ids"] for row in rows]
-    inputs, mask = pack(prompts, [row[f"{column}_ids"] for row in rows], model)
-    if kind == "sequence":
-        return sequence_reward(model, inputs), None
+    """Rewards (B, T) of a column of responses, and their mask; T = 1: sequence; GRM: p_t - 0.5."""
+    prompt = "rewrite_prompt" if kind == "generative" else "prompt_ids"
+    inputs, mask = pack([row[prompt] for row in rows], [row[column] for row in rows], model)
     if kind == "token":
         return token_rewards(model, inputs, mask), mask
+    if kind == "sequence":
+        return sequence_reward(model, inputs)[:, None], mask[:, :1]
     return (response_logprobs(model, inputs, mask).exp() - 0.5) * mask, mask
 
 def loss_of(kind, model, rows, N, args):
     """Some rows' part of a batch's loss: A5 on edited, rejected; A6 on chosen, rejected; B2."""
     if kind == "generative":
-        prompts, outputs = zip(*rows)
-        return generative_loss(response_logprobs(model, *pack(prompts, outputs, model)), N)
-    better = "chosen_token" if kind == "sequence" else "edited"
-    rewards_l, mask_l = score(kind, model, rows, "rejected")
-    rewards_w, mask_w = score(kind, model, rows, better)
+        return generative_loss(response_logprobs(model, *pack(*zip(*rows), model)), N)
+    better = "edited_ids" if kind == "token" else "chosen_token_ids"
+    w, l = (score(kind, model, rows, column) for column in (better, "rejected_ids"))
     if kind == "sequence":
-        return sequence_loss(rewards_w, rewards_l, N)
+        return sequence_loss(w[0], l[0], N)
     kept = [kept_tokens(row["edit_ops"], len(row["rejected_ids"]), len(row["edited_ids"]))
             for row in rows]
-    return fine_grained_loss(rewards_w, mask_w, rewards_l, mask_l, kept, N, args.alpha,
-                             args.beta, args.zero, args.response_reward)
+    return fine_grained_loss(*w, *l, kept, N, args.alpha, args.beta, args.zero,
+                             args.response_reward)
 
 def examples_of(rows, tokenizer):
     """B2, (prompt, output): `rewrite` wrong responses into edits, right ones into themselves; and
     `locate`, whose output is the label of the first wrong step, from 1, and the end."""
-    rewrites = [(row["rewrite_prompt"], row["edited_ids"]) for row in rows]
-    label = lambda row: words(f"[{row['first_wrong_step']}]", tokenizer)
-    return rewrites, [(row["locate_prompt"], label(row) + [tokenizer.eos_token_id])
-                      for row in rows if row["first_wrong_step"]]
+    end = [tokenizer.eos_token_id]
+    return ([(row["rewrite_prompt"], row["edited_ids"]) for row in rows],
+            [(row["locate_prompt"], words(f"[{row['first_wrong_step']}]", tokenizer) + end)
+             for row in rows if row["first_wrong_step"]])
 
 def train(kind, model, rows, tokenizer, args):
     """Epochs in new orders; a batch of the GRM has one of its two tasks, which take turns."""
-    size, lr, epochs = {"token": (args.batch, args.lr, [args.epochs]),
-                        "sequence": (args.sequence_batch, args.sequence_lr, [args.sequence_epochs]),
-                        "generative": (args.grm_batch, args.grm_lr, [1, args.locate_epochs])}[kind]
+    if kind == "token":
+        size, lr, epochs = args.batch, args.lr, [rows] * args.epochs
+    elif kind == "sequence":
+        size, lr, epochs = args.sequence_batch, args.sequence_lr, [rows] * args.sequence_epochs
+    else:
+        rewrites, locates = examples_of(rows, tokenizer)
+        size, lr, epochs = args.grm_batch, args.grm_lr, [rewrites] + [locates] * args.locate_epochs
     rng = random.Random(args.seed)
-    jobs = examples_of(rows, tokenizer) if kind == "generative" else [rows]
-    plan = [batch for some, times in zip(jobs, epochs) for _ in range(times)
-            for batch in batches(rng.sample(some, len(some)), size)]
+    plan = [batch for epoch in epochs for batch in batches(rng.sample(epoch, len(epoch)), size)]
     if kind == "generative":
         rng.shuffle(plan)
     optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.0)
@@ -310,43 +307,40 @@ def mean(values):
 
 def auroc(positive, negative):
     """Area under the ROC curve: the chance that a positive is above a negative, ties one half."""
-    negative = np.sort(negative)
-    below = [np.searchsorted(negative, positive, side) for side in ("left", "right")]
-    return mean(np.mean(below, axis=0) / len(negative)) if len(negative) else None
+    return mean([mean(np.heaviside(p - np.array(negative), 0.5)) for p in positive]
+                if len(negative) else [])
 
 def score_all(kind, model, rows, column, args):
-    """Rewards of all rows: a list of floats a response, or one float (sequence)."""
-    rewards = []
-    for part in batches(rows, args.micro_batch):
-        some, mask = score(kind, model, part, column)
-        rewards += some.tolist() if mask is None else [r[m].tolist() for r, m in zip(some, mask)]
-    return rewards
+    """A list of rewards for every row's response."""
+    return [rewards[mask].tolist() for part in batches(rows, args.micro_batch)
+            for rewards, mask in zip(*score(kind, model, part, column))]
 
 def in_order(kind, better, worse, how):
     """Share of pairs with a higher reward (GRM: log-likelihood) of the better; a tie is half."""
     total = np.mean if how == "mean" else np.sum
     if kind == "generative":
         total = lambda r: np.log(np.clip(np.add(r, 0.5), 1e-12, 1)).sum()
-    return mean([(np.sign(total(w) - total(l)) + 1) / 2 for w, l in zip(better, worse)])
+    return mean([np.heaviside(total(w) - total(l), 0.5) for w, l in zip(better, worse)])
 
 def localisation(kind, rows, rejected, edited):
     """How low rewards of `rejected` find its errors. auroc: the first wrong token against the right
     ones before it; first_edit: share of rows whose edited token beats the original where they part;
     called_wrong: share below -0.25 (GRM: p_t < 0.5), insert: of tokens where some are missing."""
-    wrong, before, beats, called = [], [], [], defaultdict(list)
+    rewards, before, beats = defaultdict(list), [], []
     for row, r_l, r_w in zip(rows, rejected, edited):
-        first, (_, i, j) = row["first_error"], row["edit_ops"][0]
-        if first is not None:                                  # else no token stands for the error
-            wrong.append(-r_l[first])
-            before += [-r for r in r_l[:first]]
+        op, i, j = row["edit_ops"][0]
+        if op != "insert":                                     # else no token stands for the error
+            rewards["first"].append(r_l[i])
+            before += r_l[:i]
         if i < len(r_l) and j < len(r_w):
             beats.append(r_w[j] > r_l[i])
         names = {i: op for op, i, j in row["edit_ops"][::-1]}
         for t, r in enumerate(r_l):
-            for name in [names.get(t, "right")] + ["first"] * (t == first):
-                called[name].append(r < (0 if kind == "generative" else -0.25))
-    return {"auroc": auroc(wrong, before), "first_edit": mean(beats),
-            "called_wrong": {name: mean(hits) for name, hits in called.items()}}
+            rewards[names.get(t, "right")].append(r)
+    low = 0 if kind == "generative" else -0.25
+    return {"called_wrong": {name: mean(np.less(r, low)) for name, r in rewards.items()},
+            "auroc": auroc(np.negative(rewards["first"]), np.negative(before)),
+            "first_edit": mean(beats)}
 
 def exact(model, examples, args):
     """B2: share of outputs that greedy decoding would write, told by one forward pass."""
@@ -360,109 +354,102 @@ def exact(model, examples, args):
 
 @torch.no_grad()
 def evaluate(kind, model, rows, tokenizer, args):
-    """The entry of reward_metrics.json, and place of a row -> rewards of its `rejected`."""
+    """The entry of reward_metrics.json; each edited row keeps its rewards of `rejected`."""
     edited = [row for row in rows if row["edit_ops"]]
     pairs = [row for row in rows if row["chosen"] is not None]
-    r_l, r_w, l, w = (score_all(kind, model, part, column, args) for part, column in (
+    r_l, r_w, l, w = (score_all(kind, model, part, f"{column}_ids", args) for part, column in (
         (edited, "rejected"), (edited, "edited"), (pairs, "rejected"), (pairs, "chosen_token")))
     totals = [np.sum(r) for r in l + w or r_l + r_w]
     metrics = {"pair_accuracy": in_order(kind, r_w, r_l, args.response_reward),
                "preference_accuracy": in_order(kind, w, l, args.response_reward),
                "pairs": len(edited), "localisation": None,
-               "scale": {"mean": float(np.mean(totals)), "std": float(np.std(totals))}}
+               "scale": {"mean": mean(totals), "std": float(np.std(totals))}}
+    for row, rewards in zip(edited, r_l):
+        row[kind] = rewards[0] if kind == "sequence" else rewards
     if kind != "sequence":
         metrics["localisation"] = localisation(kind, edited, r_l, r_w)
         print("Rewards below -0.25, and [first wrong token]:")
-        for row, r in zip(edited[:3], r_l):
+        for row in edited[:3]:
             texts = [f"[{text}]" if t == row["first_error"] else text
                      for t, text in enumerate(token_texts(row["rejected_ids"], tokenizer))]
-            print("   ", "".join(text + f"({x:.1f})" * (x < -0.25)
-                                 for text, x in zip(texts, r)).strip())
+            print("   ", "".join(text + f"({r:.1f})" * (r < -0.25)
+                                 for text, r in zip(texts, row[kind])).strip())
     if kind == "generative":
-        right = [row for row in rows if not row["edit_ops"]]
         rewritten, located = examples_of(edited, tokenizer)
+        copied, _ = examples_of([row for row in rows if not row["edit_ops"]], tokenizer)
         metrics["rewriting"] = {"rewritten": exact(model, rewritten, args),
-                                "copied": exact(model, examples_of(right, tokenizer)[0], args),
+                                "copied": exact(model, copied, args),
                                 "located": exact(model, located, args)}
-    return metrics, {row["place"]: r for row, r in zip(edited, r_l)}
+    return metrics
 
 # --- The stage ---
 def open_reward_model(kind, path, tokenizer, args):
     """A2, A6: the policy with one output and a head of zeros: r = 0; B2: the policy itself, where
     embeddings of B2's words are drawn anew: SFT, which never saw them, pushed all to one place."""
-    if kind == "generative":
-        model = AutoModelForCausalLM.from_pretrained(path).to(args.device)
-        new = [words(text, tokenizer) for text in (
-            *INSTRUCTIONS.values(), *(f"[{k}]" for k in range(1, 10)))]
-        new = [ids[0] for ids in new if len(ids) == 1]         # a small policy's
-        for weight in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
-            weight.data[new] = weight.data.std() * torch.randn_like(weight.data[new])
-        return model
-    model = KINDS[kind].from_pretrained(path, num_labels=1).to(args.device)
-    model.config.problem_type = "regression"                   # a pipeline then shows R itself
-    for name, weight in model.named_parameters():
-        if not name.startswith(model.base_model_prefix + "."):
+    if kind != "generative":                                   # regression: a pipeline shows R
+        model = KINDS[kind].from_pretrained(path, num_labels=1, problem_type="regression")
+        for weight in {*model.parameters()} - {*model.base_model.parameters()}:
             torch.nn.init.zeros_(weight)
+        return model.to(args.device)
+    model = KINDS[kind].from_pretrained(path).to(args.device)
+    texts = [*INSTRUCTIONS.values(), *(f"[{k}]" for k in range(1, 10))]
+    new = [ids[0] for ids in (words(text, tokenizer) for text in texts) if len(ids) == 1]
+    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        weight = layer.weight.data
+        weight[new] = weight.std() * torch.randn_like(weight[new])
     return model
 
-def read_rows(run, kind, model, tokenizer, args):
-    """(training, held-out) rows of edits.jsonl: A1's first --pairs pairs; for the GRM all responses
-    with a known solution, with their prompts."""
-    rows = read_jsonl(run / "edits.jsonl", "id", "split", "chosen", "rejected_ids", "edit_ops")
-    if kind != "generative":
-        rows = [row for row in rows if row["chosen"] is not None
-                and (row["edit_ops"] or kind == "sequence")]
-    else:
-        problems = {row["id"]: row for row in read_jsonl(run / "problems.jsonl", "id")}
+def rows_for(kind, rows, model, tokenizer, args):
+    """(training, held-out) rows: A1's first --pairs pairs; for the GRM, with their prompts, all
+    responses with a known solution."""
+    if kind == "generative":
+        problems = {row["id"]: row for row in read_jsonl(f"{args.run}/problems.jsonl", "id")}
         known = [row for row in rows if "solution_ids" in problems[row["id"]]]
         for row in known:
-            for task in ("rewrite", "locate"):
-                row[f"{task}_prompt"] = grm_prompt(task, problems[row["id"]], row["rejected_ids"],
-                                                   tokenizer)
-        longest = lambda row: len(row["locate_prompt"]) + max(
-            len(row["rejected_ids"]), len(row["edited_ids"]))
-        rows = [row for row in known if longest(row) <= model.config.max_position_embeddings]
+            row["rewrite_prompt"], row["locate_prompt"] = (
+                grm_prompt(task, problems[row["id"]], row["rejected_ids"], tokenizer)
+                for task in ("rewrite", "locate"))
+        rows = [row for row in known if model.config.max_position_embeddings >= len(
+            row["locate_prompt"]) + max(len(row["rejected_ids"]), len(row["edited_ids"]))]
         print(f"reward_{kind}: {len(known) - len(rows)} of {len(known)} rows exceed its context")
+    else:
+        rows = [row for row in rows if row["chosen"] is not None
+                and (row["edit_ops"] or kind == "sequence")]
     training = [row for row in rows if row["split"] == "train"]
     return (training if kind == "generative" else training[:args.pairs],
             [row for row in rows if row["split"] != "train"])
 
-def hand_on(run, metrics, rewards, tokenizer):
-    """Metrics, and held-out responses with rewards (kind -> place of the row) for stage 4."""
-    save(run / "reward_metrics.json", json.dumps(metrics, indent=1) + "\n")
-    rows = [row for row in read_jsonl(run / "edits.jsonl") if row["split"] != "train"
-            and row["chosen"] is not None and row["edit_ops"]]
-    save(run / "reward_examples.jsonl", [{
-        "id": row["id"], "prompt": row["prompt"],
-        "tokens": token_texts(row["rejected_ids"], tokenizer),
-        "wrong": [i for op, i, j in row["edit_ops"] if op != "insert"],
-        **{kind: rewards.get(kind, {}).get(row["place"]) for kind in KINDS}} for row in rows[:200]])
-
 def main(args):
     run = Path(args.run)
-    read_jsonl(run / "edits.jsonl")
+    rows = read_jsonl(run / "edits.jsonl", "id", "split", "chosen", "rejected_ids", "edit_ops")
     if RANK == 0:
         start_stage(args, "02", "ppo_* rlmec* rejection* dpo* 03_state.pt responses* eval* *.html")
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
-    path, rewards = run / "reward_metrics.json", {}
+    path = run / "reward_metrics.json"
     metrics = json.loads(path.read_text()) if path.exists() else {}
     for kind in KINDS if args.kind == "all" else [args.kind]:
         start = time.time()
         torch.manual_seed(args.seed)
         model = open_reward_model(kind, run / "policy", tokenizer, args)
-        training, held_out = read_rows(run, kind, model, tokenizer, args)
+        training, held_out = rows_for(kind, rows, model, tokenizer, args)
         if not training or not held_out:
             print(f"reward_{kind}: skipped, edits.jsonl has no rows for training, or for testing")
             continue
         model = shard(model, args)
         train(kind, model, training, tokenizer, args)
-        metrics[kind], rewards[kind] = evaluate(kind, model, held_out, tokenizer, args)
+        metrics[kind] = evaluate(kind, model, held_out, tokenizer, args)
         metrics[kind]["seconds"] = round(time.time() - start, 1)
         print(f"reward_{kind}: {json.dumps(metrics[kind])}")
         state = get_model_state_dict(model, options=WHOLE) if args.fsdp else None
         if RANK == 0:
             save(run / f"reward_{kind}", model, tokenizer, state_dict=state)
-            hand_on(run, metrics, rewards, tokenizer)
+            save(path, json.dumps(metrics, indent=1) + "\n")
+            _, shown = rows_for("token", rows, model, tokenizer, args)
+            save(run / "reward_examples.jsonl", [{
+                "id": row["id"], "prompt": row["prompt"],
+                "tokens": token_texts(row["rejected_ids"], tokenizer),
+                "wrong": [i for op, i, j in row["edit_ops"] if op != "insert"],
+                **{name: row.get(name) for name in KINDS}} for row in shown[:200]])
 
 if __name__ == "__main__":
     args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]

@@ -5,7 +5,7 @@ from math import exp, log
 
 import pytest, torch
 import torch.nn.functional as F
-from conftest import two
+from conftest import rows_of, two
 
 @pytest.fixture
 def new_model(tiny_run, tokenizer):
@@ -56,10 +56,11 @@ def test_a6_and_b2_count_the_pairs_and_the_output_tokens_of_the_batch(new_model)
 def test_micro_batches_give_the_gradient(new_model, tiny_run, tokenizer, kind, monkeypatch, grads):
     model, calls, loss_of = new_model(kind), [], two.loss_of
     monkeypatch.setattr(two, "loss_of", lambda *call: calls.append(call) or loss_of(*call))
-    rows = two.read_rows(tiny_run, kind, model, tokenizer, two.Args())[0][:7]
     for micro_batch in (256, 3):
-        args = two.Args(epochs=1, sequence_epochs=1, locate_epochs=1, micro_batch=micro_batch)
-        two.train(kind, copy.deepcopy(model), rows, tokenizer, args)
+        args = two.Args(str(tiny_run), epochs=1, sequence_epochs=1, locate_epochs=1,
+                        micro_batch=micro_batch)
+        rows, _ = two.rows_for(kind, rows_of(tiny_run / "edits.jsonl"), model, tokenizer, args)
+        two.train(kind, copy.deepcopy(model), rows[:7], tokenizer, args)
     for _, _, batch, N, _ in calls[:len(grads) // 2]:              # whole batches
         assert N == (sum(len(y) for _, y in batch) if kind == "generative" else len(batch))
     parts = grads[len(grads) // 2]                                 # the first step of each run
@@ -100,10 +101,10 @@ def test_exact_is_what_greedy_decoding_writes(new_model):
     assert two.exact(model, examples, two.Args(micro_batch=2)) == pytest.approx(2 / 3)
 
 def test_pairs_limit_the_models_of_a_and_not_the_grm(new_model, tokenizer, tiny_run):
-    model = new_model("generative")
+    model, rows = new_model("generative"), rows_of(tiny_run / "edits.jsonl")
     for kind in two.KINDS:
-        (training, held_out), (fewer, same) = (two.read_rows(
-            tiny_run, kind, model, tokenizer, two.Args(pairs=pairs)) for pairs in (None, 10))
+        (training, held_out), (fewer, same) = (two.rows_for(
+            kind, rows, model, tokenizer, two.Args(str(tiny_run), pairs=n)) for n in (None, 10))
         assert len(training) > 20 and same == held_out
         assert fewer == training if kind == "generative" else fewer == training[:10]
         assert (kind == "generative") == any(row["chosen"] is None for row in training)

@@ -5,7 +5,7 @@ import os, random, shutil, signal, sys, time
 from pathlib import Path
 
 import torch
-from conftest import three, two
+from conftest import rows_of, three, two
 
 mode, run, grads = sys.argv[1], Path(sys.argv[2]), []
 
@@ -16,14 +16,14 @@ def keep(parameters, _):
 
 def reward_models(tokenizer, fsdp):
     """A5, A6 and B2 of a batch of 7 in micro-batches of 2, so that one rank has no last row."""
-    args = two.Args(epochs=1, batch=7, sequence_epochs=1, sequence_batch=7, grm_batch=7,
+    args = two.Args(str(run), epochs=1, batch=7, sequence_epochs=1, sequence_batch=7, grm_batch=7,
                     locate_epochs=0, micro_batch=2, fsdp=fsdp, device="cpu")
     for kind in two.KINDS:
         torch.manual_seed(0)
         model = two.open_reward_model(kind, run / "policy", tokenizer, args)
         if kind != "generative":
             torch.nn.init.normal_(model.score.weight)
-        rows, _ = two.read_rows(run, kind, model, tokenizer, args)
+        rows, _ = two.rows_for(kind, rows_of(run / "edits.jsonl"), model, tokenizer, args)
         two.train(kind, two.shard(model, args), rows[:7], tokenizer, args)
 
 def policies(tokenizer, fsdp):
