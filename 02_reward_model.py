@@ -1,8 +1,7 @@
-"""Stage 2: a reward for every token, learnt from minimal edits: a token reward model, the sequence
-reward it is compared with, and a generative reward model (GRM) that locates errors and rewrites.
+"""Stage 2: a reward for every token, learnt from minimal edits; the sequence reward it is compared
+with; and a generative reward model (GRM), which locates errors and rewrites.
 
 Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, 2401.06081): A2 to A6, B2.
-    symbol         variable                          shape
     x, y*          prompt_ids, solution_ids          prompt and reference solution
     tau^w, tau^l   edited_ids, rejected_ids          a response after and before its minimal edit
     y_w, y_l       chosen_token_ids, rejected_ids    the ordinary preference pair (A6)
@@ -10,11 +9,10 @@ Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, 2401.06081):
     U_0            kept                              pairs (i in rejected, j in edited)
 Simplified against the papers:
   1. A3 and A5 are our reading; --response_reward mean wants a larger --alpha than sum.
-  2. --zero is ours: it pulls the reward of kept tokens to 0. A5 (--zero 0) only asks that it is
-     the same before and after the edit, which leaves a heat map speckled.
+  2. --zero, ours, pulls rewards of kept tokens to 0: A5 alone leaves a heat map speckled.
   3. A batch of the GRM has one task; `locate` is the harder one and takes more epochs.
 Reads RUN/policy, problems.jsonl, edits.jsonl. Writes RUN/reward_token, reward_sequence,
-reward_generative, reward_metrics.json and reward_examples.jsonl.
+reward_generative, reward_metrics.json, reward_examples.jsonl.
 """
 
 import json, os, random, re, shutil, sys, time
@@ -97,10 +95,9 @@ def kept_tokens(edit_ops, rejected_length, edited_length):
     return list(zip(sorted(kept_i), sorted(kept_j), strict=True))
 
 def fine_grained_loss(rewards_w, mask_w, rewards_l, mask_l, kept, N, alpha, beta, zero, how):
-    """A5 of N pairs, of which these are some: rewards and masks (B, T_w), (B, T_l), kept U_0.
-    (1/N) sum over pairs of -log sigmoid(alpha (R(tau^w) - R(tau^l)))
-    + beta 1[U_0 not empty] (1/|U_0|) sum over U_0 of (r_j^w - r_i^l)^2, and, ours,
-    + zero 1[U_0 not empty] (1/|U_0|) sum over U_0 of ((r_j^w)^2 + (r_i^l)^2) / 2."""
+    """A5 over these of N pairs, rewards and masks (B, T_w) and (B, T_l), kept U_0: (1/N) sum of
+    -log sigmoid(alpha (R(tau^w) - R(tau^l))) + 1[U_0 not empty] (1/|U_0|) sum over U_0 of
+    beta (r_j^w - r_i^l)^2 and, ours, zero ((r_j^w)^2 + (r_i^l)^2) / 2."""
     margin = response_reward(rewards_w, mask_w, how) - response_reward(rewards_l, mask_l, how)
     loss = -F.logsigmoid(alpha * margin).sum()                         # A5, first term
     flat = [(row, i, j, len(pairs)) for row, pairs in enumerate(kept) for i, j in pairs]
@@ -245,9 +242,9 @@ def optimizer_step(optimizer, args):
 
 # --- Training ---
 def score(kind, model, rows, column):
-    """Rewards (B, T) of a column of responses, and their mask; T = 1: sequence; GRM: p_t - 0.5."""
-    prompt = "rewrite_prompt" if kind == "generative" else "prompt_ids"
-    inputs, mask = pack([row[prompt] for row in rows], [row[column] for row in rows], model)
+    """Rewards (B, T) of a column of responses, and their mask; sequence: T = 1; GRM: p_t - 0.5."""
+    prompts = [row["rewrite"][0] if kind == "generative" else row["prompt_ids"] for row in rows]
+    inputs, mask = pack(prompts, [row[column] for row in rows], model)
     if kind == "token":
         return token_rewards(model, inputs, mask), mask
     if kind == "sequence":
@@ -264,25 +261,25 @@ def loss_of(kind, model, rows, N, args):
         return sequence_loss(w[0], l[0], N)
     kept = [kept_tokens(row["edit_ops"], len(row["rejected_ids"]), len(row["edited_ids"]))
             for row in rows]
-    return fine_grained_loss(*w, *l, kept, N, args.alpha, args.beta, args.zero,
-                             args.response_reward)
+    how = args.response_reward
+    return fine_grained_loss(*w, *l, kept, N, args.alpha, args.beta, args.zero, how)
 
-def examples_of(rows, tokenizer):
-    """B2, (prompt, output): `rewrite` wrong responses into edits, right ones into themselves; and
-    `locate`, whose output is the label of the first wrong step, from 1, and the end."""
-    end = [tokenizer.eos_token_id]
-    return ([(row["rewrite_prompt"], row["edited_ids"]) for row in rows],
-            [(row["locate_prompt"], words(f"[{row['first_wrong_step']}]", tokenizer) + end)
-             for row in rows if row["first_wrong_step"]])
+def examples_of(row, problem, tokenizer):
+    """B2, a task's (prompt, output): `rewrite` into the edit, a right response into itself;
+    `locate` the first wrong step, whose label, from 1, and the end are the output."""
+    label = words(f"[{row['first_wrong_step']}]", tokenizer) + [tokenizer.eos_token_id]
+    return {task: (grm_prompt(task, problem, row["rejected_ids"], tokenizer), output)
+            for task, output in (("rewrite", row["edited_ids"]), ("locate", label))}
 
-def train(kind, model, rows, tokenizer, args):
+def train(kind, model, rows, args):
     """Epochs in new orders; a batch of the GRM has one of its two tasks, which take turns."""
     if kind == "token":
         size, lr, epochs = args.batch, args.lr, [rows] * args.epochs
     elif kind == "sequence":
         size, lr, epochs = args.sequence_batch, args.sequence_lr, [rows] * args.sequence_epochs
     else:
-        rewrites, locates = examples_of(rows, tokenizer)
+        rewrites = [row["rewrite"] for row in rows]
+        locates = [row["locate"] for row in rows if row["edit_ops"]]   # a wrong step is there
         size, lr, epochs = args.grm_batch, args.grm_lr, [rewrites] + [locates] * args.locate_epochs
     rng = random.Random(args.seed)
     plan = [batch for epoch in epochs for batch in batches(rng.sample(epoch, len(epoch)), size)]
@@ -307,8 +304,8 @@ def mean(values):
 
 def auroc(positive, negative):
     """Area under the ROC curve: the chance that a positive is above a negative, ties one half."""
-    return mean([mean(np.heaviside(p - np.array(negative), 0.5)) for p in positive]
-                if len(negative) else [])
+    chances = [mean(np.heaviside(np.subtract(p, negative), 0.5)) for p in positive]
+    return mean(chances) if len(negative) else None
 
 def score_all(kind, model, rows, column, args):
     """A list of rewards for every row's response."""
@@ -323,9 +320,9 @@ def in_order(kind, better, worse, how):
     return mean([np.heaviside(total(w) - total(l), 0.5) for w, l in zip(better, worse)])
 
 def localisation(kind, rows, rejected, edited):
-    """How low rewards of `rejected` find its errors. auroc: the first wrong token against the right
-    ones before it; first_edit: share of rows whose edited token beats the original where they part;
-    called_wrong: share below -0.25 (GRM: p_t < 0.5), insert: of tokens where some are missing."""
+    """How low rewards of `rejected` find its errors. called_wrong: share below -0.25 (GRM: p_t <
+    0.5), insert: of tokens where some are missing; auroc: the first wrong token against the right
+    ones before it; first_edit: share of rows whose edited token beats the original there."""
     rewards, before, beats = defaultdict(list), [], []
     for row, r_l, r_w in zip(rows, rejected, edited):
         op, i, j = row["edit_ops"][0]
@@ -342,11 +339,11 @@ def localisation(kind, rows, rejected, edited):
             "auroc": auroc(np.negative(rewards["first"]), np.negative(before)),
             "first_edit": mean(beats)}
 
-def exact(model, examples, args):
+def exact(task, model, rows, args):
     """B2: share of outputs that greedy decoding would write, told by one forward pass."""
     hits = []
-    for part in batches(examples, args.micro_batch):
-        inputs, mask = pack(*zip(*part), model)
+    for part in batches(rows, args.micro_batch):
+        inputs, mask = pack(*zip(*(row[task] for row in part)), model)
         T = mask.shape[1]
         likeliest = model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, :-1].argmax(2)
         hits += ((likeliest == inputs["input_ids"][:, -T:]) | ~mask).all(dim=1).tolist()
@@ -370,16 +367,15 @@ def evaluate(kind, model, rows, tokenizer, args):
         metrics["localisation"] = localisation(kind, edited, r_l, r_w)
         print("Rewards below -0.25, and [first wrong token]:")
         for row in edited[:3]:
-            texts = [f"[{text}]" if t == row["first_error"] else text
-                     for t, text in enumerate(token_texts(row["rejected_ids"], tokenizer))]
-            print("   ", "".join(text + f"({r:.1f})" * (r < -0.25)
-                                 for text, r in zip(texts, row[kind])).strip())
+            texts = token_texts(row["rejected_ids"], tokenizer)
+            print("   ", "".join((f"[{text}]" if t == row["first_error"] else text)
+                                 + f"({r:.1f})" * (r < -0.25)
+                                 for t, (text, r) in enumerate(zip(texts, row[kind]))).strip())
     if kind == "generative":
-        rewritten, located = examples_of(edited, tokenizer)
-        copied, _ = examples_of([row for row in rows if not row["edit_ops"]], tokenizer)
-        metrics["rewriting"] = {"rewritten": exact(model, rewritten, args),
-                                "copied": exact(model, copied, args),
-                                "located": exact(model, located, args)}
+        right = [row for row in rows if not row["edit_ops"]]
+        metrics["rewriting"] = {"rewritten": exact("rewrite", model, edited, args),
+                                "copied": exact("rewrite", model, right, args),
+                                "located": exact("locate", model, edited, args)}
     return metrics
 
 # --- The stage ---
@@ -400,17 +396,14 @@ def open_reward_model(kind, path, tokenizer, args):
     return model
 
 def rows_for(kind, rows, model, tokenizer, args):
-    """(training, held-out) rows: A1's first --pairs pairs; for the GRM, with their prompts, all
-    responses with a known solution."""
+    """(training, held-out): A1's first --pairs pairs; GRM: all with a solution, and examples."""
     if kind == "generative":
         problems = {row["id"]: row for row in read_jsonl(f"{args.run}/problems.jsonl", "id")}
         known = [row for row in rows if "solution_ids" in problems[row["id"]]]
         for row in known:
-            row["rewrite_prompt"], row["locate_prompt"] = (
-                grm_prompt(task, problems[row["id"]], row["rejected_ids"], tokenizer)
-                for task in ("rewrite", "locate"))
+            row.update(examples_of(row, problems[row["id"]], tokenizer))
         rows = [row for row in known if model.config.max_position_embeddings >= len(
-            row["locate_prompt"]) + max(len(row["rejected_ids"]), len(row["edited_ids"]))]
+            row["locate"][0]) + max(len(row["rejected_ids"]), len(row["edited_ids"]))]
         print(f"reward_{kind}: {len(known) - len(rows)} of {len(known)} rows exceed its context")
     else:
         rows = [row for row in rows if row["chosen"] is not None
@@ -436,7 +429,7 @@ def main(args):
             print(f"reward_{kind}: skipped, edits.jsonl has no rows for training, or for testing")
             continue
         model = shard(model, args)
-        train(kind, model, training, tokenizer, args)
+        train(kind, model, training, args)
         metrics[kind] = evaluate(kind, model, held_out, tokenizer, args)
         metrics[kind]["seconds"] = round(time.time() - start, 1)
         print(f"reward_{kind}: {json.dumps(metrics[kind])}")

@@ -73,7 +73,7 @@ def check_plain_forward(run, end, pad):
     for head in (getattr(token, "classifier", None) or token.score, sequence.score):
         torch.nn.init.normal_(head.weight)                     # trained ones are next to nothing
     logprobs = three.response_logprobs(policy, inputs, mask, 0.7)
-    rows = [{"prompt_ids": x, "rewrite_prompt": x, "rejected_ids": y}
+    rows = [{"prompt_ids": x, "rewrite": (x, y), "rejected_ids": y}
             for x, y in zip(prompts, responses)]
     rewards, totals, likelihoods = (
         two.score(kind, model, rows, "rejected_ids")[0] for kind, model in (

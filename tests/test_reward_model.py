@@ -60,9 +60,12 @@ def test_micro_batches_give_the_gradient(new_model, tiny_run, tokenizer, kind, m
         args = two.Args(str(tiny_run), epochs=1, sequence_epochs=1, locate_epochs=1,
                         micro_batch=micro_batch)
         rows, _ = two.rows_for(kind, rows_of(tiny_run / "edits.jsonl"), model, tokenizer, args)
-        two.train(kind, copy.deepcopy(model), rows[:7], tokenizer, args)
-    for _, _, batch, N, _ in calls[:len(grads) // 2]:              # whole batches
+        two.train(kind, copy.deepcopy(model), rows[:7], args)
+    whole = calls[:len(grads) // 2]                                # batches
+    for _, _, batch, N, _ in whole:
         assert N == (sum(len(y) for _, y in batch) if kind == "generative" else len(batch))
+    wrong = [row for row in rows[:7] if row["first_wrong_step"]]   # right ones are not located
+    assert sum(len(batch) for _, _, batch, _, _ in whole) == 7 + len(wrong) * (kind == "generative")
     parts = grads[len(grads) // 2]                                 # the first step of each run
     assert (grads[0] - parts).norm() < 1e-5 * grads[0].norm()
 
@@ -76,13 +79,9 @@ def test_prompts_and_examples_of_the_grm_carry_the_ids_as_they_are(tokenizer, ti
     locate = before + first + [8, 9, dot] + second + [7] + behind + first + [7, 7, dot] + second + [
         9, dot] + third + [4] + words("\nFirst wrong step:\n")
     for response in (attempt, attempt + [end]):                    # cut off, and ended
-        assert two.grm_prompt("rewrite", problem, response, tokenizer) == rewrite
-        assert two.grm_prompt("locate", problem, response, tokenizer) == locate
-    # examples of a wrong and a right response
-    names = ("rewrite_prompt", "locate_prompt", "edited_ids", "first_wrong_step")
-    rows = [dict(zip(names, row)) for row in (([5], [6], [7, 2], 2), ([8], [9], [3, 2], None))]
-    assert two.examples_of(rows, tokenizer) == (
-        [([5], [7, 2]), ([8], [3, 2])], [([6], tokenizer("[2]").input_ids + [2])])
+        row = {"rejected_ids": response, "edited_ids": [7, 2], "first_wrong_step": 2}
+        assert two.examples_of(row, problem, tokenizer) == {
+            "rewrite": (rewrite, [7, 2]), "locate": (locate, second + [end])}
 
 def test_words_of_b2_are_told_apart(new_model, tiny_run, tokenizer):
     model, policy = (new_model("generative").lm_head.weight,
@@ -95,10 +94,10 @@ def test_exact_is_what_greedy_decoding_writes(new_model):
     model = new_model("generative")
     write = lambda x: model.generate(torch.tensor([x]), do_sample=False, min_new_tokens=4,
                                      max_new_tokens=4)[0, len(x):].tolist()
-    examples = [(x, write(x)) for x in ([5, 6], [7] * 9, [8, 9, 4])]
-    assert two.exact(model, examples, two.Args()) == 1.0
-    examples[1][1][2] += 1
-    assert two.exact(model, examples, two.Args(micro_batch=2)) == pytest.approx(2 / 3)
+    rows = [{"locate": (x, write(x))} for x in ([5, 6], [7] * 9, [8, 9, 4])]
+    assert two.exact("locate", model, rows, two.Args()) == 1.0
+    rows[1]["locate"][1][2] += 1
+    assert two.exact("locate", model, rows, two.Args(micro_batch=2)) == pytest.approx(2 / 3)
 
 def test_pairs_limit_the_models_of_a_and_not_the_grm(new_model, tokenizer, tiny_run):
     model, rows = new_model("generative"), rows_of(tiny_run / "edits.jsonl")

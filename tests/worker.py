@@ -24,7 +24,7 @@ def reward_models(tokenizer, fsdp):
         if kind != "generative":
             torch.nn.init.normal_(model.score.weight)
         rows, _ = two.rows_for(kind, rows_of(run / "edits.jsonl"), model, tokenizer, args)
-        two.train(kind, two.shard(model, args), rows[:7], tokenizer, args)
+        two.train(kind, two.shard(model, args), rows[:7], args)
 
 def policies(tokenizer, fsdp):
     """A9 on a given rollout of 7 responses, B7 where only rank 0 has tokens with r_t != 0, C1."""
