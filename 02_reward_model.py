@@ -345,8 +345,8 @@ def exact(task, model, rows, args):
     for part in batches(rows, args.micro_batch):
         inputs, mask = pack(*zip(*(row[task] for row in part)), model)
         T = mask.shape[1]
-        likeliest = model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, :-1].argmax(2)
-        hits += ((likeliest == inputs["input_ids"][:, -T:]) | ~mask).all(dim=1).tolist()
+        greedy = model(**inputs, logits_to_keep=T + 1, use_cache=False).logits.argmax(2)[:, :-1]
+        hits += ((greedy == inputs["input_ids"][:, -T:]) | ~mask).all(dim=1).tolist()
     return mean(hits)
 
 @torch.no_grad()
@@ -423,12 +423,11 @@ def main(args):
     for kind in KINDS if args.kind == "all" else [args.kind]:
         start = time.time()
         torch.manual_seed(args.seed)
-        model = open_reward_model(kind, run / "policy", tokenizer, args)
+        model = shard(open_reward_model(kind, run / "policy", tokenizer, args), args)
         training, held_out = rows_for(kind, rows, model, tokenizer, args)
         if not training or not held_out:
             print(f"reward_{kind}: skipped, edits.jsonl has no rows for training, or for testing")
             continue
-        model = shard(model, args)
         train(kind, model, training, args)
         metrics[kind] = evaluate(kind, model, held_out, tokenizer, args)
         metrics[kind]["seconds"] = round(time.time() - start, 1)
@@ -437,12 +436,12 @@ def main(args):
         if RANK == 0:
             save(run / f"reward_{kind}", model, tokenizer, state_dict=state)
             save(path, json.dumps(metrics, indent=1) + "\n")
-            _, shown = rows_for("token", rows, model, tokenizer, args)
+            _, pairs = rows_for("token", rows, model, tokenizer, args)
             save(run / "reward_examples.jsonl", [{
                 "id": row["id"], "prompt": row["prompt"],
                 "tokens": token_texts(row["rejected_ids"], tokenizer),
                 "wrong": [i for op, i, j in row["edit_ops"] if op != "insert"],
-                **{name: row.get(name) for name in KINDS}} for row in shown[:200]])
+                **{name: row.get(name) for name in KINDS}} for row in pairs[:200]])
 
 if __name__ == "__main__":
     args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]

@@ -56,9 +56,8 @@ def test_a6_and_b2_count_the_pairs_and_the_output_tokens_of_the_batch(new_model)
 def test_micro_batches_give_the_gradient(new_model, tiny_run, tokenizer, kind, monkeypatch, grads):
     model, calls, loss_of = new_model(kind), [], two.loss_of
     monkeypatch.setattr(two, "loss_of", lambda *call: calls.append(call) or loss_of(*call))
-    for micro_batch in (256, 3):
-        args = two.Args(str(tiny_run), epochs=1, sequence_epochs=1, locate_epochs=1,
-                        micro_batch=micro_batch)
+    for n in (256, 3):
+        args = two.Args(str(tiny_run), epochs=1, sequence_epochs=1, locate_epochs=1, micro_batch=n)
         rows, _ = two.rows_for(kind, rows_of(tiny_run / "edits.jsonl"), model, tokenizer, args)
         two.train(kind, copy.deepcopy(model), rows[:7], args)
     whole = calls[:len(grads) // 2]                                # batches
