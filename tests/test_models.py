@@ -75,9 +75,8 @@ def check_plain_forward(run, end, pad):
     logprobs = three.response_logprobs(policy, inputs, mask, 0.7)
     rows = [{"prompt_ids": x, "rewrite": (x, y), "rejected_ids": y}
             for x, y in zip(prompts, responses)]
-    rewards, totals, likelihoods = (
-        two.score(kind, model, rows, "rejected_ids")[0] for kind, model in (
-            ("token", token), ("sequence", sequence), ("generative", policy)))
+    rewards, totals, likelihoods = (two.score(*pair, rows, "rejected_ids")[0] for pair in (
+        ("token", token), ("sequence", sequence), ("generative", policy)))
     values = three.token_values(token, inputs, mask)
     for k, (prompt, response) in enumerate(zip(prompts, responses)):
         ids, T = torch.tensor([prompt + response]), len(response)

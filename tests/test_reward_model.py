@@ -39,8 +39,7 @@ def test_fine_grained_loss_equals_a_slow_one_and_its_parts_add_up(how, size):
             slow[k] += square / len(kept[k])
     for part in (slice(0, 3), slice(0, 2), slice(2, 3)):
         rows = (x[part] for x in (w, mask_w, l, mask_l, kept))
-        loss = two.fine_grained_loss(*rows, 3, 1.5, 2, 0.5, how)
-        assert loss.item() == pytest.approx(sum(slow[part]) / 3, rel=1e-5)
+        assert two.fine_grained_loss(*rows, 3, 1.5, 2, 0.5, how).item() == pytest.approx(sum(slow[part]) / 3, rel=1e-5)
 
 def test_a6_and_b2_count_the_pairs_and_the_output_tokens_of_the_batch(new_model):
     loss = two.sequence_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]), 5)
@@ -49,22 +48,23 @@ def test_a6_and_b2_count_the_pairs_and_the_output_tokens_of_the_batch(new_model)
     for x, y in (([5, 6, 7], [8, 9, 2]), ([5] * 9, [9, 4, 7, 6, 5, 3, 2]), ([8], [11, 12, 0, 0])):
         logits = model(torch.tensor([x + y])).logits[0, len(x) - 1:-1]
         slow = F.cross_entropy(logits, torch.tensor(y), reduction="sum").item() / 14
-        part = two.loss_of("generative", model, [(x, y)], 14, two.Args())
-        assert part.item() == pytest.approx(slow, rel=1e-5)
+        loss = two.loss_of("generative", model, [(x, y)], 14, two.Args())
+        assert loss.item() == pytest.approx(slow, rel=1e-5)
 
 @pytest.mark.parametrize("kind", ["token", "sequence", "generative"])
 def test_micro_batches_give_the_gradient(new_model, tiny_run, tokenizer, kind, monkeypatch, grads):
     model, calls, loss_of = new_model(kind), [], two.loss_of
+    edits = rows_of(tiny_run / "edits.jsonl")                      # the first: right, not located
+    edits[0].update(edited_ids=edits[0]["rejected_ids"], edit_ops=[], first_wrong_step=None)
     monkeypatch.setattr(two, "loss_of", lambda *call: calls.append(call) or loss_of(*call))
     for n in (256, 3):
         args = two.Args(str(tiny_run), epochs=1, sequence_epochs=1, locate_epochs=1, micro_batch=n)
-        rows, _ = two.rows_for(kind, rows_of(tiny_run / "edits.jsonl"), model, tokenizer, args)
+        rows, _ = two.rows_for(kind, edits, model, tokenizer, args)
         two.train(kind, copy.deepcopy(model), rows[:7], args)
-    whole = calls[:len(grads) // 2]                                # batches
-    for _, _, batch, N, _ in whole:
+    whole = [(batch, N) for _, _, batch, N, _ in calls[:len(grads) // 2]]
+    for batch, N in whole:
         assert N == (sum(len(y) for _, y in batch) if kind == "generative" else len(batch))
-    wrong = [row for row in rows[:7] if row["first_wrong_step"]]   # right ones are not located
-    assert sum(len(batch) for _, _, batch, _, _ in whole) == 7 + len(wrong) * (kind == "generative")
+    assert sum(len(batch) for batch, _ in whole) == (13 if kind == "generative" else 7)
     parts = grads[len(grads) // 2]                                 # the first step of each run
     assert (grads[0] - parts).norm() < 1e-5 * grads[0].norm()
 
