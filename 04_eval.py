@@ -253,47 +253,40 @@ def combine(args):
     save(Path(args.run) / "combined.json", json.dumps(combined, indent=1) + "\n")
 
 # --- The report: one file of HTML and SVG ---
-PAGE_HEAD = """<!doctype html><html lang=en><meta charset=utf-8>
-<meta name=viewport content="width=device-width"><title>Token-level reward</title><style>
-:root{color-scheme:light dark}body{margin:auto;padding:1rem;max-width:56rem;font:16px/1.5 system-ui}
-.card{background:#8882;border-radius:.5rem;padding:.3rem .8rem;margin:.7rem 0}pre{overflow-x:auto}
-svg{max-width:40rem;fill:currentColor;font-size:12px}b{display:inline-block;min-width:8rem}
-path{fill:none;stroke:currentColor}polyline{fill:none;stroke-width:3}.e{outline:1.5px solid}
-p{margin:.3rem 0;overflow-wrap:anywhere}code{white-space:pre-wrap}del{color:#d55e00}
-ins{color:#0a84d0;font-weight:bold;text-decoration:none}</style>
-<h1>Token-level reward: who wins</h1>"""
+STYLE = """:root{color-scheme:light dark}pre{overflow-x:auto}code{white-space:pre-wrap}
+body{margin:auto;padding:1rem;max-width:56rem;font:16px/1.5 system-ui}
+div{background:#8882;border-radius:.5rem;padding:.3rem .8rem;margin:.7rem 0}
+p{margin:.3rem 0;overflow-wrap:anywhere}b{display:inline-block;min-width:8rem}
+svg{max-width:40rem;fill:currentColor;font-size:12px}path{fill:none;stroke:currentColor}
+polyline{fill:none;stroke-width:3}del{color:#d55e00}
+ins{color:#0a84d0;font-weight:bold;text-decoration:none}"""
 COLOURS = {"ppo_token": "#0072b2", "ppo_sequence": "#d55e00", "rlmec": "#009e73",
            "rlmec_imitation": "#cc79a7", "rejection": "#e69f00", "dpo": "#56b4e9",
            "dpo_edit": "#888888"}                              # the policies of stage 3
 
-def learning_curves(logs):
-    """Validation accuracy of every policy over its own updates, as SVG."""
-    legend = curves = ""
-    for name, log in logs.items():
-        points = " ".join(f"{400 * row['update'] / log[-1]['update']:.0f},"
-                          f"{200 - 200 * row['accuracy']:.1f}" for row in log if "accuracy" in row)
-        curves += f'<polyline points="{points}" stroke="{COLOURS[name]}"/>'
-        legend += f'<b><span style="color:{COLOURS[name]}">■</span> {name}</b> '
-    return (f'<h2>Learning curves</h2><p>{legend}</p><svg viewBox="-45 -10 480 235">'
-            '<path d="M0 0v200h400"/><text x="-45" y="10">100 %</text><text x="-45" y="204">0 %'
-            f'</text><text x="330" y="218">last update</text>{curves}</svg>'
-            "<p>Right responses to validation prompts, over the updates of each run.</p>")
+def table(policies):
+    """The numbers of eval.json that one compares, as text for the terminal and the report."""
+    text = "policy          win rate   ± error    right  wrong steps  KL, nats  updates  seconds"
+    for name, row in policies.items():
+        win, error, right = (show(row[x]) for x in ("win_rate", "win_rate_se", "accuracy"))
+        steps, kl = (show(row[x], ".2f") for x in ("wrong_steps_per_response", "kl_to_ref"))
+        text += (f"\n{name:16}{win:>8}{error:>10}{right:>9}{steps:>13}{kl:>10}"
+                 f"{row['updates']:9}{row['seconds']:9.0f}")
+    return text
 
 def heat_map(row):
     """A held-out response under every reward model, token by token, wrong tokens framed."""
-    for kind, least in (("token", 0.5), ("sequence", 0.5), ("generative", 0.1)):
-        rewards = row[kind]
-        if rewards is None:
-            continue
+    for kind in [kind for kind in ("token", "sequence", "generative") if row[kind] is not None]:
+        rewards, limit, text = row[kind], 0.5, ""
         if kind == "sequence":                                 # A7: all on the last token
             rewards = [0.0] * (len(row["tokens"]) - 1) + [rewards]
         if kind == "generative":                               # B3 of a wrong response
-            rewards = np.clip(rewards, -0.1, 0.0)
-        limit, text = max(least, *map(abs, rewards)), ""
+            rewards, limit = np.clip(rewards, -0.1, 0.0), 0.1
+        limit = max(limit, *map(abs, rewards))
         for t, (token, r) in enumerate(zip(row["tokens"], rewards)):
             colour = f"rgb({'213 94 0' if r < 0 else '0 114 178'}/{abs(r) / limit:.2f})"
-            text += (f'<span class="{"e" * (t in row["wrong"])}" title="{r:+.2f}" '
-                     f'style="background:{colour}">{escape(token)}</span>')
+            frame = ";outline:1.5px solid" * (t in row["wrong"])
+            text += f'<span title={r:+.2f} style="background:{colour}{frame}">{escape(token)}</span>'
         yield kind, text
 
 def before_after(row):
@@ -307,22 +300,35 @@ def before_after(row):
         yield name, text
 
 def cards(rows, lines):
-    """A card of HTML a row: its prompt, and the lines (name, HTML) that a function makes of it."""
+    """A card a row: its prompt, and what a function makes of the row, names and HTML."""
+    text = ""
     for row in rows:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
         shown = [("prompt", escape(prompt)), *lines(row)]
-        text = "".join(f"<p><b>{name}</b><code>{x}</code></p>" for name, x in shown)
-        yield f"<div class=card>{text}</div>"
+        shown = [f"<p><b>{name}</b><code>{x}</code></p>" for name, x in shown]
+        text += f"<div>{''.join(shown)}</div>\n"
+    return text
 
-def table(policies):
-    """The numbers of eval.json that one compares, as text for the terminal and the report."""
-    lines = ["policy          win rate   ± error    right  wrong steps  KL, nats  updates  seconds"]
-    for name, row in policies.items():
-        win, error, right = (show(row[x]) for x in ("win_rate", "win_rate_se", "accuracy"))
-        steps, kl = (show(row[x], ".2f") for x in ("wrong_steps_per_response", "kl_to_ref"))
-        lines.append(f"{name:16}{win:>8}{error:>10}{right:>9}{steps:>13}{kl:>10}"
-                     f"{row['updates']:9}{row['seconds']:9.0f}")
-    return "\n".join(lines)
+def report(said, numbers, logs, held_out, rows):
+    """The page; its curves are the validation accuracy of every policy over its own updates."""
+    legend = curves = ""
+    for name, log in logs.items():
+        points = " ".join(f"{400 * row['update'] / log[-1]['update']:.0f},"
+                          f"{200 - 200 * row['accuracy']:.1f}" for row in log if "accuracy" in row)
+        curves += f'<polyline stroke={COLOURS[name]} points="{points}"/>'
+        legend += f"<b><span style=color:{COLOURS[name]}>■</span> {name}</b> "
+    return f"""<!doctype html><html lang=en><meta charset=utf-8>
+<meta name=viewport content="width=device-width"><title>Token-level reward</title>
+<style>{STYLE}</style><h1>Token-level reward: who wins</h1>
+{"".join(f"<p>{text}</p>" for text in said)}
+<pre>{numbers}</pre>
+<h2>Learning curves</h2><p>{legend}</p><svg viewBox="-45 -10 480 235"><path d="M0 0v200h400"/>
+<text x=-45 y=10>100 %</text><text x=-45 y=204>0 %</text><text x=330 y=218>last update</text>
+{curves}</svg><p>Right responses to validation prompts, over the updates of each run.</p>
+<h2>Held-out rewards</h2><p>Orange: punished, blue: praised, framed: wrong tokens.</p>
+{cards(held_out, heat_map)}
+<h2>Before and after</h2><p>Against sft: <del>out</del> <ins>in</ins>.</p>
+{cards(rows, before_after)}"""
 
 # --- The stage ---
 def main(args):
@@ -340,17 +346,13 @@ def main(args):
     save(run / "eval.json", json.dumps(result, indent=1) + "\n")
     save(run / "responses.jsonl", rows)
     path = run / "reward_examples.jsonl"
-    held_out = read_jsonl(path) if path.exists() and path.stat().st_size else []
+    held_out = read_jsonl(path) if path.stat().st_size else []
     held_out = held_out[:: max(1, len(held_out) // max(1, args.examples))][:args.examples]
-    policies = table(result["policies"])
+    numbers = table(result["policies"])
     said = result["checks"] + [f"WARNING: {text}" for text in result["warnings"]]
-    save(run / "report.html", "\n".join([
-        PAGE_HEAD, *[f"<p>{text}</p>" for text in said], f"<pre>{policies}</pre>",
-        learning_curves(logs), "<h2>Held-out rewards</h2>",
-        "<p>Orange: punished, blue: praised, framed: wrong tokens.</p>", *cards(held_out, heat_map),
-        "<h2>Before and after</h2><p>Against sft: <del>out</del> <ins>in</ins>.</p>",
-        *cards(rows[:args.examples], before_after)]))
-    print(policies, *said, f"{run}/report.html", sep="\n")
+    page = report(said, numbers, logs, held_out, rows[:args.examples])
+    save(run / "report.html", page)
+    print(numbers, *said, f"{run}/report.html", sep="\n")
 
 if __name__ == "__main__":
     main(HfArgumentParser(Args).parse_args_into_dataclasses()[0])
