@@ -1,10 +1,9 @@
 """Stage 4: which policy is better, by how much, and how sure that is.
 
-Paper A's checks (arXiv 2406.02756): accuracy of the reward models, win rate and convergence of
-fine-grained against ordinary PPO. Paper B's (arXiv 2401.06081): right responses, wrong steps and
-steadiness of RLMEC beside imitation alone. Simplified: the judge is the oracle of the built-in
-tasks (fewer wrong steps win) or the final answer, where paper A simulates people; the opponent is
-the SFT policy. Other judges read responses.jsonl, and --verdicts reads what they say.
+Checks of paper A (arXiv 2406.02756): accuracy of the reward models, win rate and convergence of
+fine-grained against ordinary PPO; of paper B (arXiv 2401.06081): right responses, wrong steps and
+steadiness of RLMEC beside imitation alone. Simplified: the oracle of the built-in tasks, or the
+final answer, judges against the SFT policy where A simulates people; --verdicts reads any judge's.
 Reads what stages 1 to 3 wrote. Writes RUN/responses.jsonl, eval.json and report.html.
 """
 
@@ -51,8 +50,8 @@ def interval(values, seed):
     return np.percentile(means, [2.5, 97.5]).tolist()
 
 def win_rate(preferences, seed=1):
-    """Win rate as AlpacaEval counts it. Preferences: 1 the opponent, 2 the policy, 1.5 or 0 a tie,
-    anything else no verdict. The mean of preference - 1, and its standard error, with n - 1."""
+    """As AlpacaEval counts: the mean of preference - 1 and its standard error. Preferences: 1 the
+    opponent, 2 the policy, 1.5 or 0 a tie, anything else no verdict."""
     wins = [(p or 1.5) - 1 for p in preferences
             if type(p) in (int, float) and (p == 0 or 1 <= p <= 2)]
     n = len(wins)
@@ -60,12 +59,12 @@ def win_rate(preferences, seed=1):
             "win_rate_se": float(np.std(wins, ddof=n > 1)) / n ** 0.5 if n else None}
 
 def difference(a, b, seed):
-    """Paired difference of the win rates of two policies, on prompts with both preferences."""
-    gaps = [x - y for x, y in zip(a, b, strict=True) if None not in (x, y)]
+    """Paired difference of two win rates, on prompts with both preferences."""
+    gaps = [x - y for x, y in zip(a, b) if None not in (x, y)]
     return {"difference": mean(gaps), "n": len(gaps), "ci95": interval(gaps, seed)}
 
 def first_update(log, level):
-    """The first update whose validation accuracy reaches a level, None if none does."""
+    """The first update whose validation accuracy reaches a level, or None."""
     return next((int(row["update"]) for row in log if row.get("accuracy", -1) >= level), None)
 
 def measure(wrong, log):
@@ -155,9 +154,9 @@ CONTRASTS = [("ppo_token", "ppo_sequence"), ("rlmec", "rlmec_imitation"), ("dpo"
 # in nats a response, nats a token in one update, and standard deviations of stage 2's rewards
 LIMITS = {"kl": 20, "val_kl": 20, "approx_kl": 0.1, "score_std": 10, "advantage_rms": 10}
 
-def failure_signatures(reward_models, policies, logs):
+def failure_signatures(models, policies, logs):
     """Paper A's: reward accuracy under 70 %, win rate not above the baseline, and unstable PPO."""
-    for kind, row in reward_models.items():
+    for kind, row in models.items():
         share = row["preference_accuracy"] if row["pair_accuracy"] is None else row["pair_accuracy"]
         if share is not None and share < 0.7:
             yield f"reward accuracy under 70 %: reward_{kind}, {share:.1%}"
@@ -169,29 +168,31 @@ def failure_signatures(reward_models, policies, logs):
             peak = np.max([abs(row.get(column, 0)) for row in log])
             if not peak <= limit:                              # nan as well
                 yield f"unstable: {name} reached a {column} of {peak:.3g}, over {limit}"
-        if (drop := policies[name]["largest_drop"] or 0) > 0.2:
+        drop = policies[name]["largest_drop"]
+        if drop and drop > 0.2:
             yield f"unstable: {name} lost {drop:.0%} accuracy"
 
 def show(x, form=".1%"):
     """97.3 %, or a dash for what was not measured."""
     return "–" if x is None else f"{x:{form}}".replace("%", " %")
 
-def checks(reward_models, policies, differences, logs):
+def checks(models, policies, differences, logs):
     """The papers' checks as sentences."""
     each = lambda rows, column, form=".1%": ", ".join(
-        f"{name} {show(x[column], form)}" for name, x in rows.items() if x[column] is not None)
-    yield ("Reward models, held-out (edited, original) pairs in order: "
-           f"{each(reward_models, 'pair_accuracy') or '–'}.")
+        f"{name} {show(x[column], form)}" for name, x in rows.items()
+        if x[column] is not None) or "–"
+    pairs = each(models, "pair_accuracy")
+    yield f"Reward models, held-out (edited, original) pairs in order: {pairs}."
     for row in differences:
         if row["ci95"] and (row["a"], row["b"]) in CONTRASTS:
             gap, low, high = (show(x, "+.1%") for x in (row["difference"], *row["ci95"]))
             yield f"Win rate, {row['a']} minus {row['b']}: {gap} (95 % interval {low} to {high})."
-    yield f"Updates to 95 % of the own final accuracy: {each(policies, 'updates_to_95', 'd') or '–'}."
+    yield f"Updates to 95 % of the own final accuracy: {each(policies, 'updates_to_95', 'd')}."
     best = policies.get("ppo_sequence", {}).get("best_accuracy")
     if best is not None and "ppo_token" in logs:
         update = first_update(logs["ppo_token"], best)
         yield f"ppo_token passes the best of ppo_sequence, {show(best)}, at update {update}."
-    yield f"Steadiness, largest drop after the best: {each(policies, 'largest_drop') or '–'}."
+    yield f"Steadiness, largest drop after the best: {each(policies, 'largest_drop')}."
 
 def compare(run, logs, args):
     """All of eval.json, and rows of responses.jsonl."""
@@ -200,7 +201,7 @@ def compare(run, logs, args):
     prompts = [row["prompt_ids"] for row in problems]
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
     start = {"update": 0, "episodes": 0, "seconds": 0, "val_kl": 0.0}
-    wrong, policies, preferences = {}, {}, {}
+    wrong, preferred, policies = {}, {}, {}
     for name, log in {"sft": [start], **logs}.items():
         path = run / ("policy" if name == "sft" else name)
         model = AutoModelForCausalLM.from_pretrained(path).to(args.device)
@@ -209,25 +210,26 @@ def compare(run, logs, args):
         for row, ids in zip(problems, generate(model, tokenizer, prompts, args, args.temperature)):
             row[name] = tokenizer.decode(ids, skip_special_tokens=True)
             wrong[name].append(wrong_steps(row[name], ids[-1] == tokenizer.eos_token_id, row))
-        preferences[name] = [None if a is None else 1.5 + ((a < b) - (a > b)) / 2
-                             for a, b in zip(wrong[name], wrong["sft"])]
-        policies[name] = win_rate(preferences[name], args.seed) | measure(wrong[name], log)
-    differences = [{"a": a, "b": b, **difference(preferences[a], preferences[b], args.seed)}
+        preferred[name] = [None if a is None else 1.5 + ((a < b) - (a > b)) / 2
+                      for a, b in zip(wrong[name], wrong["sft"])]
+        policies[name] = win_rate(preferred[name], args.seed) | measure(wrong[name], log)
+    differences = [{"a": a, "b": b, **difference(preferred[a], preferred[b], args.seed)}
                    for a, b in combinations(logs, 2)]
     models = json.loads((run / "reward_metrics.json").read_text())
+    rows = [{name: row[name] for name in ("id", "prompt", *policies)} for row in problems]
     return {"policies": policies, "differences": differences, "reward_models": models,
             "warnings": [*failure_signatures(models, policies, logs)],
-            "checks": [*checks(models, policies, differences, logs)]}, [
-                {k: row[k] for k in ("id", "prompt", *policies)} for row in problems]
+            "checks": [*checks(models, policies, differences, logs)]}, rows
 
 def verdicts(args):
     """The win rate of a JSON list of verdicts as AlpacaEval writes it; equal outputs tie."""
     try:
-        rows = json.loads(Path(args.verdicts).read_text(encoding="utf-8"))
-        result = win_rate([1.5 if "output_1" in row and row["output_1"] == row["output_2"]
-                           else row["preference"] for row in rows], args.seed)
-        print(f"win_rate {100 * result['win_rate']:.3f}\nstandard_error "
-              f"{100 * result['win_rate_se']:.3f}\nn {result['n']}")
+        rows = json.loads(Path(args.verdicts).read_text("utf-8"))
+        found = win_rate([1.5 if "output_1" in row and row["output_1"] == row["output_2"]
+                          else row["preference"] for row in rows], args.seed)
+        print("win_rate", f"{100 * found['win_rate']:.3f}")
+        print("standard_error", f"{100 * found['win_rate_se']:.3f}")
+        print("n", found["n"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{args.verdicts}: no list of verdicts with preference 1, 2 or 1.5 ({error!r})")
 
@@ -243,7 +245,7 @@ def combine(args):
     for path in [Path(run) / "eval.json" for run in args.runs]:
         result = json.loads(path.read_text()) if path.exists() else fail(f"{path} is missing")
         gaps = {f"{row['a']} - {row['b']}": row["difference"] for row in result["differences"]}
-        runs.append(flat({**result, "differences": gaps}))
+        runs.append(flat(result | {"differences": gaps}))
     for name in sorted(set.intersection(*map(set, runs))):
         values = [run[name] for run in runs]
         sd = float(np.std(values, ddof=len(values) > 1))
@@ -254,12 +256,11 @@ def combine(args):
 
 # --- The report: one file of HTML and SVG ---
 STYLE = """:root{color-scheme:light dark}pre{overflow-x:auto}code{white-space:pre-wrap}
-body{margin:auto;padding:1rem;max-width:56rem;font:16px/1.5 system-ui}
+body{margin:auto;padding:1rem;max-width:56rem;font:16px/1.5 system-ui}del{color:#d55e00}
 div{background:#8882;border-radius:.5rem;padding:.3rem .8rem;margin:.7rem 0}
 p{margin:.3rem 0;overflow-wrap:anywhere}b{display:inline-block;min-width:8rem}
-svg{max-width:40rem;fill:currentColor;font-size:12px}path{fill:none;stroke:currentColor}
-polyline{fill:none;stroke-width:3}del{color:#d55e00}
-ins{color:#0a84d0;font-weight:bold;text-decoration:none}"""
+svg{max-width:40rem;font-size:12px;fill:none}text{fill:currentColor}path{stroke:currentColor}
+polyline{stroke-width:3}ins{color:#0a84d0;font-weight:bold;text-decoration:none}"""
 COLOURS = {"ppo_token": "#0072b2", "ppo_sequence": "#d55e00", "rlmec": "#009e73",
            "rlmec_imitation": "#cc79a7", "rejection": "#e69f00", "dpo": "#56b4e9",
            "dpo_edit": "#888888"}                              # the policies of stage 3
@@ -284,9 +285,9 @@ def heat_map(row):
             rewards, limit = np.clip(rewards, -0.1, 0.0), 0.1
         limit = max(limit, *map(abs, rewards))
         for t, (token, r) in enumerate(zip(row["tokens"], rewards)):
-            colour = f"rgb({'213 94 0' if r < 0 else '0 114 178'}/{abs(r) / limit:.2f})"
-            frame = ";outline:1.5px solid" * (t in row["wrong"])
-            text += f'<span title={r:+.2f} style="background:{colour}{frame}">{escape(token)}</span>'
+            style = f"background:rgb({'213 94 0' if r < 0 else '0 114 178'}/{abs(r) / limit:.2f})"
+            style += ";outline:1.5px solid" * (t in row["wrong"])
+            text += f'<span title={r:+.2f} style="{style}">{escape(token)}</span>'
         yield kind, text
 
 def before_after(row):
@@ -300,17 +301,17 @@ def before_after(row):
         yield name, text
 
 def cards(rows, lines):
-    """A card a row: its prompt, and what a function makes of the row, names and HTML."""
+    """A card a row: its prompt, and the lines (name, HTML) that a function makes of the row."""
     text = ""
     for row in rows:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        shown = [("prompt", escape(prompt)), *lines(row)]
-        shown = [f"<p><b>{name}</b><code>{x}</code></p>" for name, x in shown]
-        text += f"<div>{''.join(shown)}</div>\n"
+        text += f"<div><p><b>prompt</b><code>{escape(prompt)}</code>"
+        text += "".join(f"<p><b>{name}</b><code>{line}</code>" for name, line in lines(row))
+        text += "</div>"
     return text
 
-def report(said, numbers, logs, held_out, rows):
-    """The page; its curves are the validation accuracy of every policy over its own updates."""
+def report(numbers, said, logs, held_out, rows):
+    """The page; the curves are validation accuracy over the updates of each policy."""
     legend = curves = ""
     for name, log in logs.items():
         points = " ".join(f"{400 * row['update'] / log[-1]['update']:.0f},"
@@ -319,15 +320,14 @@ def report(said, numbers, logs, held_out, rows):
         legend += f"<b><span style=color:{COLOURS[name]}>■</span> {name}</b> "
     return f"""<!doctype html><html lang=en><meta charset=utf-8>
 <meta name=viewport content="width=device-width"><title>Token-level reward</title>
-<style>{STYLE}</style><h1>Token-level reward: who wins</h1>
-{"".join(f"<p>{text}</p>" for text in said)}
-<pre>{numbers}</pre>
-<h2>Learning curves</h2><p>{legend}</p><svg viewBox="-45 -10 480 235"><path d="M0 0v200h400"/>
-<text x=-45 y=10>100 %</text><text x=-45 y=204>0 %</text><text x=330 y=218>last update</text>
-{curves}</svg><p>Right responses to validation prompts, over the updates of each run.</p>
-<h2>Held-out rewards</h2><p>Orange: punished, blue: praised, framed: wrong tokens.</p>
+<style>{STYLE}</style><h1>Token-level reward: who wins</h1><p>{"<p>".join(said)}
+<pre>{numbers}</pre><h2>Learning curves</h2><p>{legend}</p>
+<svg viewBox="-45 -10 480 235"><path d="M0 0v200h400"/><text x=-45 y=10>100 %</text>
+<text x=-45 y=204>0 %</text><text x=330 y=218>last update</text>{curves}</svg>
+<p>Right responses to validation prompts, over the updates of each run.
+<h2>Held-out rewards</h2><p>Orange: punished, blue: praised, framed: wrong tokens.
 {cards(held_out, heat_map)}
-<h2>Before and after</h2><p>Against sft: <del>out</del> <ins>in</ins>.</p>
+<h2>Before and after</h2><p>Against sft: <del>out</del> <ins>in</ins>.
 {cards(rows, before_after)}"""
 
 # --- The stage ---
@@ -350,8 +350,7 @@ def main(args):
     held_out = held_out[:: max(1, len(held_out) // max(1, args.examples))][:args.examples]
     numbers = table(result["policies"])
     said = result["checks"] + [f"WARNING: {text}" for text in result["warnings"]]
-    page = report(said, numbers, logs, held_out, rows[:args.examples])
-    save(run / "report.html", page)
+    save(run / "report.html", report(numbers, said, logs, held_out, rows[:args.examples]))
     print(numbers, *said, f"{run}/report.html", sep="\n")
 
 if __name__ == "__main__":
