@@ -168,8 +168,7 @@ def failure_signatures(models, policies, logs):
             peak = np.max([abs(row.get(column, 0)) for row in log])
             if not peak <= limit:                              # nan as well
                 yield f"unstable: {name} reached a {column} of {peak:.3g}, over {limit}"
-        drop = policies[name]["largest_drop"]
-        if drop and drop > 0.2:
+        if (drop := policies[name]["largest_drop"] or 0) > 0.2:
             yield f"unstable: {name} lost {drop:.0%} accuracy"
 
 def show(x, form=".1%"):
@@ -181,8 +180,8 @@ def checks(models, policies, differences, logs):
     each = lambda rows, column, form=".1%": ", ".join(
         f"{name} {show(x[column], form)}" for name, x in rows.items()
         if x[column] is not None) or "–"
-    pairs = each(models, "pair_accuracy")
-    yield f"Reward models, held-out (edited, original) pairs in order: {pairs}."
+    yield ("Reward models, held-out (edited, original) pairs in order: "
+           f"{each(models, 'pair_accuracy')}.")
     for row in differences:
         if row["ci95"] and (row["a"], row["b"]) in CONTRASTS:
             gap, low, high = (show(x, "+.1%") for x in (row["difference"], *row["ci95"]))
@@ -203,15 +202,15 @@ def compare(run, logs, args):
     start = {"update": 0, "episodes": 0, "seconds": 0, "val_kl": 0.0}
     wrong, preferred, policies = {}, {}, {}
     for name, log in {"sft": [start], **logs}.items():
-        path = run / ("policy" if name == "sft" else name)
-        model = AutoModelForCausalLM.from_pretrained(path).to(args.device)
+        folder = "policy" if name == "sft" else name
+        model = AutoModelForCausalLM.from_pretrained(run / folder).to(args.device)
         torch.manual_seed(args.seed)                           # the same for every policy
         wrong[name] = []
         for row, ids in zip(problems, generate(model, tokenizer, prompts, args, args.temperature)):
             row[name] = tokenizer.decode(ids, skip_special_tokens=True)
             wrong[name].append(wrong_steps(row[name], ids[-1] == tokenizer.eos_token_id, row))
         preferred[name] = [None if a is None else 1.5 + ((a < b) - (a > b)) / 2
-                      for a, b in zip(wrong[name], wrong["sft"])]
+                           for a, b in zip(wrong[name], wrong["sft"])]
         policies[name] = win_rate(preferred[name], args.seed) | measure(wrong[name], log)
     differences = [{"a": a, "b": b, **difference(preferred[a], preferred[b], args.seed)}
                    for a, b in combinations(logs, 2)]
@@ -227,9 +226,8 @@ def verdicts(args):
         rows = json.loads(Path(args.verdicts).read_text("utf-8"))
         found = win_rate([1.5 if "output_1" in row and row["output_1"] == row["output_2"]
                           else row["preference"] for row in rows], args.seed)
-        print("win_rate", f"{100 * found['win_rate']:.3f}")
-        print("standard_error", f"{100 * found['win_rate_se']:.3f}")
-        print("n", found["n"])
+        print(f"win_rate {100 * found['win_rate']:.3f}\nstandard_error "
+              f"{100 * found['win_rate_se']:.3f}\nn {found['n']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{args.verdicts}: no list of verdicts with preference 1, 2 or 1.5 ({error!r})")
 
@@ -278,12 +276,12 @@ def table(policies):
 def heat_map(row):
     """A held-out response under every reward model, token by token, wrong tokens framed."""
     for kind in [kind for kind in ("token", "sequence", "generative") if row[kind] is not None]:
-        rewards, limit, text = row[kind], 0.5, ""
+        rewards, least, text = row[kind], 0.5, ""
         if kind == "sequence":                                 # A7: all on the last token
             rewards = [0.0] * (len(row["tokens"]) - 1) + [rewards]
         if kind == "generative":                               # B3 of a wrong response
-            rewards, limit = np.clip(rewards, -0.1, 0.0), 0.1
-        limit = max(limit, *map(abs, rewards))
+            rewards, least = np.clip(rewards, -0.1, 0.0), 0.1
+        limit = max(least, *map(abs, rewards))
         for t, (token, r) in enumerate(zip(row["tokens"], rewards)):
             style = f"background:rgb({'213 94 0' if r < 0 else '0 114 178'}/{abs(r) / limit:.2f})"
             style += ";outline:1.5px solid" * (t in row["wrong"])
@@ -305,9 +303,8 @@ def cards(rows, lines):
     text = ""
     for row in rows:
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        text += f"<div><p><b>prompt</b><code>{escape(prompt)}</code>"
-        text += "".join(f"<p><b>{name}</b><code>{line}</code>" for name, line in lines(row))
-        text += "</div>"
+        shown = "".join(f"<p><b>{name}</b><code>{line}</code>" for name, line in lines(row))
+        text += f"<div><p><b>prompt</b><code>{escape(prompt)}</code>{shown}</div>"
     return text
 
 def report(numbers, said, logs, held_out, rows):
@@ -332,10 +329,8 @@ def report(numbers, said, logs, held_out, rows):
 
 # --- The stage ---
 def main(args):
-    if args.runs:
-        return combine(args)
-    if args.verdicts:
-        return verdicts(args)
+    if args.runs or args.verdicts:
+        return combine(args) if args.runs else verdicts(args)
     run = Path(args.run)
     logs = {name: [{k: float(v) for k, v in row.items() if v}
                    for row in csv.DictReader(open(run / f"{name}.csv"))]

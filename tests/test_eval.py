@@ -68,14 +68,13 @@ def test_files_of_the_stage(run):
     assert all(COLUMNS <= set(row) for row in policies.values())
     assert set(result["reward_models"]) == {"token", "sequence", "generative"}
     assert any("ppo_token reached a kl of 91, over 20" in text for text in result["warnings"])
-    assert gap["difference"] == pytest.approx(
-        policies[gap["a"]]["win_rate"] - policies[gap["b"]]["win_rate"])
-    problems = [row for row in rows_of(run / "problems.jsonl") if row["split"] == "test"]
-    for row, problem in zip(rows, problems, strict=True):
-        assert set(row) == {"id", "prompt", *policies} and row["prompt"] == problem["prompt"]
-    same = policies["ppo_sequence"]                            # the policy against itself
-    assert (same["win_rate"], same["win_rate_se"]) == (0.5, 0)
-    assert all(row["sft"] == row["ppo_sequence"] for row in rows) and "ppo_token" in rows[0]
+    token, same = policies["ppo_token"], policies["ppo_sequence"]     # same: SFT against itself
+    assert (gap["a"], gap["b"], same["win_rate"], same["win_rate_se"]) == (*[*policies][1:], 0.5, 0)
+    assert gap["difference"] == pytest.approx(token["win_rate"] - 0.5)
+    assert [row["prompt"] for row in rows] == [
+        row["prompt"] for row in rows_of(run / "problems.jsonl") if row["split"] == "test"]
+    for row in rows:
+        assert set(row) == {"id", "prompt", *policies} and row["sft"] == row["ppo_sequence"]
     text = (run / "report.html").read_text(encoding="utf-8")
     assert text.count("<polyline") == 2 and ';outline:1.5px solid"' in text    # curves, heat map
     assert "<ins>" in text and "<del>" in text and "reached a kl of 91" in text
