@@ -307,7 +307,7 @@ def cards(rows, lines):
         text += f"<div><p><b>prompt</b><code>{escape(prompt)}</code>{shown}</div>"
     return text
 
-def report(numbers, said, logs, held_out, rows):
+def page(numbers, said, logs, held_out, rows):
     """The page; the curves are validation accuracy over the updates of each policy."""
     legend = curves = ""
     for name, log in logs.items():
@@ -345,7 +345,7 @@ def main(args):
     held_out = held_out[:: max(1, len(held_out) // max(1, args.examples))][:args.examples]
     numbers = table(result["policies"])
     said = result["checks"] + [f"WARNING: {text}" for text in result["warnings"]]
-    save(run / "report.html", report(numbers, said, logs, held_out, rows[:args.examples]))
+    save(run / "report.html", page(numbers, said, logs, held_out, rows[:args.examples]))
     print(numbers, *said, f"{run}/report.html", sep="\n")
 
 if __name__ == "__main__":
