@@ -1,20 +1,18 @@
 """Stage 4: which policy is better, by how much, and how sure that is.
 
-Paper A's checks (arXiv 2406.02756): (1) accuracy of the reward models with and without minimal
-edits, (2) win rate of fine-grained against ordinary PPO, (3) convergence of both. Paper B's
-(arXiv 2401.06081): right responses and wrong steps of RLMEC beside imitation alone, steadiness.
-Simplified: the judge is the oracle of the built-in tasks (fewer wrong steps win) or the final
-answer, where paper A simulates people; the opponent is the SFT policy on the same prompts, and win
-rates count as in AlpacaEval. Other judges read responses.jsonl, and --verdicts reads what they say.
+Checks of paper A (arXiv 2406.02756): accuracy of the reward models, win rate and convergence of
+fine-grained against ordinary PPO; of paper B (arXiv 2401.06081): right responses, wrong steps and
+steadiness of RLMEC beside imitation alone. Simplified: the oracle of the built-in tasks, or the
+final answer, judges against the SFT policy where A simulates people; --verdicts reads any judge's.
 Reads what stages 1 to 3 wrote. Writes RUN/responses.jsonl, eval.json and report.html.
 """
 
-import csv, html, json, re, shutil, sys
-from dataclasses import asdict, dataclass
+import csv, json, re, shutil, sys
+from dataclasses import dataclass
 from difflib import SequenceMatcher
+from html import escape
 from itertools import combinations, zip_longest
 from pathlib import Path
-from typing import List
 
 import numpy as np
 import torch
@@ -29,7 +27,7 @@ logging.disable_progress_bar()
 @dataclass
 class Args:
     run: str = HfArg(default="runs/default", help="run folder; with --runs, where to write")
-    runs: List[str] = HfArg(default=None, help="only combine evaluated runs, of several seeds")
+    runs: list[str] = HfArg(default=None, help="only combine evaluated runs, of several seeds")
     seed: int = HfArg(default=1, help="of the responses, the same for every policy")
     temperature: float = HfArg(default=1.0, help="of sampling")
     max_new_tokens: int = HfArg(default=48, help="longest response, in tokens")
@@ -42,18 +40,18 @@ class Args:
 def mean(values):
     return float(np.mean(values)) if len(values) else None
 
-def interval(values, seed, draws=10_000):
+def interval(values, seed):
     """95 % bootstrap interval of the mean: resampling is a multinomial draw of distinct values."""
     n = len(values)
     if not n:
         return None
     distinct, counts = np.unique(values, return_counts=True)
-    means = np.random.default_rng(seed).multinomial(n, counts / n, draws) @ distinct / n
+    means = np.random.default_rng(seed).multinomial(n, counts / n, 10_000) @ distinct / n
     return np.percentile(means, [2.5, 97.5]).tolist()
 
 def win_rate(preferences, seed=1):
-    """Win rate as AlpacaEval counts it. Preferences: 1 the opponent, 2 the policy, 1.5 or 0 a tie,
-    anything else no verdict. The mean of preference - 1, and its standard error, with n - 1."""
+    """As AlpacaEval counts: the mean of preference - 1 and its standard error. Preferences: 1 the
+    opponent, 2 the policy, 1.5 or 0 a tie, anything else no verdict."""
     wins = [(p or 1.5) - 1 for p in preferences
             if type(p) in (int, float) and (p == 0 or 1 <= p <= 2)]
     n = len(wins)
@@ -61,13 +59,24 @@ def win_rate(preferences, seed=1):
             "win_rate_se": float(np.std(wins, ddof=n > 1)) / n ** 0.5 if n else None}
 
 def difference(a, b, seed):
-    """Paired difference of the win rates of two policies, on prompts with both preferences."""
-    gaps = [x - y for x, y in zip(a, b, strict=True) if None not in (x, y)]
+    """Paired difference of two win rates, on prompts with both preferences."""
+    gaps = [x - y for x, y in zip(a, b) if None not in (x, y)]
     return {"difference": mean(gaps), "n": len(gaps), "ci95": interval(gaps, seed)}
 
 def first_update(log, level):
-    """The first update whose validation accuracy reaches a level, None if none does."""
+    """The first update whose validation accuracy reaches a level, or None."""
     return next((int(row["update"]) for row in log if row.get("accuracy", -1) >= level), None)
+
+def measure(wrong, log):
+    """The numbers of one policy that need no opponent."""
+    wrong, last = np.array([] if None in wrong else wrong), log[-1]
+    curve = [row["accuracy"] for row in log if "accuracy" in row]
+    return {"accuracy": mean(wrong == 0), "wrong_steps_per_response": mean(wrong),
+            "kl_to_ref": last.get("val_kl"), "updates": int(last["update"]),
+            "episodes": int(last["episodes"]), "seconds": last["seconds"],
+            "best_accuracy": max(curve, default=None),
+            "updates_to_95": first_update(log, 0.95 * curve[-1]) if curve else None,
+            "largest_drop": max(curve) - min(curve[np.argmax(curve):]) if curve else None}
 
 # --- Helpers that stand in several scripts, letter for letter ---
 STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")        # a line, a sentence, or up to a ;
@@ -141,79 +150,84 @@ def generate(model, tokenizer, prompts, args, temperature=1.0):
     return [row[:row.index(end) + 1] if end in row else row for row in rows]
 
 # --- Evaluation ---
-def respond(model, problems, tokenizer, args):
-    """Responses to all problems, with the same seed for every policy: texts, and wrong steps."""
-    torch.manual_seed(args.seed)
-    ids = generate(model, tokenizer, [p["prompt_ids"] for p in problems], args, args.temperature)
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return texts, [wrong_steps(text, row[-1] == tokenizer.eos_token_id, problem)
-                   for text, row, problem in zip(texts, ids, problems)]
-
-def measure(wrong, log):
-    """The numbers of one policy that need no opponent."""
-    curve = [row["accuracy"] for row in log if "accuracy" in row]
-    last = log[-1] if log else {"update": 0, "episodes": 0, "seconds": 0, "val_kl": 0.0}
-    wrong = np.array([] if None in wrong else wrong)
-    return {"accuracy": mean(wrong == 0), "wrong_steps_per_response": mean(wrong),
-            "kl_to_ref": last.get("val_kl"), "updates": int(last["update"]),
-            "episodes": int(last["episodes"]), "seconds": last["seconds"],
-            "best_accuracy": max(curve, default=None),
-            "updates_to_95": first_update(log, 0.95 * curve[-1]) if curve else None,
-            "largest_drop": max(curve) - min(curve[np.argmax(curve):]) if curve else None}
-
+CONTRASTS = [("ppo_token", "ppo_sequence"), ("rlmec", "rlmec_imitation"), ("dpo", "dpo_edit")]
 # in nats a response, nats a token in one update, and standard deviations of stage 2's rewards
 LIMITS = {"kl": 20, "val_kl": 20, "approx_kl": 0.1, "score_std": 10, "advantage_rms": 10}
 
-def failure_signatures(reward_models, policies, logs):
-    """Paper A's failure signatures: reward accuracy under 70 %, win rate not above the baseline,
-    and unstable PPO: KL, rewards or advantages over LIMITS, or 20 points of accuracy lost."""
-    found = []
-    for kind, row in reward_models.items():
+def failure_signatures(models, policies, logs):
+    """Paper A's: reward accuracy under 70 %, win rate not above the baseline, and unstable PPO."""
+    for kind, row in models.items():
         share = row["preference_accuracy"] if row["pair_accuracy"] is None else row["pair_accuracy"]
         if share is not None and share < 0.7:
-            found.append(f"reward accuracy under 70 %: reward_{kind}, {share:.1%}")
-    token, sequence = (policies.get(f"ppo_{x}", {}).get("win_rate") for x in ("token", "sequence"))
+            yield f"reward accuracy under 70 %: reward_{kind}, {share:.1%}"
+    token, sequence = (policies.get(name, {}).get("win_rate") for name in CONTRASTS[0])
     if None not in (token, sequence) and token <= sequence:
-        found.append("win rate not above the baseline: ppo_token is not ahead of ppo_sequence")
+        yield "win rate not above the baseline: ppo_token is not ahead of ppo_sequence"
     for name, log in logs.items():
         for column, limit in LIMITS.items():
             peak = np.max([abs(row.get(column, 0)) for row in log])
             if not peak <= limit:                              # nan as well
-                found.append(f"unstable: {name} reached a {column} of {peak:.3g}, over {limit}")
-        if (policies[name]["largest_drop"] or 0) > 0.2:
-            found.append(f"unstable: {name} lost {policies[name]['largest_drop']:.0%} accuracy")
-    return found
+                yield f"unstable: {name} reached a {column} of {peak:.3g}, over {limit}"
+        if (drop := policies[name]["largest_drop"] or 0) > 0.2:
+            yield f"unstable: {name} lost {drop:.0%} accuracy"
 
-def percent(x, sign=""):
+def show(x, form=".1%"):
     """97.3 %, or a dash for what was not measured."""
-    return "–" if x is None else f"{100 * x:{sign}.1f} %"
+    return "–" if x is None else f"{x:{form}}".replace("%", " %")
 
-def checks(reward_models, policies, differences, logs):
+def checks(models, policies, differences, logs):
     """The papers' checks as sentences."""
-    each = lambda rows, column, show=percent: ", ".join(
-        f"{name} {show(x[column])}" for name, x in rows.items() if x[column] is not None) or "–"
-    shares = each(reward_models, "pair_accuracy")
-    yield f"Reward models, held-out (edited, original) pairs in order: {shares}."
+    each = lambda rows, column, form=".1%": ", ".join(
+        f"{name} {show(x[column], form)}" for name, x in rows.items()
+        if x[column] is not None) or "–"
+    yield ("Reward models, held-out (edited, original) pairs in order: "
+           f"{each(models, 'pair_accuracy')}.")
     for row in differences:
-        if row["ci95"] and {row["a"], row["b"]} in CONTRASTS:
-            low, high = row["ci95"]
-            yield (f"Win rate, {row['a']} minus {row['b']}: {percent(row['difference'], '+')} "
-                   f"(95 % interval {percent(low, '+')} to {percent(high, '+')}).")
-    yield f"Updates to 95 % of the own final accuracy: {each(policies, 'updates_to_95', str)}."
+        if row["ci95"] and (row["a"], row["b"]) in CONTRASTS:
+            gap, low, high = (show(x, "+.1%") for x in (row["difference"], *row["ci95"]))
+            yield f"Win rate, {row['a']} minus {row['b']}: {gap} (95 % interval {low} to {high})."
+    yield f"Updates to 95 % of the own final accuracy: {each(policies, 'updates_to_95', 'd')}."
     best = policies.get("ppo_sequence", {}).get("best_accuracy")
     if best is not None and "ppo_token" in logs:
-        yield (f"ppo_token passes the best of ppo_sequence, {percent(best)}, at update "
-               f"{first_update(logs['ppo_token'], best)}.")
+        update = first_update(logs["ppo_token"], best)
+        yield f"ppo_token passes the best of ppo_sequence, {show(best)}, at update {update}."
     yield f"Steadiness, largest drop after the best: {each(policies, 'largest_drop')}."
+
+def compare(run, logs, args):
+    """All of eval.json, and rows of responses.jsonl."""
+    problems = [row for row in read_jsonl(run / "problems.jsonl", "split", "prompt_ids")
+                if row["split"] == "test"] or fail(f"{run}: no test prompt")
+    prompts = [row["prompt_ids"] for row in problems]
+    tokenizer = AutoTokenizer.from_pretrained(run / "policy")
+    start = {"update": 0, "episodes": 0, "seconds": 0, "val_kl": 0.0}
+    wrong, preferred, policies = {}, {}, {}
+    for name, log in {"sft": [start], **logs}.items():
+        folder = "policy" if name == "sft" else name
+        model = AutoModelForCausalLM.from_pretrained(run / folder).to(args.device)
+        torch.manual_seed(args.seed)                           # the same for every policy
+        wrong[name] = []
+        for row, ids in zip(problems, generate(model, tokenizer, prompts, args, args.temperature)):
+            row[name] = tokenizer.decode(ids, skip_special_tokens=True)
+            wrong[name].append(wrong_steps(row[name], ids[-1] == tokenizer.eos_token_id, row))
+        preferred[name] = [None if a is None else 1.5 + ((a < b) - (a > b)) / 2
+                           for a, b in zip(wrong[name], wrong["sft"])]
+        policies[name] = win_rate(preferred[name], args.seed) | measure(wrong[name], log)
+    differences = [{"a": a, "b": b, **difference(preferred[a], preferred[b], args.seed)}
+                   for a, b in combinations(logs, 2)]
+    models = json.loads((run / "reward_metrics.json").read_text())
+    rows = [{name: row[name] for name in ("id", "prompt", *policies)} for row in problems]
+    return {"policies": policies, "differences": differences, "reward_models": models,
+            "warnings": [*failure_signatures(models, policies, logs)],
+            "checks": [*checks(models, policies, differences, logs)]}, rows
 
 def verdicts(args):
     """The win rate of a JSON list of verdicts as AlpacaEval writes it; equal outputs tie."""
     try:
-        rows = json.loads(Path(args.verdicts).read_text(encoding="utf-8"))
-        result = win_rate([1.5 if "output_1" in row and row["output_1"] == row["output_2"]
-                           else row["preference"] for row in rows], args.seed)
-        print(f"win_rate {100 * result['win_rate']:.3f}\nstandard_error "
-              f"{100 * result['win_rate_se']:.3f}\nn {result['n']}")
+        rows = json.loads(Path(args.verdicts).read_text("utf-8"))
+        found = win_rate([1.5 if "output_1" in row and row["output_1"] == row["output_2"]
+                          else row["preference"] for row in rows], args.seed)
+        print(f"win_rate {100 * found['win_rate']:.3f}\nstandard_error "
+              f"{100 * found['win_rate_se']:.3f}\nn {found['n']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{args.verdicts}: no list of verdicts with preference 1, 2 or 1.5 ({error!r})")
 
@@ -229,7 +243,7 @@ def combine(args):
     for path in [Path(run) / "eval.json" for run in args.runs]:
         result = json.loads(path.read_text()) if path.exists() else fail(f"{path} is missing")
         gaps = {f"{row['a']} - {row['b']}": row["difference"] for row in result["differences"]}
-        runs.append(flat({**result, "differences": gaps}))
+        runs.append(flat(result | {"differences": gaps}))
     for name in sorted(set.intersection(*map(set, runs))):
         values = [run[name] for run in runs]
         sd = float(np.std(values, ddof=len(values) > 1))
@@ -239,130 +253,99 @@ def combine(args):
     save(Path(args.run) / "combined.json", json.dumps(combined, indent=1) + "\n")
 
 # --- The report: one file of HTML and SVG ---
-PAGE_HEAD = """<!doctype html><html lang=en><meta charset=utf-8>
-<meta name=viewport content="width=device-width"><title>Token-level reward</title><style>
-:root{color-scheme:light dark}body{margin:auto;padding:1rem;max-width:56rem;font:16px/1.5 system-ui}
-.card{background:#8882;border-radius:.5rem;padding:.3rem .8rem;margin:.7rem 0}pre{overflow-x:auto}
-svg{max-width:40rem;fill:currentColor;font-size:12px}b{display:inline-block;min-width:8rem}
-p{margin:.3rem 0;overflow-wrap:anywhere}code{white-space:pre-wrap}.e{outline:1.5px solid}
-del{color:#d55e00}ins{color:#0a84d0;font-weight:bold;text-decoration:none}
-</style><h1>Token-level reward: who wins</h1>"""
+STYLE = """:root{color-scheme:light dark}pre{overflow-x:auto}code{white-space:pre-wrap}
+body{margin:auto;padding:1rem;max-width:56rem;font:16px/1.5 system-ui}del{color:#d55e00}
+div{background:#8882;border-radius:.5rem;padding:.3rem .8rem;margin:.7rem 0}
+p{margin:.3rem 0;overflow-wrap:anywhere}b{display:inline-block;min-width:8rem}
+svg{max-width:40rem;font-size:12px;fill:none}text{fill:currentColor}path{stroke:currentColor}
+polyline{stroke-width:3}ins{color:#0a84d0;font-weight:bold;text-decoration:none}"""
 COLOURS = {"ppo_token": "#0072b2", "ppo_sequence": "#d55e00", "rlmec": "#009e73",
            "rlmec_imitation": "#cc79a7", "rejection": "#e69f00", "dpo": "#56b4e9",
            "dpo_edit": "#888888"}                              # the policies of stage 3
-CONTRASTS = [{"ppo_token", "ppo_sequence"}, {"rlmec", "rlmec_imitation"}, {"dpo", "dpo_edit"}]
-
-def learning_curves(logs):
-    """Validation accuracy of every policy over its own updates, as SVG."""
-    drawn = ('<path d="M0 0v200h400" fill="none" stroke="currentColor"/><text x="-45" y="10">100 %'
-             '</text><text x="-45" y="204">0 %</text><text x="330" y="218">last update</text>')
-    legend = ""
-    for name, log in logs.items():
-        points = " ".join(f"{400 * row['update'] / log[-1]['update']:.0f},"
-                          f"{200 - 200 * row['accuracy']:.1f}" for row in log if "accuracy" in row)
-        drawn += (f'<polyline points="{points}" fill="none" stroke="{COLOURS[name]}" '
-                  'stroke-width="3"/>')
-        legend += f'<b><span style="color:{COLOURS[name]}">■</span> {html.escape(name)}</b> '
-    return (f'<h2>Learning curves</h2><p>{legend}</p><svg viewBox="-45 -10 480 235">{drawn}</svg>'
-            "<p>Right responses to validation prompts, over the updates of each run.</p>")
-
-def card(prompt, rows):
-    """A prompt, and what is shown of it: name -> HTML."""
-    prompt = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    rows = {"prompt": html.escape(prompt), **rows}
-    lines = [f"<p><b>{html.escape(name)}</b><code>{x}</code></p>" for name, x in rows.items()]
-    return f"<div class=card>{''.join(lines)}</div>"
-
-def heat_map(path, most):
-    """Held-out responses under every reward model, token by token, wrong tokens framed."""
-    out = "<h2>Held-out rewards</h2><p>Orange: punished, blue: praised, framed: wrong tokens.</p>"
-    rows = read_jsonl(path) if path.exists() and path.stat().st_size else []
-    for row in rows[:: max(1, len(rows) // max(1, most))][:most]:
-        if row["sequence"] is not None:                        # A7: all on the last token
-            row["sequence"] = [0.0] * (len(row["tokens"]) - 1) + [row["sequence"]]
-        if row["generative"]:                                  # B3 of a wrong response
-            row["generative"] = [min(0.0, max(-0.1, r)) for r in row["generative"]]
-        shown = {}
-        for kind in [kind for kind in ("token", "sequence", "generative") if row[kind]]:
-            least = 0.1 if kind == "generative" else 0.5
-            limit, shown[kind] = max(least, *map(abs, row[kind])), ""
-            for t, (text, r) in enumerate(zip(row["tokens"], row[kind])):
-                colour = f"rgb({'213 94 0' if r < 0 else '0 114 178'}/{abs(r) / limit:.2f})"
-                shown[kind] += (f'<span class="{"e" * (t in row["wrong"])}" title="{r:+.2f}" '
-                                f'style="background:{colour}">{html.escape(text)}</span>')
-        out += card(row["prompt"], shown)
-    return out
-
-def before_after(rows, most):
-    """Responses of the SFT policy, and what every policy makes of them, word by word."""
-    out = "<h2>Before and after</h2><p>Against sft: <del>out</del> <ins>in</ins>.</p>"
-    for row in rows[:most]:
-        shown = {}
-        for name in [*row][2:]:                                # behind id and prompt
-            old, new = (re.findall(r"\s*(?:\w+|\S)", text) for text in (row["sft"], row[name]))
-            shown[name] = ""
-            for tag, a, b, c, d in SequenceMatcher(None, old, new, False).get_opcodes():
-                out_, in_ = html.escape("".join(old[a:b])), html.escape("".join(new[c:d]))
-                shown[name] += in_ if tag == "equal" else f"<del>{out_}</del><ins>{in_}</ins>"
-        out += card(row["prompt"], shown)
-    return out
 
 def table(policies):
     """The numbers of eval.json that one compares, as text for the terminal and the report."""
-    lines = ["policy          win rate   ± error    right  wrong steps  KL, nats  updates  seconds"]
+    text = "policy          win rate   ± error    right  wrong steps  KL, nats  updates  seconds"
     for name, row in policies.items():
-        win, error, right = map(percent, (row["win_rate"], row["win_rate_se"], row["accuracy"]))
-        steps, kl = (f"{row[x]:.2f}" if row[x] is not None else "–"
-                     for x in ("wrong_steps_per_response", "kl_to_ref"))
-        lines.append(f"{name:16.16}{win:>8}{error:>10}{right:>9}{steps:>13}"
-                     f"{kl:>10}{row['updates']:9}{row['seconds']:9.0f}")
-    return "\n".join(lines)
+        win, error, right = (show(row[x]) for x in ("win_rate", "win_rate_se", "accuracy"))
+        steps, kl = (show(row[x], ".2f") for x in ("wrong_steps_per_response", "kl_to_ref"))
+        text += (f"\n{name:16}{win:>8}{error:>10}{right:>9}{steps:>13}{kl:>10}"
+                 f"{row['updates']:9}{row['seconds']:9.0f}")
+    return text
+
+def heat_map(row):
+    """A held-out response under every reward model, token by token, wrong tokens framed."""
+    for kind in [kind for kind in ("token", "sequence", "generative") if row[kind] is not None]:
+        rewards, least, text = row[kind], 0.5, ""
+        if kind == "sequence":                                 # A7: all on the last token
+            rewards = [0.0] * (len(row["tokens"]) - 1) + [rewards]
+        if kind == "generative":                               # B3 of a wrong response
+            rewards, least = np.clip(rewards, -0.1, 0.0), 0.1
+        limit = max(least, *map(abs, rewards))
+        for t, (token, r) in enumerate(zip(row["tokens"], rewards)):
+            style = f"background:rgb({'213 94 0' if r < 0 else '0 114 178'}/{abs(r) / limit:.2f})"
+            style += ";outline:1.5px solid" * (t in row["wrong"])
+            text += f'<span title={r:+.2f} style="{style}">{escape(token)}</span>'
+        yield kind, text
+
+def before_after(row):
+    """A response of the SFT policy, and what every policy makes of it, word by word."""
+    for name in [*row][2:]:                                    # behind id and prompt
+        old, new = (re.findall(r"\s*(?:\w+|\S)", row[policy]) for policy in ("sft", name))
+        text = ""
+        for tag, a, b, c, d in SequenceMatcher(None, old, new, False).get_opcodes():
+            before, after = escape("".join(old[a:b])), escape("".join(new[c:d]))
+            text += after if tag == "equal" else f"<del>{before}</del><ins>{after}</ins>"
+        yield name, text
+
+def cards(rows, lines):
+    """A card a row: its prompt, and the lines (name, HTML) that a function makes of the row."""
+    text = ""
+    for row in rows:
+        prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+        shown = "".join(f"<p><b>{name}</b><code>{line}</code>" for name, line in lines(row))
+        text += f"<div><p><b>prompt</b><code>{escape(prompt)}</code>{shown}</div>"
+    return text
+
+def page(numbers, said, logs, held_out, rows):
+    """The page; the curves are validation accuracy over the updates of each policy."""
+    legend = curves = ""
+    for name, log in logs.items():
+        points = " ".join(f"{400 * row['update'] / log[-1]['update']:.0f},"
+                          f"{200 - 200 * row['accuracy']:.1f}" for row in log if "accuracy" in row)
+        curves += f'<polyline stroke={COLOURS[name]} points="{points}"/>'
+        legend += f"<b><span style=color:{COLOURS[name]}>■</span> {name}</b> "
+    return f"""<!doctype html><html lang=en><meta charset=utf-8>
+<meta name=viewport content="width=device-width"><title>Token-level reward</title>
+<style>{STYLE}</style><h1>Token-level reward: who wins</h1><p>{"<p>".join(said)}
+<pre>{numbers}</pre><h2>Learning curves</h2><p>{legend}</p>
+<svg viewBox="-45 -10 480 235"><path d="M0 0v200h400"/><text x=-45 y=10>100 %</text>
+<text x=-45 y=204>0 %</text><text x=330 y=218>last update</text>{curves}</svg>
+<p>Right responses to validation prompts, over the updates of each run.
+<h2>Held-out rewards</h2><p>Orange: punished, blue: praised, framed: wrong tokens.
+{cards(held_out, heat_map)}
+<h2>Before and after</h2><p>Against sft: <del>out</del> <ins>in</ins>.
+{cards(rows, before_after)}"""
 
 # --- The stage ---
-def compare(run, logs, args):
-    """All of eval.json, and rows of responses.jsonl."""
-    problems = [row for row in read_jsonl(run / "problems.jsonl", "split", "prompt_ids")
-                if row["split"] == "test"] or fail(f"{run}: no test prompt")
-    tokenizer = AutoTokenizer.from_pretrained(run / "policy")
-    rows = [{"id": problem["id"], "prompt": problem["prompt"]} for problem in problems]
-    wrong, policies, preferences = {}, {}, {}
-    for name, log in tqdm({"sft": [], **logs}.items(), desc="policies"):
-        path = run / ("policy" if name == "sft" else name)
-        model = AutoModelForCausalLM.from_pretrained(path).to(args.device)
-        texts, wrong[name] = respond(model, problems, tokenizer, args)
-        for row, text in zip(rows, texts):
-            row[name] = text
-        preferences[name] = [None if a is None else 1.5 + ((a < b) - (a > b)) / 2
-                             for a, b in zip(wrong[name], wrong["sft"])]
-        policies[name] = win_rate(preferences[name], args.seed) | measure(wrong[name], log)
-    differences = [{"a": a, "b": b, **difference(preferences[a], preferences[b], args.seed)}
-                   for a, b in combinations(logs, 2)]
-    path = run / "reward_metrics.json"
-    models = json.loads(path.read_text()) if path.exists() else {}
-    return {"policies": policies, "differences": differences, "reward_models": models,
-            "warnings": failure_signatures(models, policies, logs),
-            "checks": [*checks(models, policies, differences, logs)]}, rows
-
 def main(args):
-    if args.runs:
-        return combine(args)
-    if args.verdicts:
-        return verdicts(args)
+    if args.runs or args.verdicts:
+        return combine(args) if args.runs else verdicts(args)
     run = Path(args.run)
-    paths = [run / f"{name}.csv" for name in COLOURS if (run / f"{name}.csv").exists()]
-    logs = {path.stem: [{k: float(v) for k, v in row.items() if v} for row in
-                        csv.DictReader(open(path))] for path in paths}
+    logs = {name: [{k: float(v) for k, v in row.items() if v}
+                   for row in csv.DictReader(open(run / f"{name}.csv"))]
+            for name in COLOURS if (run / f"{name}.csv").exists()}
     logs = logs or fail(f"{run}: no policy to evaluate; 03_ppo.py makes them")
     result, rows = compare(run, logs, args)
-    save(run / "04_args.json", [asdict(args)])
+    save(run / "04_args.json", [vars(args)])
     save(run / "eval.json", json.dumps(result, indent=1) + "\n")
     save(run / "responses.jsonl", rows)
+    path = run / "reward_examples.jsonl"
+    held_out = read_jsonl(path) if path.stat().st_size else []
+    held_out = held_out[:: max(1, len(held_out) // max(1, args.examples))][:args.examples]
     numbers = table(result["policies"])
     said = result["checks"] + [f"WARNING: {text}" for text in result["warnings"]]
-    save(run / "report.html", "\n".join([
-        PAGE_HEAD, *[f"<p>{html.escape(text)}</p>" for text in said],
-        f"<pre>{html.escape(numbers)}</pre>", learning_curves(logs),
-        heat_map(run / "reward_examples.jsonl", args.examples), before_after(rows, args.examples)]))
+    save(run / "report.html", page(numbers, said, logs, held_out, rows[:args.examples]))
     print(numbers, *said, f"{run}/report.html", sep="\n")
 
 if __name__ == "__main__":

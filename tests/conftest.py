@@ -17,14 +17,6 @@ def rows_of(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 @pytest.fixture(scope="session")
-def stages():
-    return [None, one, two, three, four]
-
-@pytest.fixture(scope="session", params=range(4), ids=STAGES)
-def script(request):
-    return ROOT / f"{STAGES[request.param]}.py"
-
-@pytest.fixture(scope="session")
 def shared():
     if not SHARED.exists():
         pytest.skip("no ../shared")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 from conftest import four, rows_of
 
-HOSTILE = "<script>alert(1)</script>&"
 COLUMNS = {"win_rate", "win_rate_se", "win_rate_ci95", "n", "accuracy", "wrong_steps_per_response",
            "kl_to_ref", "updates", "episodes", "seconds"}
 
@@ -16,9 +15,9 @@ def test_win_rate_as_alpacaeval_counts_it_and_intervals():
     assert result["n"] == 4 and result["win_rate"] == 0.5
     assert four.win_rate([None, 7])["win_rate"] is None
     values = np.random.default_rng(0).choice([0, 0.5, 1], 20_000, p=[0.2, 0.3, 0.5])
-    half = 1.96 * values.std(ddof=1) / len(values) ** 0.5
-    expected = [values.mean() - half, values.mean() + half]    # the normal one, for large n
-    assert four.interval(values, 1) == pytest.approx(expected, abs=0.04 * half)
+    half = 1.96 * values.std(ddof=1) / len(values) ** 0.5      # the normal one, for large n
+    low, high = four.interval(values, 1)
+    assert (low + half, high - half) == pytest.approx([values.mean()] * 2, abs=0.04 * half)
     paired = four.difference([2, 1, None, 1.5, 2], [1, 1, 2, 1, None], 1)
     assert paired["difference"] == pytest.approx(0.5) and paired["n"] == 3
     assert four.difference(values, values, 1)["ci95"] == [0, 0]           # paired
@@ -32,7 +31,7 @@ def test_measure_by_hand():
         "episodes": 80, "seconds": 4.0, "best_accuracy": 0.9, "largest_drop": 0.3,
         "updates_to_95": 4})                                   # 0.9 >= 0.95 x 0.8
     assert [four.first_update(log, level) for level in (0.5, 0.51, 0.95)] == [2, 4, None]
-    assert four.measure([None, 1], [])["accuracy"] is None
+    assert four.measure([None, 1], log)["accuracy"] is None
 
 @pytest.mark.parametrize("reward, token, row, needle", [
     ({}, {}, {}, None), ({"pair_accuracy": 0.7}, {}, {"kl": -20.0}, None),
@@ -46,12 +45,11 @@ def test_measure_by_hand():
     ({}, {}, {"advantage_rms": float("nan")}, "advantage_rms of nan, over 10")])
 def test_failure_signatures(reward, token, row, needle):
     good = {"pair_accuracy": 0.9, "preference_accuracy": 0.9}
-    policies = {name: {"win_rate": win, "largest_drop": 0.1}
-                for name, win in (("ppo_token", 0.6), ("ppo_sequence", 0.5))}
-    policies["ppo_token"].update(token)
+    policies = {"ppo_token": {"win_rate": 0.6, "largest_drop": 0.1, **token},
+                "ppo_sequence": {"win_rate": 0.5, "largest_drop": 0.1}}
     models = {"sequence": good, "token": {**good, **reward}, "generative": good}
     logs = {"ppo_token": [{"kl": 2.0}, row], "ppo_sequence": [{"kl": 2.0}]}
-    warnings = four.failure_signatures(models, policies, logs)
+    warnings = [*four.failure_signatures(models, policies, logs)]
     assert len(warnings) == (needle is not None) and (not needle or needle in warnings[0])
 
 def test_files_of_the_stage(run):
@@ -60,8 +58,9 @@ def test_files_of_the_stage(run):
     (run / "ppo_token.csv").write_text(
         "update,episodes,seconds,kl,val_kl,accuracy\n1,32,0.5,91,,\n2,64,1.0,2,0.3,0.5\n")
     for name in ("problems.jsonl", "reward_examples.jsonl"):
-        rows = [{**row, "prompt": HOSTILE + row["prompt"]} for row in rows_of(run / name)]
-        (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [{**row, "prompt": "<script>alert(1)</script>&" + row["prompt"]}
+                for row in rows_of(run / name)]
+        (run / name).write_text("\n".join(map(json.dumps, rows)))
     four.main(four.Args(run=str(run), examples=4))
     result, rows = json.loads((run / "eval.json").read_text()), rows_of(run / "responses.jsonl")
     policies, (gap,) = result["policies"], result["differences"]
@@ -69,16 +68,15 @@ def test_files_of_the_stage(run):
     assert all(COLUMNS <= set(row) for row in policies.values())
     assert set(result["reward_models"]) == {"token", "sequence", "generative"}
     assert any("ppo_token reached a kl of 91, over 20" in text for text in result["warnings"])
-    assert gap["difference"] == pytest.approx(
-        policies[gap["a"]]["win_rate"] - policies[gap["b"]]["win_rate"])
-    problems = [row for row in rows_of(run / "problems.jsonl") if row["split"] == "test"]
-    for row, problem in zip(rows, problems, strict=True):
-        assert set(row) == {"id", "prompt", *policies} and row["prompt"] == problem["prompt"]
-    same = policies["ppo_sequence"]                            # the policy against itself
-    assert (same["win_rate"], same["win_rate_se"]) == (0.5, 0)
-    assert all(row["sft"] == row["ppo_sequence"] for row in rows) and "ppo_token" in rows[0]
+    token, same = policies["ppo_token"], policies["ppo_sequence"]     # same: SFT against itself
+    assert (gap["a"], gap["b"], same["win_rate"], same["win_rate_se"]) == (*[*policies][1:], 0.5, 0)
+    assert gap["difference"] == pytest.approx(token["win_rate"] - 0.5)
+    assert [row["prompt"] for row in rows] == [
+        row["prompt"] for row in rows_of(run / "problems.jsonl") if row["split"] == "test"]
+    for row in rows:
+        assert set(row) == {"id", "prompt", *policies} and row["sft"] == row["ppo_sequence"]
     text = (run / "report.html").read_text(encoding="utf-8")
-    assert text.count("<polyline") == 2 and '<span class="e"' in text      # curves, heat map
+    assert text.count("<polyline") == 2 and ';outline:1.5px solid"' in text    # curves, heat map
     assert "<ins>" in text and "<del>" in text and "reached a kl of 91" in text
     assert "<script" not in text and text.count("&lt;script&gt;alert(1)&lt;/script&gt;&amp;") == 8
     assert not any(word in text for word in ("http", "url(", "@import", " src=", " href="))
@@ -90,12 +88,12 @@ def test_combine_several_runs(tmp_path):
         (run / "eval.json").write_text(json.dumps({
             "policies": {"ppo_token": {"win_rate": win, "accuracy": None}},
             "differences": [{"a": "x", "b": "y", "difference": win / 2, "ci95": [0, 1]}]}))
-    four.main(four.Args(run=str(tmp_path), runs=list(map(str, runs))))
+    four.main(four.Args(run=str(tmp_path), runs=[*map(str, runs)]))
     table = json.loads((tmp_path / "combined.json").read_text())
-    assert table["policies ppo_token win_rate"] == {           # variance: 0.08667 / (3 - 1)
-        "mean": pytest.approx(2 / 3), "sd": pytest.approx((0.13 / 3) ** 0.5),
-        "values": [0.5, 0.6, 0.9]}
     assert set(table) == {"policies ppo_token win_rate", "differences x - y"}
+    mean, sd = 2 / 3, (0.13 / 3) ** 0.5                        # variance: 0.08667 / (3 - 1)
+    assert table["policies ppo_token win_rate"] == {
+        "mean": pytest.approx(mean), "sd": pytest.approx(sd), "values": [0.5, 0.6, 0.9]}
 
 def test_verdicts_of_alpacaeval(tmp_path, capsys, fails):
     path = tmp_path / "annotations.json"

@@ -22,10 +22,8 @@ QUIET = {"logging.set_verbosity_error()", "logging.disable_progress_bar()"}
 def read(path):
     return path.read_text(encoding="utf-8")
 
-def fields(script):
-    (args,) = [node for node in ast.parse(read(script)).body
-               if isinstance(node, ast.ClassDef) and node.name == "Args"]
-    return {node.target.id for node in args.body if isinstance(node, ast.AnnAssign)}
+def options_of(stage):
+    return {*sys.modules[stage].Args.__dataclass_fields__}     # conftest imports all stages
 
 def test_the_whole_is_small():
     scripts = "".join(read(ROOT / f"{name}.py") for name in STAGES)
@@ -64,13 +62,14 @@ def test_copies_of_a_helper_are_equal():
                 assert seen.setdefault(name, ast.dump(node)) == ast.dump(node), (name, stage)
     assert copies > 20
 
-def test_a_script_stands_alone(script):
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_script_stands_alone(stage):
     """Few options, all read; only allowed packages, no other script; to import it runs nothing."""
-    tree = ast.parse(read(script))
+    tree = ast.parse(read(ROOT / f"{stage}.py"))
     nodes = list(ast.walk(tree))
     names = {ast.unparse(node) for node in nodes if isinstance(node, ast.Attribute)}
-    assert 8 < len(fields(script)) <= OPTIONS
-    assert not {f"args.{name}" for name in fields(script)} - names
+    options = options_of(stage)
+    assert 8 < len(options) <= OPTIONS and not {f"args.{name}" for name in options} - names
     modules = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
     modules += [name.name for node in nodes if isinstance(node, ast.Import) for name in node.names]
     assert {module.split(".")[0] for module in modules} <= PACKAGES - {"importlib", "runpy"}
@@ -84,11 +83,10 @@ def test_the_four_scripts_in_order(tmp_path):
              "--samples 4 --max_edit_share 1.0", "--kind token --epochs 1",
              "--updates 1 --rollout_batch 8", "--examples 2"]
     for name, more in zip(STAGES, flags):
-        script = ROOT / f"{name}.py"
-        result = subprocess.run([sys.executable, script, "--run", "run", *more.split()],
-                                cwd=tmp_path, capture_output=True, text=True)
+        result = subprocess.run([sys.executable, ROOT / f"{name}.py", "--run", "run",
+                                 *more.split()], cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
-        assert {*json.loads(read(tmp_path / "run" / f"{name[:2]}_args.json"))} == fields(script)
+        assert {*json.loads(read(tmp_path / "run" / f"{name[:2]}_args.json"))} == options_of(name)
     assert len([*tmp_path.iterdir()]) == 1 and not [*(tmp_path / "run").glob("*.part")]
     assert json.loads(read(tmp_path / "run" / "eval.json"))["policies"]["ppo_token"]["n"] == 16
 
