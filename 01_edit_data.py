@@ -115,29 +115,24 @@ PEOPLE, GOODS, TOWNS = (names.split() for names in (
     "bread soap rope glass paper honey shoes lamps tea salt cloth nails wine cheese drums jam",
     "Oslo Rome Bern Lima Cairo Paris Delhi Quito Tunis Sofia Malmo Turin Kyoto Derry Ghent Graz"))
 
-def tape(value, operations, rng=None):
-    """The steps of a sum; None if a result is no digit. With rng, some go wrong."""
-    text = str(value)
-    for k, x in enumerate(operations, 1):
-        value += x
-        if not 0 <= value <= 9:
-            return None
-        if rng and rng.random() < STEP_ERROR:
-            others = {y for y in range(10) if tape(y, operations[k:]) is not None} - {value}
-            value = rng.choice(sorted(others) or [value])
-        text += f"{x:+d}={value};"
-    return text[:-1]
-
 def math_problem(rng):
     """Four operations on single digits: `3+2-1+4-6=` -> `3+2=5;-1=4;+4=8;-6=2`."""
-    solution = None
-    while not solution:
-        first = rng.randint(0, 9)
-        operations = [rng.choice((-1, 1)) * rng.randint(1, 9) for _ in range(4)]
-        solution = tape(first, operations)
-    return {"prompt": str(first) + "".join(f"{x:+d}" for x in operations) + "=",
-            "solutions": [solution], "answer": solution[-1],
-            "demonstration": tape(first, operations, rng)}
+    digits = lambda *terms: all(0 <= value <= 9 for value in accumulate(terms))
+    terms = [-1]
+    while not digits(*terms):
+        terms = [rng.randint(0, 9), *(rng.choice((-1, 1)) * rng.randint(1, 9) for _ in range(4))]
+    right = said = terms[0]
+    solution = demonstration = str(right)
+    for k, x in enumerate(terms[1:], 2):
+        right, said = right + x, said + x
+        if rng.random() < STEP_ERROR:                          # the steps behind it stay possible
+            others = [y for y in range(10) if y != said and digits(y, *terms[k:])]
+            said = rng.choice(others or [said])
+        solution += f"{x:+d}={right};"
+        demonstration += f"{x:+d}={said};"
+    return {"prompt": str(terms[0]) + "".join(f"{x:+d}" for x in terms[1:]) + "=",
+            "solutions": [solution[:-1]], "answer": str(right),
+            "demonstration": demonstration[:-1]}
 
 def qa_problem(rng, makes, home):
     """Who sends what where, in a made-up world; every question has four right solutions."""
@@ -167,12 +162,13 @@ def make_problems(args):
     rng, problems = random.Random(args.seed), {}
     world = [{person: rng.choice(names) for person in PEOPLE} for names in (GOODS, TOWNS)]
     for _ in range(20 * len(splits)):
+        k = len(problems)
+        if k == len(splits):
+            return [*problems.values()]
         problem = math_problem(rng) if args.task == "math" else qa_problem(rng, *world)
-        problems.setdefault(problem["prompt"], problem)
-        if len(problems) == len(splits):
-            return [{"id": f"{args.task}-{k}", "split": split, "solution": p["solutions"][0],
-                     "responses": [], **p}
-                    for k, (split, p) in enumerate(zip(splits, problems.values()))]
+        problems.setdefault(problem["prompt"], {
+            "id": f"{args.task}-{k}", "split": splits[k], "solution": problem["solutions"][0],
+            "responses": [], **problem})
     fail(f"--task {args.task} has only {len(problems)} prompts: lower --train_prompts")
 
 # --- Helpers that stand in several scripts, letter for letter ---
@@ -292,9 +288,9 @@ def open_policy(args):
 
 def fine_tune(model, tokenizer, problems, args):
     """The SFT policy: maximum likelihood of demonstrations."""
-    shown = [{"input_ids": p["prompt_ids"] + ids, "labels": [-100] * len(p["prompt_ids"]) + ids}
-             for p in problems if "demonstration" in p
-             for ids in [encode(p["demonstration"], True, tokenizer)]]
+    shown = [{"input_ids": p["prompt_ids"] + p["demonstration_ids"],
+              "labels": [-100] * len(p["prompt_ids"]) + p["demonstration_ids"]}
+             for p in problems if "demonstration" in p]
     default = 0 if args.data else 500
     steps = bool(shown) * (default if args.sft_steps is None else args.sft_steps)
     optimizer = torch.optim.AdamW(model.parameters(), args.sft_lr, (0.9, 0.95), weight_decay=0.0)
@@ -315,8 +311,8 @@ def fine_tune(model, tokenizer, problems, args):
 def plain(row, name):
     """The text of a column: a string, or the last of a list of chat messages."""
     text = row.get(name)
-    if isinstance(text, list):
-        text = text[-1].get("content", 0) if text and isinstance(text[-1], dict) else 0
+    if isinstance(text, list) and text and isinstance(text[-1], dict):
+        text = text[-1].get("content", text)
     if not isinstance(text, (str, type(None))) or name in ("prompt", "solution") and not text:
         fail(f"{row['place']}: column `{name}` is no text and no chat messages with content")
     return text
@@ -342,8 +338,8 @@ def read_data(args, rules, drop):
         rejected, edited = plain(row, "rejected") or plain(row, "response"), plain(row, "edited")
         if rejected:
             problem["responses"].append({
-                "rejected": rejected, "ended": True, "edited": edited,
-                "chosen": plain(row, "chosen") or edited or None,
+                "rejected": rejected, "wrong": wrong_steps(rejected, True, problem),
+                "chosen": plain(row, "chosen") or edited or None, "edited": edited,
                 "editor": row.get("editor") if edited else None})
     problems = random.Random(args.seed).sample([*problems.values()], len(problems))
     tenth = max(1, len(problems) // 10)
@@ -357,8 +353,8 @@ def encode(text, ended, tokenizer):
     return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] * ended
 
 def encode_problem(problem, tokenizer):
-    """Add prompt_ids, the chat template applied, and solution_ids; returns the longest sequence."""
-    prompt = plain(problem, "prompt")
+    """Add the ids of its texts, the chat template applied; returns the longest sequence."""
+    prompt, longest = plain(problem, "prompt"), 1
     try:
         ids = tokenizer(prompt).input_ids if prompt == problem["prompt"] else (
             tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True,
@@ -366,83 +362,80 @@ def encode_problem(problem, tokenizer):
     except Exception as error:                                 # there may be none, or it refuses
         fail(f"{problem['place']}: the model's chat template does not take the prompt ({error})")
     problem["prompt_ids"] = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-    texts = [r[name] or "" for r in problem["responses"] for name in ("rejected", "chosen")]
-    if "solution" in problem:
-        problem["solution_ids"] = encode(problem["solution"], True, tokenizer)
-        texts.append(problem["solution"])
-    return len(ids) + max((len(encode(text, True, tokenizer)) for text in texts), default=1)
+    for row in [problem, *problem["responses"]]:
+        for name in ("solution", "demonstration", "rejected", "chosen"):
+            if row.get(name):
+                row[f"{name}_ids"] = encode(row[name], True, tokenizer)
+                longest = max(longest, len(row[f"{name}_ids"]))
+    return len(ids) + longest
 
 # --- A1, B1: responses, editors, gates ---
 def add_responses(problems, model, tokenizer, args):
     """A1, B1: samples where the data has none; beside each the best of its problem, if better."""
     jobs = [p for p in problems if not p["responses"] for _ in range(args.samples)]
-    prompts = [problem["prompt_ids"] for problem in jobs]
-    for problem, row in zip(jobs, generate(model, tokenizer, prompts, args)):
-        text, end = tokenizer.decode(row, skip_special_tokens=True), tokenizer.eos_token_id
-        problem["responses"].append({"rejected": text, "ended": row[-1] == end, "chosen": None})
+    samples = generate(model, tokenizer, [problem["prompt_ids"] for problem in jobs], args)
+    for problem, ids in zip(jobs, samples):
+        ended, text = ids[-1] == tokenizer.eos_token_id, tokenizer.decode(ids, True)
+        problem["responses"].append({
+            "rejected": text, "rejected_ids": encode(text, ended, tokenizer),
+            "wrong": wrong_steps(text, ended, problem), "chosen": None})
     for problem in problems:
-        for r in problem["responses"]:
-            r["wrong"] = wrong_steps(r["rejected"], r["ended"], problem)
         best = min(problem["responses"], key=lambda r: r["wrong"] or 0)
         for r in problem["responses"]:
             if r["wrong"] and best["wrong"] < r["wrong"]:
-                r.update(chosen=best["rejected"], chosen_ended=best["ended"])
+                r.update(chosen=best["rejected"], chosen_ids=best["rejected_ids"])
 
 def editor(kind, problem, response, rules):
-    """The texts that an editor accepts: E1 takes the nearest (B1's argmin); none: no edit."""
-    text, solution = response["rejected"], problem.get("solution")
+    """The texts that an editor accepts; none: no edit."""
     if kind == "oracle":
         return problem["solutions"]
     if kind == "nearest":
-        return [solution] + [r["rejected"] for r in problem["responses"] if r["wrong"] == 0]
+        right = [r["rejected"] for r in problem["responses"] if r["wrong"] == 0]
+        return [problem["solution"], *right]
     if kind == "human":
         return [response["edited"]] if response.get("edited") else []
+    text = response["rejected"]
     for pattern, replacement in rules.items():
         text = re.sub(pattern, replacement, text)
     return [text]
 
 def edit_row(problem, response, texts, kind, args, tokenizer):
-    """A row of edits.jsonl, or why there is none. Ids come from text, in one spelling."""
-    chosen, wrong = response["chosen"], response["wrong"]
-    whole = response["ended"] or kind != "rules"               # who sees it all also ends it
-    ids = encode(response["rejected"], response["ended"], tokenizer)
-    ops = edited = edited_ids = None
-    if texts:
-        candidates = [(edit_ops(ids, b), text, b) for text in texts
-                      for b in [encode(text, whole, tokenizer)]]
-        ops, edited, edited_ids = min(candidates, key=lambda candidate: len(candidate[0]))
-        if not ops and wrong != 0:
-            return "gate: the edit changes nothing"
-        if len(ops) > args.max_edit_share * max(len(ids), len(edited_ids)):
-            return f"gate: the edit changes more than {args.max_edit_share:.0%}"
-        if wrong and wrong_steps(edited, whole, problem) >= wrong:
-            return "gate: the edit is not better"
-    elif kind != "human" or chosen is None:                    # without an edit: the baseline's
+    """A row of edits.jsonl with the nearest of the texts (B1's argmin), or why there is none."""
+    ids, chosen, wrong = (response[name] for name in ("rejected_ids", "chosen", "wrong"))
+    ended = kind != "rules" or ids[-1:] == [tokenizer.eos_token_id]     # rules end no response
+    edits = [(edit_ops(ids, b), text, b)
+             for text in texts for b in [encode(text, ended, tokenizer)]]
+    ops, edited, edited_ids = min(edits, key=lambda edit: len(edit[0]), default=[None] * 3)
+    if ops is None and chosen is None:                         # with chosen: a pair for A6 alone
         return "editor: no edit"
+    if ops == [] and wrong != 0:
+        return "gate: the edit changes nothing"
+    if ops and len(ops) > args.max_edit_share * max(len(ids), len(edited_ids)):
+        return f"gate: the edit changes more than {args.max_edit_share:.0%}"
+    if ops and wrong and wrong_steps(edited, ended, problem) >= wrong:
+        return "gate: the edit is not better"
     chat = isinstance(problem["prompt"], list)
     message = lambda text: [{"role": "assistant", "content": text}] if chat and text else text
     op, first, _ = ops[0] if ops else ["insert", None, None]
-    ends = [*accumulate(map(len, steps_of(ids, tokenizer)))] if ops else []
     return {**{column: problem[column] for column in ("id", "split", "prompt", "prompt_ids")},
             "chosen": message(chosen), "rejected": message(response["rejected"]),
             "edited": message(edited), "editor": response.get("editor") or kind,
             "rejected_ids": ids, "edited_ids": edited_ids, "edit_ops": ops,
             "edit_distance": None if ops is None else len(ops),
-            "chosen_token_ids": None if chosen is None else encode(
-                chosen, response.get("chosen_ended", True), tokenizer),
+            "chosen_token_ids": response.get("chosen_ids"),
             "first_error": None if op == "insert" else first,  # what is missing stands nowhere
-            "first_wrong_step": min(len(ends), bisect_right(ends, first) + 1) if ops else None}
+            "first_wrong_step": len(steps_of(ids[:first + 1], tokenizer)) if ops else None}
 
 def edit_responses(problems, kind, rules, args, tokenizer, drop):
     """B1: a row for every wrong response; B2: and for a right one, which is its own edit, with the
     probability with which a wrong one got a usable edit."""
     jobs = [(problem, response) for problem in problems for response in problem["responses"]]
     wrong = [job for job in jobs if job[1]["wrong"] != 0]
-    results = [edit_row(*job, editor(kind, *job, rules), kind, args, tokenizer)
-               for job in tqdm(wrong, desc="edits")]
-    drop.update(reason for reason in results if isinstance(reason, str))
-    rows = [row for row in results if isinstance(row, dict)]
-    rng, usable = random.Random(args.seed), len(rows) / max(1, len(wrong))
+    rows, rng = [], random.Random(args.seed)
+    for job in tqdm(wrong, desc="edits"):
+        row = edit_row(*job, editor(kind, *job, rules), kind, args, tokenizer)
+        rows.append(row) if isinstance(row, dict) else drop.update([row])
+    usable = len(rows) / max(1, len(wrong))
     return rows + [edit_row(problem, response, [response["rejected"]], kind, args, tokenizer)
                    for problem, response in jobs if response["wrong"] == 0
                    and "solution" in problem and rng.random() < usable]
@@ -469,12 +462,14 @@ def read_rules(path):
         lines = Path(path).read_text("utf-8").splitlines()
         rules = dict(line.split("\t") for line in lines if line)
         [re.sub(*rule, "") for rule in rules.items()]
-        return rules or fail(f"{path}: has no rules")
     except (OSError, ValueError, IndexError, re.error) as error:
         fail(f"{path}: lines of a regular expression, a tab and its replacement ({error})")
+    return rules or fail(f"{path}: has no rules")
 
-def prepare(args, drop):
-    """All that can be wrong with flags and data is said here, before the run folder is touched."""
+def main(args):
+    torch.manual_seed(args.seed)
+    run, drop = Path(args.run), Counter()
+    # all that can be wrong with flags and data is said before the run folder is touched
     kind, _, path = (args.editor or "").partition(":")
     rules = read_rules(path) if kind == "rules" else {}
     if args.data and not args.model:
@@ -486,18 +481,13 @@ def prepare(args, drop):
     if kind not in kinds:
         fail(f"--editor {kind}: what fits is {kinds}")
     model, tokenizer = open_policy(args) if args.model else small_policy(problems, args)
-    context = model.config.max_position_embeddings
-    short = [problem for problem in problems if encode_problem(problem, tokenizer) <= context]
-    drop["problem: longer than the model's context"] = len(problems) - len(short)
-    short = short or fail(f"{args.data}: no problem fits the model's context: {dict(drop)}")
-    return short, kind, rules, model, tokenizer
-
-def main(args):
-    torch.manual_seed(args.seed)
-    run, drop = Path(args.run), Counter()
-    problems, kind, rules, model, tokenizer = prepare(args, drop)
-    later = "reward_* ppo_* rlmec* rejection* dpo* 03_state.pt responses.jsonl eval.json *.html"
-    start_stage(args, "01", later)
+    context, total = model.config.max_position_embeddings, len(problems)
+    problems = [problem for problem in problems if encode_problem(problem, tokenizer) <= context]
+    drop["problem: longer than the model's context"] = total - len(problems)
+    if not problems:
+        fail(f"{args.data}: no problem fits the model's context: {dict(drop)}")
+    start_stage(args, "01", "reward_* ppo_* rlmec* rejection* dpo* 03_state.pt responses.jsonl "
+                            "eval.json *.html")
     train = [problem for problem in problems if problem["split"] == "train"]
     fine_tune(model, tokenizer, train, args)
     save(run / "policy", model, tokenizer)
