@@ -12,10 +12,9 @@ Reads --data FILE, or nothing. Writes RUN/policy, problems.jsonl and edits.jsonl
 """
 
 import json, random, re, shutil, sys
-from bisect import bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass
-from itertools import accumulate, pairwise, zip_longest
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -104,11 +103,6 @@ def wrong_steps(text, ended, problem):
     return int(wrong) + (not ended)
 
 # --- The built-in tasks ---
-STEP_ERROR = 0.25       # math: share of wrong steps in the demonstrations
-ENTITY_ERROR = 0.13     # qa: share of wrong entities,
-MISSING_STEP = 0.08     # of demonstrations that leave a step out,
-RUDE_PHRASE = 0.1       # and of those with a rude or irrelevant phrase
-RUDE = [", you fool", ", as even a child knows", ", but my feet hurt"]
 PEOPLE, GOODS, TOWNS = (names.split() for names in (
     "Ada Bob Cleo Dan Eva Finn Gus Hana Ivo Jane Kit Lena Mia Ned Olga Paul Rita Sam Tess Uma "
     "Vera Walt Yara Zoe Abe Bea Cal Dora Ed Flo",
@@ -125,14 +119,13 @@ def math_problem(rng):
     solution = demonstration = str(right)
     for k, x in enumerate(terms[1:], 2):
         right, said = right + x, said + x
-        if rng.random() < STEP_ERROR:                          # the steps behind it stay possible
+        if rng.random() < 0.25:                                # an error that can be gone on from
             others = [y for y in range(10) if y != said and digits(y, *terms[k:])]
             said = rng.choice(others or [said])
         solution += f"{x:+d}={right};"
         demonstration += f"{x:+d}={said};"
-    return {"prompt": str(terms[0]) + "".join(f"{x:+d}" for x in terms[1:]) + "=",
-            "solutions": [solution[:-1]], "answer": str(right),
-            "demonstration": demonstration[:-1]}
+    return {"prompt": "".join(f"{x:+d}" for x in terms)[1:] + "=", "answer": str(right),
+            "solutions": [solution[:-1]], "demonstration": demonstration[:-1]}
 
 def qa_problem(rng, makes, home):
     """Who sends what where, in a made-up world; every question has four right solutions."""
@@ -144,14 +137,14 @@ def qa_problem(rng, makes, home):
     solutions = [f"{voice} {answer}" for voice in voices for answer in answers]
     text = rng.choice(solutions)
     for names in (GOODS, TOWNS):
-        swap = lambda name: rng.choice(names) if rng.random() < ENTITY_ERROR else name[0]
-        text = re.sub(rf"\b({'|'.join(names)})\b", swap, text)
+        swap = lambda name: rng.choice(names) if rng.random() < 0.13 else name[0]
+        text = re.sub("|".join(names), swap, text)
     steps = STEP.findall(text)
-    if rng.random() < MISSING_STEP:
+    if rng.random() < 0.08:                                    # a step is missing
         del steps[rng.randrange(3)]
-    if rng.random() < RUDE_PHRASE:
-        k = rng.randrange(len(steps))
-        steps[k] = steps[k][:-1] + rng.choice(RUDE) + "."
+    if rng.random() < 0.1:                                     # one is rude or strays
+        k, rude = rng.randrange(len(steps)), (", you fool", ", as even a child knows", ", but my feet hurt")
+        steps[k] = steps[k][:-1] + rng.choice(rude) + "."
     return {"prompt": f"Q: What do {a} and {b} send to their friend {c}, and where?\nA:",
             "solutions": solutions, "answer": answers[0], "demonstration": " " + " ".join(steps)}
 
@@ -233,14 +226,6 @@ def token_texts(ids, tokenizer):
     texts = tokenizer.batch_decode([ids[:k] for k in range(len(ids) + 1)])
     return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
 
-def steps_of(ids, tokenizer):
-    """The steps of a response, each a list of ids, without the end token."""
-    ids = [token for token in ids if token != tokenizer.eos_token_id]
-    texts = token_texts(ids, tokenizer)
-    ends = list(accumulate(map(len, texts)))
-    starts = [bisect_right(ends, step.start()) for step in STEP.finditer("".join(texts))]
-    return [ids[a:b] for a, b in pairwise([0, *starts[1:], len(ids)])]
-
 # B2: the fixed words in the prompts of the generative model; a small policy has a token for each
 INSTRUCTIONS = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
                 "rewrite": "\nCorrected attempt:\n", "locate": "\nFirst wrong step:\n"}
@@ -262,8 +247,7 @@ def small_policy(problems, args):
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.hidden_size, num_hidden_layers=3,
         intermediate_size=2 * args.hidden_size, num_attention_heads=args.hidden_size // 16,
-        tie_word_embeddings=True, initializer_range=0.08,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        tie_word_embeddings=True, initializer_range=0.08, rope_theta=100.0,
         max_position_embeddings=256, bos_token_id=None, eos_token_id=2, pad_token_id=0)
     return LlamaForCausalLM(config).to(args.device).eval(), tokenizer
 
@@ -288,9 +272,9 @@ def open_policy(args):
 
 def fine_tune(model, tokenizer, problems, args):
     """The SFT policy: maximum likelihood of demonstrations."""
-    shown = [{"input_ids": p["prompt_ids"] + p["demonstration_ids"],
-              "labels": [-100] * len(p["prompt_ids"]) + p["demonstration_ids"]}
-             for p in problems if "demonstration" in p]
+    pairs = [(p["prompt_ids"], p.get("demonstration_ids", p["solution_ids"]))
+             for p in problems if "solution" in p]
+    shown = [{"input_ids": x + y, "labels": [-100] * len(x) + y} for x, y in pairs]
     default = 0 if args.data else 500
     steps = bool(shown) * (default if args.sft_steps is None else args.sft_steps)
     optimizer = torch.optim.AdamW(model.parameters(), args.sft_lr, (0.9, 0.95), weight_decay=0.0)
@@ -330,7 +314,6 @@ def read_data(args, rules, drop):
                    "rules": [*rules], "responses": []}
         if "answer" in columns:
             problem.update(solution=plain(row, "solution"), answer=str(row["answer"]))
-            problem["demonstration"] = problem["solution"]
             if wrong_steps(problem["solution"], True, problem):
                 drop["row: its solution does not end in its answer"] += 1
                 continue
@@ -402,7 +385,8 @@ def editor(kind, problem, response, rules):
 def edit_row(problem, response, texts, kind, args, tokenizer):
     """A row of edits.jsonl with the nearest of the texts (B1's argmin), or why there is none."""
     ids, chosen, wrong = (response[name] for name in ("rejected_ids", "chosen", "wrong"))
-    ended = kind != "rules" or ids[-1:] == [tokenizer.eos_token_id]     # rules end no response
+    end = tokenizer.eos_token_id
+    ended = kind != "rules" or ids[-1:] == [end]               # a rule ends no response
     edits = [(edit_ops(ids, b), text, b)
              for text in texts for b in [encode(text, ended, tokenizer)]]
     ops, edited, edited_ids = min(edits, key=lambda edit: len(edit[0]), default=[None] * 3)
@@ -417,6 +401,7 @@ def edit_row(problem, response, texts, kind, args, tokenizer):
     chat = isinstance(problem["prompt"], list)
     message = lambda text: [{"role": "assistant", "content": text}] if chat and text else text
     op, first, _ = ops[0] if ops else ["insert", None, None]
+    before = [token for token in ids[:(first or 0) + 1] if token != end]
     return {**{column: problem[column] for column in ("id", "split", "prompt", "prompt_ids")},
             "chosen": message(chosen), "rejected": message(response["rejected"]),
             "edited": message(edited), "editor": response.get("editor") or kind,
@@ -424,7 +409,7 @@ def edit_row(problem, response, texts, kind, args, tokenizer):
             "edit_distance": None if ops is None else len(ops),
             "chosen_token_ids": response.get("chosen_ids"),
             "first_error": None if op == "insert" else first,  # what is missing stands nowhere
-            "first_wrong_step": len(steps_of(ids[:first + 1], tokenizer)) if ops else None}
+            "first_wrong_step": (len(STEP.findall(tokenizer.decode(before))) or 1) if ops else None}
 
 def edit_responses(problems, kind, rules, args, tokenizer, drop):
     """B1: a row for every wrong response; B2: and for a right one, which is its own edit, with the
@@ -447,10 +432,8 @@ def report(rows, drop, tokenizer):
     for row in edited[:3]:
         old, new = (token_texts(row[name], tokenizer) for name in ("rejected_ids", "edited_ids"))
         for op, i, j in row["edit_ops"][::-1]:
-            if op != "insert":
-                old[i] = f"[-{old[i]}-]"
-            if op != "delete":
-                old.insert(i + (op == "replace"), f"{{+{new[j]}+}}")
+            a, b = i + (op != "insert"), j + (op != "delete")
+            old[i:a] = [f"[-{x}-]" for x in old[i:a]] + [f"{{+{x}+}}" for x in new[j:b]]
         print(f"{' '.join(plain(row, 'prompt').split())}\n    {''.join(old).strip()}")
     pairs = sum(row["chosen"] is not None for row in rows)
     print(f"{len(rows)} rows: {len(edited)} edits, {pairs} with a preferred response; "
