@@ -1,12 +1,10 @@
 """Stage 1: a policy, its problems, and its wrong responses with their minimal edits.
 
-Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, arXiv 2401.06081).
-Equations: E1 (minimum edit), A1 (data), B1 (editing task). Simplified against the papers:
-  1. The oracle editor knows all right solutions. The edits of people or of an LLM, as in both
-     papers, are read from --data: prompt, response, edited.
+Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, arXiv 2401.06081): E1 (minimum
+edit), A1 (data), B1 (editing task). Simplified against the papers:
+  1. The oracle editor knows all right solutions; edits of people or an LLM are read from --data.
   2. The policy is a small Llama, fine-tuned on demonstrations with errors; --model takes another.
-  3. Fewer wrong steps are preferred. Right is: ended, and no step is wrong; paper B looks at the
-     final answer alone, as --data with the column `answer` does.
+  3. Fewer wrong steps are preferred; paper B, and --data with `answer`, see the answer alone.
   4. Two samples a problem at temperature 1; RLMEC's code draws five at 0.7, without duplicates.
 Reads --data FILE, or nothing. Writes RUN/policy, problems.jsonl and edits.jsonl.
 """
@@ -103,6 +101,7 @@ def wrong_steps(text, ended, problem):
     return int(wrong) + (not ended)
 
 # --- The built-in tasks ---
+RUDE = [", you fool.", ", as even a child knows.", ", but my feet hurt."]
 PEOPLE, GOODS, TOWNS = (names.split() for names in (
     "Ada Bob Cleo Dan Eva Finn Gus Hana Ivo Jane Kit Lena Mia Ned Olga Paul Rita Sam Tess Uma "
     "Vera Walt Yara Zoe Abe Bea Cal Dora Ed Flo",
@@ -143,25 +142,25 @@ def qa_problem(rng, makes, home):
     if rng.random() < 0.08:                                    # a step is missing
         del steps[rng.randrange(3)]
     if rng.random() < 0.1:                                     # one is rude or strays
-        k, rude = rng.randrange(len(steps)), (", you fool", ", as even a child knows", ", but my feet hurt")
-        steps[k] = steps[k][:-1] + rng.choice(rude) + "."
+        k = rng.randrange(len(steps))
+        steps[k] = steps[k][:-1] + rng.choice(RUDE)
     return {"prompt": f"Q: What do {a} and {b} send to their friend {c}, and where?\nA:",
             "solutions": solutions, "answer": answers[0], "demonstration": " " + " ".join(steps)}
 
 def make_problems(args):
     """Distinct problems with a demonstration; the prompts of the splits are disjoint."""
+    rng, problems = random.Random(args.seed), {}
     splits = ["train"] * args.train_prompts + ["test"] * args.test_prompts
     splits += ["val"] * (args.test_prompts // 4)
-    rng, problems = random.Random(args.seed), {}
     world = [{person: rng.choice(names) for person in PEOPLE} for names in (GOODS, TOWNS)]
     for _ in range(20 * len(splits)):
-        k = len(problems)
-        if k == len(splits):
-            return [*problems.values()]
         problem = math_problem(rng) if args.task == "math" else qa_problem(rng, *world)
-        problems.setdefault(problem["prompt"], {
-            "id": f"{args.task}-{k}", "split": splits[k], "solution": problem["solutions"][0],
-            "responses": [], **problem})
+        if problem["prompt"] not in problems:
+            problems[problem["prompt"]] = {
+                "id": f"{args.task}-{len(problems)}", "split": splits[len(problems)],
+                "solution": problem["solutions"][0], "responses": [], **problem}
+        if len(problems) == len(splits):
+            return [*problems.values()]
     fail(f"--task {args.task} has only {len(problems)} prompts: lower --train_prompts")
 
 # --- Helpers that stand in several scripts, letter for letter ---
@@ -221,11 +220,6 @@ def generate(model, tokenizer, prompts, args, temperature=1.0):
         rows += model.generate(**inputs.to(args.device))[:, P:].tolist()
     return [row[:row.index(end) + 1] if end in row else row for row in rows]
 
-def token_texts(ids, tokenizer):
-    """The text that each token adds to the ones before it, spaces included."""
-    texts = tokenizer.batch_decode([ids[:k] for k in range(len(ids) + 1)])
-    return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
-
 # B2: the fixed words in the prompts of the generative model; a small policy has a token for each
 INSTRUCTIONS = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
                 "rewrite": "\nCorrected attempt:\n", "locate": "\nFirst wrong step:\n"}
@@ -249,34 +243,34 @@ def small_policy(problems, args):
         intermediate_size=2 * args.hidden_size, num_attention_heads=args.hidden_size // 16,
         tie_word_embeddings=True, initializer_range=0.08, rope_theta=100.0,
         max_position_embeddings=256, bos_token_id=None, eos_token_id=2, pad_token_id=0)
-    return LlamaForCausalLM(config).to(args.device).eval(), tokenizer
+    return LlamaForCausalLM(config), tokenizer
 
 def open_policy(args):
-    """--model, made fit for all stages: a pad token that is not the end token, as many embeddings
-    as tokens (rows without one would be sampled), its end and its context in the config."""
+    """--model, made fit for all stages: with a pad token that is not the end token, no embedding
+    without a token (it would be sampled), and its end and its context in the config."""
     try:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-    except Exception as error:                                 # transformers raises many kinds
+    except Exception as error:  # transformers raises many kinds
         fail(f"{args.model}: no causal LM to open ({str(error).splitlines()[0]})")
-    if tokenizer.eos_token is None:
+    end, config = tokenizer.eos_token, model.config
+    if end is None:
         fail(f"{args.model}: the tokenizer has no end token, so no response could end")
-    if tokenizer.pad_token in (None, tokenizer.eos_token):
+    if tokenizer.pad_token in (None, end):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     model.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    model.config.max_position_embeddings = context or 10**9
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(args.device).eval(), tokenizer
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    config.update({"max_position_embeddings": context or 10**9,
+                   "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
+    return model, tokenizer
 
 def fine_tune(model, tokenizer, problems, args):
     """The SFT policy: maximum likelihood of demonstrations."""
     pairs = [(p["prompt_ids"], p.get("demonstration_ids", p["solution_ids"]))
              for p in problems if "solution" in p]
     shown = [{"input_ids": x + y, "labels": [-100] * len(x) + y} for x, y in pairs]
-    default = 0 if args.data else 500
-    steps = bool(shown) * (default if args.sft_steps is None else args.sft_steps)
+    steps = args.sft_steps if args.sft_steps is not None else 0 if args.data else 500
+    steps *= bool(shown)
     optimizer = torch.optim.AdamW(model.parameters(), args.sft_lr, (0.9, 0.95), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
     rng, collate = random.Random(args.seed), DataCollatorForSeq2Seq(tokenizer)
@@ -378,8 +372,8 @@ def editor(kind, problem, response, rules):
     if kind == "human":
         return [response["edited"]] if response.get("edited") else []
     text = response["rejected"]
-    for pattern, replacement in rules.items():
-        text = re.sub(pattern, replacement, text)
+    for rule in rules.items():
+        text = re.sub(*rule, text)
     return [text]
 
 def edit_row(problem, response, texts, kind, args, tokenizer):
@@ -430,8 +424,8 @@ def report(rows, drop, tokenizer):
     """Three edits with [-deleted-] and {+inserted+} tokens, and what was dropped."""
     edited = [row for row in rows if row["edit_ops"]]
     for row in edited[:3]:
-        old, new = (token_texts(row[name], tokenizer) for name in ("rejected_ids", "edited_ids"))
-        for op, i, j in row["edit_ops"][::-1]:
+        old, new = map(tokenizer.convert_ids_to_tokens, (row["rejected_ids"], row["edited_ids"]))
+        for op, i, j in reversed(row["edit_ops"]):
             a, b = i + (op != "insert"), j + (op != "delete")
             old[i:a] = [f"[-{x}-]" for x in old[i:a]] + [f"{{+{x}+}}" for x in new[j:b]]
         print(f"{' '.join(plain(row, 'prompt').split())}\n    {''.join(old).strip()}")
@@ -442,8 +436,7 @@ def report(rows, drop, tokenizer):
 def read_rules(path):
     """Regular expression -> replacement, of the lines of a file, parted by a tab."""
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
-        rules = dict(line.split("\t") for line in lines if line)
+        rules = dict(line.split("\t") for line in Path(path).read_text("utf-8").split("\n") if line)
         [re.sub(*rule, "") for rule in rules.items()]
     except (OSError, ValueError, IndexError, re.error) as error:
         fail(f"{path}: lines of a regular expression, a tab and its replacement ({error})")
@@ -464,20 +457,19 @@ def main(args):
     if kind not in kinds:
         fail(f"--editor {kind}: what fits is {kinds}")
     model, tokenizer = open_policy(args) if args.model else small_policy(problems, args)
-    context, total = model.config.max_position_embeddings, len(problems)
-    problems = [problem for problem in problems if encode_problem(problem, tokenizer) <= context]
-    drop["problem: longer than the model's context"] = total - len(problems)
-    if not problems:
-        fail(f"{args.data}: no problem fits the model's context: {dict(drop)}")
+    model, context = model.to(args.device), model.config.max_position_embeddings
+    fit = ([problem for problem in problems if encode_problem(problem, tokenizer) <= context]
+           or fail(f"{args.data}: no problem fits the model's context of {context} tokens"))
+    drop["problem: longer than the model's context"] = len(problems) - len(fit)
     start_stage(args, "01", "reward_* ppo_* rlmec* rejection* dpo* 03_state.pt responses.jsonl "
                             "eval.json *.html")
-    train = [problem for problem in problems if problem["split"] == "train"]
+    train = [problem for problem in fit if problem["split"] == "train"]
     fine_tune(model, tokenizer, train, args)
     save(run / "policy", model, tokenizer)
     columns = "id split prompt prompt_ids solution solution_ids answer solutions rules".split()
     save(run / "problems.jsonl", [{name: p[name] for name in columns if p.get(name)}
-                                  for p in problems])
-    used = train[:args.edit_prompts] + [p for p in problems if p["split"] != "train"]
+                                  for p in fit])
+    used = train[:args.edit_prompts] + [p for p in fit if p["split"] != "train"]
     add_responses(used, model, tokenizer, args)
     rows = (edit_responses(used, kind, rules, args, tokenizer, drop)
             or fail(f"no response has a usable edit: {dict(drop)}"))
