@@ -118,7 +118,7 @@ def math_problem(rng):
     solution = demonstration = str(right)
     for k, x in enumerate(terms[1:], 2):
         right, said = right + x, said + x
-        if rng.random() < 0.25:                                # an error that can be gone on from
+        if rng.random() < 0.25:  # an error that can be gone on from
             others = [y for y in range(10) if y != said and digits(y, *terms[k:])]
             said = rng.choice(others or [said])
         solution += f"{x:+d}={right};"
@@ -139,9 +139,9 @@ def qa_problem(rng, makes, home):
         swap = lambda name: rng.choice(names) if rng.random() < 0.13 else name[0]
         text = re.sub("|".join(names), swap, text)
     steps = STEP.findall(text)
-    if rng.random() < 0.08:                                    # a step is missing
+    if rng.random() < 0.08:  # a step is missing
         del steps[rng.randrange(3)]
-    if rng.random() < 0.1:                                     # one is rude or strays
+    if rng.random() < 0.1:  # one is rude or strays
         k = rng.randrange(len(steps))
         steps[k] = steps[k][:-1] + rng.choice(RUDE)
     return {"prompt": f"Q: What do {a} and {b} send to their friend {c}, and where?\nA:",
@@ -268,18 +268,16 @@ def fine_tune(model, tokenizer, problems, args):
     """The SFT policy: maximum likelihood of demonstrations."""
     pairs = [(p["prompt_ids"], p.get("demonstration_ids", p["solution_ids"]))
              for p in problems if "solution" in p]
-    shown = [{"input_ids": x + y, "labels": [-100] * len(x) + y} for x, y in pairs]
     steps = args.sft_steps if args.sft_steps is not None else 0 if args.data else 500
-    steps *= bool(shown)
     optimizer = torch.optim.AdamW(model.parameters(), args.sft_lr, (0.9, 0.95), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
     rng, collate = random.Random(args.seed), DataCollatorForSeq2Seq(tokenizer)
-    for _ in trange(steps, desc="SFT", disable=not steps):
-        batch = rng.sample(shown, min(128, len(shown)))
-        N = sum(label != -100 for row in batch for label in row["labels"])
+    for _ in trange(steps * bool(pairs), desc="SFT"):
+        batch = rng.sample(pairs, min(128, len(pairs)))
+        N = sum(len(y) for x, y in batch)
         for part in batches(batch, args.micro_batch):
-            inputs = collate(part).to(args.device)
-            model(**inputs, num_items_in_batch=N, use_cache=False).loss.backward()
+            inputs = collate([{"input_ids": x + y, "labels": [-100] * len(x) + y} for x, y in part])
+            model(**inputs.to(args.device), num_items_in_batch=N, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -302,7 +300,7 @@ def read_data(args, rules, drop):
     columns = ([] if rules else ["chosen", "rejected"] if "chosen" in first else
                ["solution", "answer"] if "answer" in first else ["response"])
     rows, problems = read_jsonl(args.data, "prompt", *columns), {}
-    alone = len({str(row["prompt"]) for row in rows}) < 20     # then each row is a problem
+    alone = len({str(row["prompt"]) for row in rows}) < 20  # then each row is a problem
     for k, row in enumerate(rows):
         problem = {"id": f"row-{k}", "prompt": row["prompt"], "place": row["place"],
                    "rules": [*rules], "responses": []}
@@ -331,12 +329,11 @@ def encode(text, ended, tokenizer):
 
 def encode_problem(problem, tokenizer):
     """Add the ids of its texts, the chat template applied; returns the longest sequence."""
-    prompt, longest = plain(problem, "prompt"), 1
+    prompt, chat, longest = plain(problem, "prompt"), problem["prompt"], 1
     try:
-        ids = tokenizer(prompt).input_ids if prompt == problem["prompt"] else (
-            tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True,
-                                          return_dict=False))
-    except Exception as error:                                 # there may be none, or it refuses
+        ids = tokenizer(prompt).input_ids if prompt == chat else (
+            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+    except Exception as error:  # there may be none, or it refuses
         fail(f"{problem['place']}: the model's chat template does not take the prompt ({error})")
     problem["prompt_ids"] = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
     for row in [problem, *problem["responses"]]:
@@ -348,27 +345,22 @@ def encode_problem(problem, tokenizer):
 
 # --- A1, B1: responses, editors, gates ---
 def add_responses(problems, model, tokenizer, args):
-    """A1, B1: samples where the data has none; beside each the best of its problem, if better."""
+    """B1: samples, each with its wrong steps, where the data has no response."""
     jobs = [p for p in problems if not p["responses"] for _ in range(args.samples)]
     samples = generate(model, tokenizer, [problem["prompt_ids"] for problem in jobs], args)
     for problem, ids in zip(jobs, samples):
-        ended, text = ids[-1] == tokenizer.eos_token_id, tokenizer.decode(ids, True)
+        text, ended = tokenizer.decode(ids, True), ids[-1] == tokenizer.eos_token_id
         problem["responses"].append({
             "rejected": text, "rejected_ids": encode(text, ended, tokenizer),
-            "wrong": wrong_steps(text, ended, problem), "chosen": None})
-    for problem in problems:
-        best = min(problem["responses"], key=lambda r: r["wrong"] or 0)
-        for r in problem["responses"]:
-            if r["wrong"] and best["wrong"] < r["wrong"]:
-                r.update(chosen=best["rejected"], chosen_ids=best["rejected_ids"])
+            "wrong": wrong_steps(text, ended, problem)})
 
 def editor(kind, problem, response, rules):
     """The texts that an editor accepts; none: no edit."""
     if kind == "oracle":
         return problem["solutions"]
     if kind == "nearest":
-        right = [r["rejected"] for r in problem["responses"] if r["wrong"] == 0]
-        return [problem["solution"], *right]
+        return [problem["solution"],
+                *(r["rejected"] for r in problem["responses"] if r["wrong"] == 0)]
     if kind == "human":
         return [response["edited"]] if response.get("edited") else []
     text = response["rejected"]
@@ -378,13 +370,16 @@ def editor(kind, problem, response, rules):
 
 def edit_row(problem, response, texts, kind, args, tokenizer):
     """A row of edits.jsonl with the nearest of the texts (B1's argmin), or why there is none."""
-    ids, chosen, wrong = (response[name] for name in ("rejected_ids", "chosen", "wrong"))
-    end = tokenizer.eos_token_id
-    ended = kind != "rules" or ids[-1:] == [end]               # a rule ends no response
+    ids, wrong, end = response["rejected_ids"], response["wrong"], tokenizer.eos_token_id
+    chosen, chosen_ids = response.get("chosen"), response.get("chosen_ids")
+    best = min(problem["responses"], key=lambda r: r["wrong"] or 0)
+    if wrong and best["wrong"] < wrong:  # A1
+        chosen, chosen_ids = best["rejected"], best["rejected_ids"]
+    ended = kind != "rules" or ids[-1:] == [end]  # a rule ends no response
     edits = [(edit_ops(ids, b), text, b)
              for text in texts for b in [encode(text, ended, tokenizer)]]
     ops, edited, edited_ids = min(edits, key=lambda edit: len(edit[0]), default=[None] * 3)
-    if ops is None and chosen is None:                         # with chosen: a pair for A6 alone
+    if ops is None and chosen is None:  # with chosen: a pair for A6 alone
         return "editor: no edit"
     if ops == [] and wrong != 0:
         return "gate: the edit changes nothing"
@@ -394,30 +389,28 @@ def edit_row(problem, response, texts, kind, args, tokenizer):
         return "gate: the edit is not better"
     chat = isinstance(problem["prompt"], list)
     message = lambda text: [{"role": "assistant", "content": text}] if chat and text else text
-    op, first, _ = ops[0] if ops else ["insert", None, None]
-    before = [token for token in ids[:(first or 0) + 1] if token != end]
+    op, first, _ = ops[0] if ops else ["insert", 0, 0]
+    before = [token for token in ids[:first + 1] if token != end]
     return {**{column: problem[column] for column in ("id", "split", "prompt", "prompt_ids")},
             "chosen": message(chosen), "rejected": message(response["rejected"]),
             "edited": message(edited), "editor": response.get("editor") or kind,
             "rejected_ids": ids, "edited_ids": edited_ids, "edit_ops": ops,
-            "edit_distance": None if ops is None else len(ops),
-            "chosen_token_ids": response.get("chosen_ids"),
+            "edit_distance": None if ops is None else len(ops), "chosen_token_ids": chosen_ids,
             "first_error": None if op == "insert" else first,  # what is missing stands nowhere
-            "first_wrong_step": (len(STEP.findall(tokenizer.decode(before))) or 1) if ops else None}
+            "first_wrong_step": max(1, len(STEP.findall(tokenizer.decode(before)))) if ops else None}
 
 def edit_responses(problems, kind, rules, args, tokenizer, drop):
     """B1: a row for every wrong response; B2: and for a right one, which is its own edit, with the
     probability with which a wrong one got a usable edit."""
-    jobs = [(problem, response) for problem in problems for response in problem["responses"]]
+    jobs = [(p, r) for p in problems for r in p["responses"]]
     wrong = [job for job in jobs if job[1]["wrong"] != 0]
     rows, rng = [], random.Random(args.seed)
     for job in tqdm(wrong, desc="edits"):
         row = edit_row(*job, editor(kind, *job, rules), kind, args, tokenizer)
         rows.append(row) if isinstance(row, dict) else drop.update([row])
     usable = len(rows) / max(1, len(wrong))
-    return rows + [edit_row(problem, response, [response["rejected"]], kind, args, tokenizer)
-                   for problem, response in jobs if response["wrong"] == 0
-                   and "solution" in problem and rng.random() < usable]
+    return rows + [edit_row(p, r, [r["rejected"]], kind, args, tokenizer) for p, r in jobs
+                   if r["wrong"] == 0 and "solution" in p and rng.random() < usable]
 
 # --- The stage ---
 def report(rows, drop, tokenizer):
@@ -467,8 +460,7 @@ def main(args):
     fine_tune(model, tokenizer, train, args)
     save(run / "policy", model, tokenizer)
     columns = "id split prompt prompt_ids solution solution_ids answer solutions rules".split()
-    save(run / "problems.jsonl", [{name: p[name] for name in columns if p.get(name)}
-                                  for p in fit])
+    save(run / "problems.jsonl", [{name: p[name] for name in columns if p.get(name)} for p in fit])
     used = train[:args.edit_prompts] + [p for p in fit if p["split"] != "train"]
     add_responses(used, model, tokenizer, args)
     rows = (edit_responses(used, kind, rules, args, tokenizer, drop)

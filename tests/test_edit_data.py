@@ -180,8 +180,9 @@ def test_first_error_step_and_gates(text, texts, name, result):
     tokenizer = one.small_policy(problems, one.Args(hidden_size=16))[1]
     problem = {**MATH, "id": "a", "split": "train", "prompt": "3+2-1+4-6=", "prompt_ids": [3]}
     wrong = one.wrong_steps(text, True, problem)
-    response = {"rejected": text, "ended": True, "chosen": None, "wrong": wrong}
-    row = one.edit_row(problem, response, texts, name, one.Args(), tokenizer)
+    ids = one.encode(text, True, tokenizer)
+    problem["responses"] = [{"rejected": text, "rejected_ids": ids, "wrong": wrong}]
+    row = one.edit_row(problem, *problem["responses"], texts, name, one.Args(), tokenizer)
     if isinstance(row, dict):
         check_row(row, tokenizer)
         (op, *_), *_ = row["edit_ops"] or [[None]]
