@@ -289,7 +289,7 @@ def plain(row, name):
     text = row.get(name)
     if isinstance(text, list) and text and isinstance(text[-1], dict):
         text = text[-1].get("content", text)
-    if not isinstance(text, (str, type(None))) or name in ("prompt", "solution") and not text:
+    if not isinstance(text, str | None) or name in ("prompt", "solution") and not text:
         fail(f"{row['place']}: column `{name}` is no text and no chat messages with content")
     return text
 
@@ -376,8 +376,8 @@ def edit_row(problem, response, texts, kind, args, tokenizer):
     if wrong and best["wrong"] < wrong:  # A1
         chosen, chosen_ids = best["rejected"], best["rejected_ids"]
     ended = kind != "rules" or ids[-1:] == [end]  # a rule ends no response
-    edits = [(edit_ops(ids, b), text, b)
-             for text in texts for b in [encode(text, ended, tokenizer)]]
+    edits = ((edit_ops(ids, b), text, b)
+             for text in texts for b in [encode(text, ended, tokenizer)])
     ops, edited, edited_ids = min(edits, key=lambda edit: len(edit[0]), default=[None] * 3)
     if ops is None and chosen is None:  # with chosen: a pair for A6 alone
         return "editor: no edit"
@@ -390,14 +390,14 @@ def edit_row(problem, response, texts, kind, args, tokenizer):
     chat = isinstance(problem["prompt"], list)
     message = lambda text: [{"role": "assistant", "content": text}] if chat and text else text
     op, first, _ = ops[0] if ops else ["insert", 0, 0]
-    before = [token for token in ids[:first + 1] if token != end]
+    before = tokenizer.decode([token for token in ids[:first + 1] if token != end])
     return {**{column: problem[column] for column in ("id", "split", "prompt", "prompt_ids")},
             "chosen": message(chosen), "rejected": message(response["rejected"]),
             "edited": message(edited), "editor": response.get("editor") or kind,
             "rejected_ids": ids, "edited_ids": edited_ids, "edit_ops": ops,
             "edit_distance": None if ops is None else len(ops), "chosen_token_ids": chosen_ids,
             "first_error": None if op == "insert" else first,  # what is missing stands nowhere
-            "first_wrong_step": max(1, len(STEP.findall(tokenizer.decode(before)))) if ops else None}
+            "first_wrong_step": max(1, len(STEP.findall(before))) if ops else None}
 
 def edit_responses(problems, kind, rules, args, tokenizer, drop):
     """B1: a row for every wrong response; B2: and for a right one, which is its own edit, with the
