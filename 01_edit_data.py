@@ -1,21 +1,18 @@
 """Stage 1: a policy, its problems, and its wrong responses with their minimal edits.
 
-Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, arXiv 2401.06081).
-Equations: E1 (minimum edit), A1 (data), B1 (editing task). Simplified against the papers:
-  1. The oracle editor knows all right solutions. The edits of people or of an LLM, as in both
-     papers, are read from --data: prompt, response, edited.
+Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, arXiv 2401.06081): E1 (minimum
+edit), A1 (data), B1 (editing task). Simplified against the papers:
+  1. The oracle editor knows all right solutions; edits of people or an LLM are read from --data.
   2. The policy is a small Llama, fine-tuned on demonstrations with errors; --model takes another.
-  3. Fewer wrong steps are preferred. Right is: ended, and no step is wrong; paper B looks at the
-     final answer alone, as --data with the column `answer` does.
+  3. Fewer wrong steps are preferred; paper B, and --data with `answer`, see the answer alone.
   4. Two samples a problem at temperature 1; RLMEC's code draws five at 0.7, without duplicates.
 Reads --data FILE, or nothing. Writes RUN/policy, problems.jsonl and edits.jsonl.
 """
 
 import json, random, re, shutil, sys
-from bisect import bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass
-from itertools import accumulate, pairwise, zip_longest
+from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -104,40 +101,30 @@ def wrong_steps(text, ended, problem):
     return int(wrong) + (not ended)
 
 # --- The built-in tasks ---
-STEP_ERROR = 0.25       # math: share of wrong steps in the demonstrations
-ENTITY_ERROR = 0.13     # qa: share of wrong entities,
-MISSING_STEP = 0.08     # of demonstrations that leave a step out,
-RUDE_PHRASE = 0.1       # and of those with a rude or irrelevant phrase
-RUDE = [", you fool", ", as even a child knows", ", but my feet hurt"]
+RUDE = [", you fool.", ", as even a child knows.", ", but my feet hurt."]
 PEOPLE, GOODS, TOWNS = (names.split() for names in (
     "Ada Bob Cleo Dan Eva Finn Gus Hana Ivo Jane Kit Lena Mia Ned Olga Paul Rita Sam Tess Uma "
     "Vera Walt Yara Zoe Abe Bea Cal Dora Ed Flo",
     "bread soap rope glass paper honey shoes lamps tea salt cloth nails wine cheese drums jam",
     "Oslo Rome Bern Lima Cairo Paris Delhi Quito Tunis Sofia Malmo Turin Kyoto Derry Ghent Graz"))
 
-def tape(value, operations, rng=None):
-    """The steps of a sum; None if a result is no digit. With rng, some go wrong."""
-    text = str(value)
-    for k, x in enumerate(operations, 1):
-        value += x
-        if not 0 <= value <= 9:
-            return None
-        if rng and rng.random() < STEP_ERROR:
-            others = {y for y in range(10) if tape(y, operations[k:]) is not None} - {value}
-            value = rng.choice(sorted(others) or [value])
-        text += f"{x:+d}={value};"
-    return text[:-1]
-
 def math_problem(rng):
     """Four operations on single digits: `3+2-1+4-6=` -> `3+2=5;-1=4;+4=8;-6=2`."""
-    solution = None
-    while not solution:
-        first = rng.randint(0, 9)
-        operations = [rng.choice((-1, 1)) * rng.randint(1, 9) for _ in range(4)]
-        solution = tape(first, operations)
-    return {"prompt": str(first) + "".join(f"{x:+d}" for x in operations) + "=",
-            "solutions": [solution], "answer": solution[-1],
-            "demonstration": tape(first, operations, rng)}
+    digits = lambda *terms: all(0 <= value <= 9 for value in accumulate(terms))
+    terms = [-1]
+    while not digits(*terms):
+        terms = [rng.randint(0, 9), *(rng.choice((-1, 1)) * rng.randint(1, 9) for _ in range(4))]
+    right = said = terms[0]
+    solution = demonstration = str(right)
+    for k, x in enumerate(terms[1:], 2):
+        right, said = right + x, said + x
+        if rng.random() < 0.25:  # an error that can be gone on from
+            others = [y for y in range(10) if y != said and digits(y, *terms[k:])]
+            said = rng.choice(others or [said])
+        solution += f"{x:+d}={right};"
+        demonstration += f"{x:+d}={said};"
+    return {"prompt": "".join(f"{x:+d}" for x in terms)[1:] + "=", "answer": str(right),
+            "solutions": [solution[:-1]], "demonstration": demonstration[:-1]}
 
 def qa_problem(rng, makes, home):
     """Who sends what where, in a made-up world; every question has four right solutions."""
@@ -149,30 +136,31 @@ def qa_problem(rng, makes, home):
     solutions = [f"{voice} {answer}" for voice in voices for answer in answers]
     text = rng.choice(solutions)
     for names in (GOODS, TOWNS):
-        swap = lambda name: rng.choice(names) if rng.random() < ENTITY_ERROR else name[0]
-        text = re.sub(rf"\b({'|'.join(names)})\b", swap, text)
+        swap = lambda name: rng.choice(names) if rng.random() < 0.13 else name[0]
+        text = re.sub("|".join(names), swap, text)
     steps = STEP.findall(text)
-    if rng.random() < MISSING_STEP:
+    if rng.random() < 0.08:  # a step is missing
         del steps[rng.randrange(3)]
-    if rng.random() < RUDE_PHRASE:
+    if rng.random() < 0.1:  # one is rude or strays
         k = rng.randrange(len(steps))
-        steps[k] = steps[k][:-1] + rng.choice(RUDE) + "."
+        steps[k] = steps[k][:-1] + rng.choice(RUDE)
     return {"prompt": f"Q: What do {a} and {b} send to their friend {c}, and where?\nA:",
             "solutions": solutions, "answer": answers[0], "demonstration": " " + " ".join(steps)}
 
 def make_problems(args):
     """Distinct problems with a demonstration; the prompts of the splits are disjoint."""
+    rng, problems = random.Random(args.seed), {}
     splits = ["train"] * args.train_prompts + ["test"] * args.test_prompts
     splits += ["val"] * (args.test_prompts // 4)
-    rng, problems = random.Random(args.seed), {}
     world = [{person: rng.choice(names) for person in PEOPLE} for names in (GOODS, TOWNS)]
     for _ in range(20 * len(splits)):
         problem = math_problem(rng) if args.task == "math" else qa_problem(rng, *world)
-        problems.setdefault(problem["prompt"], problem)
+        if problem["prompt"] not in problems:
+            problems[problem["prompt"]] = {
+                "id": f"{args.task}-{len(problems)}", "split": splits[len(problems)],
+                "solution": problem["solutions"][0], "responses": [], **problem}
         if len(problems) == len(splits):
-            return [{"id": f"{args.task}-{k}", "split": split, "solution": p["solutions"][0],
-                     "responses": [], **p}
-                    for k, (split, p) in enumerate(zip(splits, problems.values()))]
+            return [*problems.values()]
     fail(f"--task {args.task} has only {len(problems)} prompts: lower --train_prompts")
 
 # --- Helpers that stand in several scripts, letter for letter ---
@@ -232,19 +220,6 @@ def generate(model, tokenizer, prompts, args, temperature=1.0):
         rows += model.generate(**inputs.to(args.device))[:, P:].tolist()
     return [row[:row.index(end) + 1] if end in row else row for row in rows]
 
-def token_texts(ids, tokenizer):
-    """The text that each token adds to the ones before it, spaces included."""
-    texts = tokenizer.batch_decode([ids[:k] for k in range(len(ids) + 1)])
-    return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
-
-def steps_of(ids, tokenizer):
-    """The steps of a response, each a list of ids, without the end token."""
-    ids = [token for token in ids if token != tokenizer.eos_token_id]
-    texts = token_texts(ids, tokenizer)
-    ends = list(accumulate(map(len, texts)))
-    starts = [bisect_right(ends, step.start()) for step in STEP.finditer("".join(texts))]
-    return [ids[a:b] for a, b in pairwise([0, *starts[1:], len(ids)])]
-
 # B2: the fixed words in the prompts of the generative model; a small policy has a token for each
 INSTRUCTIONS = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
                 "rewrite": "\nCorrected attempt:\n", "locate": "\nFirst wrong step:\n"}
@@ -266,46 +241,43 @@ def small_policy(problems, args):
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.hidden_size, num_hidden_layers=3,
         intermediate_size=2 * args.hidden_size, num_attention_heads=args.hidden_size // 16,
-        tie_word_embeddings=True, initializer_range=0.08,
-        rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+        tie_word_embeddings=True, initializer_range=0.08, rope_theta=100.0,
         max_position_embeddings=256, bos_token_id=None, eos_token_id=2, pad_token_id=0)
-    return LlamaForCausalLM(config).to(args.device).eval(), tokenizer
+    return LlamaForCausalLM(config), tokenizer
 
 def open_policy(args):
-    """--model, made fit for all stages: a pad token that is not the end token, as many embeddings
-    as tokens (rows without one would be sampled), its end and its context in the config."""
+    """--model, made fit for all stages: with a pad token that is not the end token, no embedding
+    without a token (it would be sampled), and its end and its context in the config."""
     try:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
-    except Exception as error:                                 # transformers raises many kinds
+    except Exception as error:  # transformers raises many kinds
         fail(f"{args.model}: no causal LM to open ({str(error).splitlines()[0]})")
-    if tokenizer.eos_token is None:
+    end, config = tokenizer.eos_token, model.config
+    if end is None:
         fail(f"{args.model}: the tokenizer has no end token, so no response could end")
-    if tokenizer.pad_token in (None, tokenizer.eos_token):
+    if tokenizer.pad_token in (None, end):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     model.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1)
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    model.config.max_position_embeddings = context or 10**9
-    model.config.eos_token_id = tokenizer.eos_token_id
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return model.to(args.device).eval(), tokenizer
+    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    config.update({"max_position_embeddings": context or 10**9,
+                   "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id})
+    return model, tokenizer
 
 def fine_tune(model, tokenizer, problems, args):
     """The SFT policy: maximum likelihood of demonstrations."""
-    shown = [{"input_ids": p["prompt_ids"] + ids, "labels": [-100] * len(p["prompt_ids"]) + ids}
-             for p in problems if "demonstration" in p
-             for ids in [encode(p["demonstration"], True, tokenizer)]]
-    default = 0 if args.data else 500
-    steps = bool(shown) * (default if args.sft_steps is None else args.sft_steps)
+    pairs = [(p["prompt_ids"], p.get("demonstration_ids", p["solution_ids"]))
+             for p in problems if "solution" in p]
+    steps = args.sft_steps if args.sft_steps is not None else 0 if args.data else 500
     optimizer = torch.optim.AdamW(model.parameters(), args.sft_lr, (0.9, 0.95), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
     rng, collate = random.Random(args.seed), DataCollatorForSeq2Seq(tokenizer)
-    for _ in trange(steps, desc="SFT", disable=not steps):
-        batch = rng.sample(shown, min(128, len(shown)))
-        N = sum(label != -100 for row in batch for label in row["labels"])
+    for _ in trange(steps * bool(pairs), desc="SFT"):
+        batch = rng.sample(pairs, min(128, len(pairs)))
+        N = sum(len(y) for x, y in batch)
         for part in batches(batch, args.micro_batch):
-            inputs = collate(part).to(args.device)
-            model(**inputs, num_items_in_batch=N, use_cache=False).loss.backward()
+            inputs = collate([{"input_ids": x + y, "labels": [-100] * len(x) + y} for x, y in part])
+            model(**inputs.to(args.device), num_items_in_batch=N, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -315,9 +287,9 @@ def fine_tune(model, tokenizer, problems, args):
 def plain(row, name):
     """The text of a column: a string, or the last of a list of chat messages."""
     text = row.get(name)
-    if isinstance(text, list):
-        text = text[-1].get("content", 0) if text and isinstance(text[-1], dict) else 0
-    if not isinstance(text, (str, type(None))) or name in ("prompt", "solution") and not text:
+    if isinstance(text, list) and text and isinstance(text[-1], dict):
+        text = text[-1].get("content", text)
+    if not isinstance(text, str | None) or name in ("prompt", "solution") and not text:
         fail(f"{row['place']}: column `{name}` is no text and no chat messages with content")
     return text
 
@@ -328,13 +300,12 @@ def read_data(args, rules, drop):
     columns = ([] if rules else ["chosen", "rejected"] if "chosen" in first else
                ["solution", "answer"] if "answer" in first else ["response"])
     rows, problems = read_jsonl(args.data, "prompt", *columns), {}
-    alone = len({str(row["prompt"]) for row in rows}) < 20     # then each row is a problem
+    alone = len({str(row["prompt"]) for row in rows}) < 20  # then each row is a problem
     for k, row in enumerate(rows):
         problem = {"id": f"row-{k}", "prompt": row["prompt"], "place": row["place"],
                    "rules": [*rules], "responses": []}
         if "answer" in columns:
             problem.update(solution=plain(row, "solution"), answer=str(row["answer"]))
-            problem["demonstration"] = problem["solution"]
             if wrong_steps(problem["solution"], True, problem):
                 drop["row: its solution does not end in its answer"] += 1
                 continue
@@ -342,8 +313,8 @@ def read_data(args, rules, drop):
         rejected, edited = plain(row, "rejected") or plain(row, "response"), plain(row, "edited")
         if rejected:
             problem["responses"].append({
-                "rejected": rejected, "ended": True, "edited": edited,
-                "chosen": plain(row, "chosen") or edited or None,
+                "rejected": rejected, "wrong": wrong_steps(rejected, True, problem),
+                "chosen": plain(row, "chosen") or edited or None, "edited": edited,
                 "editor": row.get("editor") if edited else None})
     problems = random.Random(args.seed).sample([*problems.values()], len(problems))
     tenth = max(1, len(problems) // 10)
@@ -357,107 +328,99 @@ def encode(text, ended, tokenizer):
     return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] * ended
 
 def encode_problem(problem, tokenizer):
-    """Add prompt_ids, the chat template applied, and solution_ids; returns the longest sequence."""
-    prompt = plain(problem, "prompt")
+    """Add the ids of its texts, the chat template applied; returns the longest sequence."""
+    prompt, chat, longest = plain(problem, "prompt"), problem["prompt"], 1
     try:
-        ids = tokenizer(prompt).input_ids if prompt == problem["prompt"] else (
-            tokenizer.apply_chat_template(problem["prompt"], add_generation_prompt=True,
-                                          return_dict=False))
-    except Exception as error:                                 # there may be none, or it refuses
+        ids = tokenizer(prompt).input_ids if prompt == chat else (
+            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+    except Exception as error:  # there may be none, or it refuses
         fail(f"{problem['place']}: the model's chat template does not take the prompt ({error})")
     problem["prompt_ids"] = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-    texts = [r[name] or "" for r in problem["responses"] for name in ("rejected", "chosen")]
-    if "solution" in problem:
-        problem["solution_ids"] = encode(problem["solution"], True, tokenizer)
-        texts.append(problem["solution"])
-    return len(ids) + max((len(encode(text, True, tokenizer)) for text in texts), default=1)
+    for row in [problem, *problem["responses"]]:
+        for name in ("solution", "demonstration", "rejected", "chosen"):
+            if row.get(name):
+                row[f"{name}_ids"] = encode(row[name], True, tokenizer)
+                longest = max(longest, len(row[f"{name}_ids"]))
+    return len(ids) + longest
 
 # --- A1, B1: responses, editors, gates ---
 def add_responses(problems, model, tokenizer, args):
-    """A1, B1: samples where the data has none; beside each the best of its problem, if better."""
+    """B1: samples, each with its wrong steps, where the data has no response."""
     jobs = [p for p in problems if not p["responses"] for _ in range(args.samples)]
-    prompts = [problem["prompt_ids"] for problem in jobs]
-    for problem, row in zip(jobs, generate(model, tokenizer, prompts, args)):
-        text, end = tokenizer.decode(row, skip_special_tokens=True), tokenizer.eos_token_id
-        problem["responses"].append({"rejected": text, "ended": row[-1] == end, "chosen": None})
-    for problem in problems:
-        for r in problem["responses"]:
-            r["wrong"] = wrong_steps(r["rejected"], r["ended"], problem)
-        best = min(problem["responses"], key=lambda r: r["wrong"] or 0)
-        for r in problem["responses"]:
-            if r["wrong"] and best["wrong"] < r["wrong"]:
-                r.update(chosen=best["rejected"], chosen_ended=best["ended"])
+    samples = generate(model, tokenizer, [problem["prompt_ids"] for problem in jobs], args)
+    for problem, ids in zip(jobs, samples):
+        text, ended = tokenizer.decode(ids, True), ids[-1] == tokenizer.eos_token_id
+        problem["responses"].append({
+            "rejected": text, "rejected_ids": encode(text, ended, tokenizer),
+            "wrong": wrong_steps(text, ended, problem)})
 
 def editor(kind, problem, response, rules):
-    """The texts that an editor accepts: E1 takes the nearest (B1's argmin); none: no edit."""
-    text, solution = response["rejected"], problem.get("solution")
+    """The texts that an editor accepts; none: no edit."""
     if kind == "oracle":
         return problem["solutions"]
     if kind == "nearest":
-        return [solution] + [r["rejected"] for r in problem["responses"] if r["wrong"] == 0]
+        return [problem["solution"],
+                *(r["rejected"] for r in problem["responses"] if r["wrong"] == 0)]
     if kind == "human":
         return [response["edited"]] if response.get("edited") else []
-    for pattern, replacement in rules.items():
-        text = re.sub(pattern, replacement, text)
+    text = response["rejected"]
+    for rule in rules.items():
+        text = re.sub(*rule, text)
     return [text]
 
 def edit_row(problem, response, texts, kind, args, tokenizer):
-    """A row of edits.jsonl, or why there is none. Ids come from text, in one spelling."""
-    chosen, wrong = response["chosen"], response["wrong"]
-    whole = response["ended"] or kind != "rules"               # who sees it all also ends it
-    ids = encode(response["rejected"], response["ended"], tokenizer)
-    ops = edited = edited_ids = None
-    if texts:
-        candidates = [(edit_ops(ids, b), text, b) for text in texts
-                      for b in [encode(text, whole, tokenizer)]]
-        ops, edited, edited_ids = min(candidates, key=lambda candidate: len(candidate[0]))
-        if not ops and wrong != 0:
-            return "gate: the edit changes nothing"
-        if len(ops) > args.max_edit_share * max(len(ids), len(edited_ids)):
-            return f"gate: the edit changes more than {args.max_edit_share:.0%}"
-        if wrong and wrong_steps(edited, whole, problem) >= wrong:
-            return "gate: the edit is not better"
-    elif kind != "human" or chosen is None:                    # without an edit: the baseline's
+    """A row of edits.jsonl with the nearest of the texts (B1's argmin), or why there is none."""
+    ids, wrong, end = response["rejected_ids"], response["wrong"], tokenizer.eos_token_id
+    chosen, chosen_ids = response.get("chosen"), response.get("chosen_ids")
+    best = min(problem["responses"], key=lambda r: r["wrong"] or 0)
+    if wrong and best["wrong"] < wrong:  # A1
+        chosen, chosen_ids = best["rejected"], best["rejected_ids"]
+    ended = kind != "rules" or ids[-1:] == [end]  # a rule ends no response
+    edits = ((edit_ops(ids, b), text, b)
+             for text in texts for b in [encode(text, ended, tokenizer)])
+    ops, edited, edited_ids = min(edits, key=lambda edit: len(edit[0]), default=[None] * 3)
+    if ops is None and chosen is None:  # with chosen: a pair for A6 alone
         return "editor: no edit"
+    if ops == [] and wrong != 0:
+        return "gate: the edit changes nothing"
+    if ops and len(ops) > args.max_edit_share * max(len(ids), len(edited_ids)):
+        return f"gate: the edit changes more than {args.max_edit_share:.0%}"
+    if ops and wrong and wrong_steps(edited, ended, problem) >= wrong:
+        return "gate: the edit is not better"
     chat = isinstance(problem["prompt"], list)
     message = lambda text: [{"role": "assistant", "content": text}] if chat and text else text
-    op, first, _ = ops[0] if ops else ["insert", None, None]
-    ends = [*accumulate(map(len, steps_of(ids, tokenizer)))] if ops else []
+    op, first, _ = ops[0] if ops else ["insert", 0, 0]
+    before = tokenizer.decode([token for token in ids[:first + 1] if token != end])
     return {**{column: problem[column] for column in ("id", "split", "prompt", "prompt_ids")},
             "chosen": message(chosen), "rejected": message(response["rejected"]),
             "edited": message(edited), "editor": response.get("editor") or kind,
             "rejected_ids": ids, "edited_ids": edited_ids, "edit_ops": ops,
-            "edit_distance": None if ops is None else len(ops),
-            "chosen_token_ids": None if chosen is None else encode(
-                chosen, response.get("chosen_ended", True), tokenizer),
+            "edit_distance": None if ops is None else len(ops), "chosen_token_ids": chosen_ids,
             "first_error": None if op == "insert" else first,  # what is missing stands nowhere
-            "first_wrong_step": min(len(ends), bisect_right(ends, first) + 1) if ops else None}
+            "first_wrong_step": max(1, len(STEP.findall(before))) if ops else None}
 
 def edit_responses(problems, kind, rules, args, tokenizer, drop):
     """B1: a row for every wrong response; B2: and for a right one, which is its own edit, with the
     probability with which a wrong one got a usable edit."""
-    jobs = [(problem, response) for problem in problems for response in problem["responses"]]
+    jobs = [(p, r) for p in problems for r in p["responses"]]
     wrong = [job for job in jobs if job[1]["wrong"] != 0]
-    results = [edit_row(*job, editor(kind, *job, rules), kind, args, tokenizer)
-               for job in tqdm(wrong, desc="edits")]
-    drop.update(reason for reason in results if isinstance(reason, str))
-    rows = [row for row in results if isinstance(row, dict)]
-    rng, usable = random.Random(args.seed), len(rows) / max(1, len(wrong))
-    return rows + [edit_row(problem, response, [response["rejected"]], kind, args, tokenizer)
-                   for problem, response in jobs if response["wrong"] == 0
-                   and "solution" in problem and rng.random() < usable]
+    rows, rng = [], random.Random(args.seed)
+    for job in tqdm(wrong, desc="edits"):
+        row = edit_row(*job, editor(kind, *job, rules), kind, args, tokenizer)
+        rows.append(row) if isinstance(row, dict) else drop.update([row])
+    usable = len(rows) / max(1, len(wrong))
+    return rows + [edit_row(p, r, [r["rejected"]], kind, args, tokenizer) for p, r in jobs
+                   if r["wrong"] == 0 and "solution" in p and rng.random() < usable]
 
 # --- The stage ---
 def report(rows, drop, tokenizer):
     """Three edits with [-deleted-] and {+inserted+} tokens, and what was dropped."""
     edited = [row for row in rows if row["edit_ops"]]
     for row in edited[:3]:
-        old, new = (token_texts(row[name], tokenizer) for name in ("rejected_ids", "edited_ids"))
-        for op, i, j in row["edit_ops"][::-1]:
-            if op != "insert":
-                old[i] = f"[-{old[i]}-]"
-            if op != "delete":
-                old.insert(i + (op == "replace"), f"{{+{new[j]}+}}")
+        old, new = map(tokenizer.convert_ids_to_tokens, (row["rejected_ids"], row["edited_ids"]))
+        for op, i, j in reversed(row["edit_ops"]):
+            a, b = i + (op != "insert"), j + (op != "delete")
+            old[i:a] = [f"[-{x}-]" for x in old[i:a]] + [f"{{+{x}+}}" for x in new[j:b]]
         print(f"{' '.join(plain(row, 'prompt').split())}\n    {''.join(old).strip()}")
     pairs = sum(row["chosen"] is not None for row in rows)
     print(f"{len(rows)} rows: {len(edited)} edits, {pairs} with a preferred response; "
@@ -466,15 +429,16 @@ def report(rows, drop, tokenizer):
 def read_rules(path):
     """Regular expression -> replacement, of the lines of a file, parted by a tab."""
     try:
-        lines = Path(path).read_text("utf-8").splitlines()
-        rules = dict(line.split("\t") for line in lines if line)
+        rules = dict(line.split("\t") for line in Path(path).read_text("utf-8").split("\n") if line)
         [re.sub(*rule, "") for rule in rules.items()]
-        return rules or fail(f"{path}: has no rules")
     except (OSError, ValueError, IndexError, re.error) as error:
         fail(f"{path}: lines of a regular expression, a tab and its replacement ({error})")
+    return rules or fail(f"{path}: has no rules")
 
-def prepare(args, drop):
-    """All that can be wrong with flags and data is said here, before the run folder is touched."""
+def main(args):
+    torch.manual_seed(args.seed)
+    run, drop = Path(args.run), Counter()
+    # all that can be wrong with flags and data is said before the run folder is touched
     kind, _, path = (args.editor or "").partition(":")
     rules = read_rules(path) if kind == "rules" else {}
     if args.data and not args.model:
@@ -486,25 +450,18 @@ def prepare(args, drop):
     if kind not in kinds:
         fail(f"--editor {kind}: what fits is {kinds}")
     model, tokenizer = open_policy(args) if args.model else small_policy(problems, args)
-    context = model.config.max_position_embeddings
-    short = [problem for problem in problems if encode_problem(problem, tokenizer) <= context]
-    drop["problem: longer than the model's context"] = len(problems) - len(short)
-    short = short or fail(f"{args.data}: no problem fits the model's context: {dict(drop)}")
-    return short, kind, rules, model, tokenizer
-
-def main(args):
-    torch.manual_seed(args.seed)
-    run, drop = Path(args.run), Counter()
-    problems, kind, rules, model, tokenizer = prepare(args, drop)
-    later = "reward_* ppo_* rlmec* rejection* dpo* 03_state.pt responses.jsonl eval.json *.html"
-    start_stage(args, "01", later)
-    train = [problem for problem in problems if problem["split"] == "train"]
+    model, context = model.to(args.device), model.config.max_position_embeddings
+    fit = ([problem for problem in problems if encode_problem(problem, tokenizer) <= context]
+           or fail(f"{args.data}: no problem fits the model's context of {context} tokens"))
+    drop["problem: longer than the model's context"] = len(problems) - len(fit)
+    start_stage(args, "01", "reward_* ppo_* rlmec* rejection* dpo* 03_state.pt responses.jsonl "
+                            "eval.json *.html")
+    train = [problem for problem in fit if problem["split"] == "train"]
     fine_tune(model, tokenizer, train, args)
     save(run / "policy", model, tokenizer)
     columns = "id split prompt prompt_ids solution solution_ids answer solutions rules".split()
-    save(run / "problems.jsonl", [{name: p[name] for name in columns if p.get(name)}
-                                  for p in problems])
-    used = train[:args.edit_prompts] + [p for p in problems if p["split"] != "train"]
+    save(run / "problems.jsonl", [{name: p[name] for name in columns if p.get(name)} for p in fit])
+    used = train[:args.edit_prompts] + [p for p in fit if p["split"] != "train"]
     add_responses(used, model, tokenizer, args)
     rows = (edit_responses(used, kind, rules, args, tokenizer, drop)
             or fail(f"no response has a usable edit: {dict(drop)}"))

@@ -2,7 +2,7 @@
 
 import json, random, re, shutil, timeit
 from collections import Counter, defaultdict
-from itertools import product
+from itertools import cycle, product
 from os.path import commonprefix
 from pathlib import Path
 
@@ -11,8 +11,12 @@ from conftest import one, rows_of
 
 @pytest.fixture
 def stage(tiny_run, tmp_path, monkeypatch, capsys):
-    """Run stage 1 on rows of data, or on a task of 13 prompts without SFT; edits.jsonl, printed."""
-    def call(rows=None, rules="", **flags):
+    """Run stage 1 on rows of data, or on a task of 13 prompts without SFT; edits.jsonl, printed.
+    The policy may say the given (text, ended)."""
+    def call(rows=None, rules="", says=None, **flags):
+        if says:
+            monkeypatch.setattr(one, "generate", lambda model, tokenizer, prompts, args: [
+                one.encode(*said, tokenizer) for said, _ in zip(cycle(says), prompts)])
         args = {"train_prompts": 8, "test_prompts": 4, "sft_steps": 0, "hidden_size": 16}
         if rows is not None:
             args = {"data": "data", "model": str(tiny_run / "policy")}
@@ -117,42 +121,37 @@ def test_right_is_what_the_labels_of_gsm8k_say(shared):
 
 @pytest.mark.parametrize("task, solutions, kinds", [("math", 1, 1), ("qa", 4, 3)])
 def test_tasks(task, solutions, kinds):
-    right, ops = 0, Counter()
+    right, ops, first = 0, Counter(), set()
     problems = one.make_problems(one.Args(task=task, train_prompts=260, test_prompts=32))
     for problem in problems:
-        wrong = [one.wrong_steps(text, True, problem) for text in problem["solutions"]]
-        assert wrong == [0] * solutions
-        text = problem["demonstration"]
-        right += not one.wrong_steps(text, True, problem)
-        words = [re.findall(r"\w+|\S", t) for t in (text, *problem["solutions"])]
-        ops.update(op for op, i, j in min((one.edit_ops(words[0], w) for w in words[1:]), key=len))
-        assert not re.search(r"\d\d", problem["prompt"] + text)        # digits stay single
-        assert task == "qa" or re.fullmatch(r"\d([+-]\d=\d;?){4}", text)
+        said, *texts = problem["demonstration"], *problem["solutions"]
+        assert [one.wrong_steps(text, True, problem) for text in texts] == [0] * solutions
+        right += not one.wrong_steps(said, True, problem)
+        words, *others = (re.findall(r"\w+|\S", text) for text in (said, *texts))
+        ops.update(op for op, i, j in min((one.edit_ops(words, w) for w in others), key=len))
+        first.add(commonprefix([said + ";", texts[0] + ";"]).count(";"))
+        assert not re.search(r"\d\d", problem["prompt"] + said)        # digits stay single
+        assert task == "qa" or re.fullmatch(r"\d([+-]\d=\d;?){4}", said)
     assert 80 < right < 220 and len(ops) == kinds and min(ops.values()) > 20
-    first = Counter(next(k for k, (a, b) in enumerate(zip(steps, right)) if a != b) for steps, right
-                    in ((p["demonstration"].split(";"), p["solution"].split(";"))
-                        for p in problems if task == "math") if steps != right)
-    assert task == "qa" or sorted(first) == [0, 1, 2, 3]           # every step can go wrong
+    assert task == "qa" or first == {0, 1, 2, 3, 4}                    # every step can go wrong
     assert len({problem["prompt"] for problem in problems}) == 300
 
 # --- A1, B1: rows, editors, gates ---
 def check_row(row, tokenizer):
     """What contract.md says of every row with an edit."""
-    ops, names = row["edit_ops"], ("rejected", "edited", "chosen")
-    for name, column in zip(names, ("rejected_ids", "edited_ids", "chosen_token_ids")):
-        text, ids = one.plain(row, name), row[column]
-        ended = bool(ids) and ids[-1] == tokenizer.eos_token_id
+    ops, old, new = row["edit_ops"], row["rejected_ids"], row["edited_ids"]
+    for name, ids in {"rejected": old, "edited": new, "chosen": row["chosen_token_ids"]}.items():
+        text, ended = one.plain(row, name), bool(ids) and ids[-1] == tokenizer.eos_token_id
         assert ids == (None if text is None else one.encode(text, ended, tokenizer))
-    assert apply(ops, row["rejected_ids"], row["edited_ids"]) == row["edited_ids"]
-    assert len(ops) == plain_distance(row["rejected_ids"], row["edited_ids"])
-    assert row["edit_distance"] == len(ops) and not {"margin", "chosen_ids"} & set(row)
+    assert apply(ops, old, new) == new and not {"margin", "chosen_ids"} & set(row)
+    assert row["edit_distance"] == len(ops) == plain_distance(old, new)
     assert row["first_error"] == (ops[0][1] if ops and ops[0][0] != "insert" else None)
 
 def test_rows_of_the_tiny_run(tiny_run, tokenizer):
-    rows, samples = rows_of(tiny_run / "problems.jsonl"), defaultdict(list)
-    assert Counter(row["split"] for row in rows) == {"train": 60, "test": 40, "val": 10}
-    assert len({row["prompt"] for row in rows}) == 110                 # the splits are disjoint
-    problems = {row["id"]: row for row in rows}
+    problems = {p["id"]: p for p in rows_of(tiny_run / "problems.jsonl")}
+    samples = defaultdict(list)
+    assert Counter(p["split"] for p in problems.values()) == {"train": 60, "test": 40, "val": 10}
+    assert len({p["prompt"] for p in problems.values()}) == 110        # the splits are disjoint
     for row in rows_of(tiny_run / "edits.jsonl"):
         check_row(row, tokenizer)
         problem, ended = problems[row["id"]], row["rejected_ids"][-1] == tokenizer.eos_token_id
@@ -176,26 +175,25 @@ def test_rows_of_the_tiny_run(tiny_run, tokenizer):
     ("3+2=5;-1=4;+4=8;-6=3", ["3+2=5;-1=4;+4=8;-6=4"], "m", "gate: the edit is not better"),
 ])
 def test_first_error_step_and_gates(text, texts, name, result):
-    problems = one.make_problems(one.Args(train_prompts=99))
-    tokenizer = one.small_policy(problems, one.Args(hidden_size=16))[1]
+    tokenizer = one.small_policy(one.make_problems(one.Args(train_prompts=99)), one.Args())[1]
     problem = {**MATH, "id": "a", "split": "train", "prompt": "3+2-1+4-6=", "prompt_ids": [3]}
     wrong = one.wrong_steps(text, True, problem)
-    response = {"rejected": text, "ended": True, "chosen": None, "wrong": wrong}
-    row = one.edit_row(problem, response, texts, name, one.Args(), tokenizer)
+    response = {"rejected": text, "wrong": wrong, "rejected_ids": one.encode(text, True, tokenizer)}
+    row = one.edit_row(problem | {"responses": [response]}, response, texts, name, one.Args(),
+                       tokenizer)
     if isinstance(row, dict):
         check_row(row, tokenizer)
-        (op, *_), *_ = row["edit_ops"] or [[None]]
+        op, *_ = [*row["edit_ops"], [None]][0]
         row = op, row["first_error"], row["first_wrong_step"]
     assert row == result
 
 @pytest.mark.parametrize("editor", ["oracle", "nearest"])
-def test_right_samples_are_rows_in_proportion(stage, monkeypatch, editor):
+def test_right_samples_are_rows_in_proportion(stage, editor):
     problems = one.make_problems(one.Args(train_prompts=175, test_prompts=20))
     texts = [text for k, p in enumerate(problems) for right in p["solutions"]
              for text in (right, ";;;;" if k % 2 else right[:-1] + str((int(right[-1]) + 1) % 10))]
-    monkeypatch.setattr(one, "generate", lambda model, tokenizer, *_: [
-        one.encode(text, True, tokenizer) for text in texts])
-    rows, shown = stage(editor=editor, train_prompts=175, test_prompts=20, max_edit_share=0.8)
+    rows, shown = stage(says=[(text, True) for text in texts], editor=editor, train_prompts=175,
+                        test_prompts=20, max_edit_share=0.8)
     right, edits = ([row for row in rows if bool(row["edit_ops"]) == b] for b in (False, True))
     assert len(edits) == 100 and "'gate: the edit changes more than 80%': 100" in shown
     assert 70 < len(right) < 130                     # 200, and half of the edits could be used
@@ -203,12 +201,10 @@ def test_right_samples_are_rows_in_proportion(stage, monkeypatch, editor):
     assert all(row["edit_ops"] == [["replace", 19, 19]] for row in edits)
     assert all(row["chosen"] == row["edited"] and row["editor"] == editor for row in edits)
 
-def test_rules_edit_samples_of_prompts_alone(stage, monkeypatch):
-    samples = [(" tea and soap", False), (" soap", True), (" tea", True)]
-    monkeypatch.setattr(one, "generate", lambda model, tokenizer, prompts, args: [
-        one.encode(*samples[k % 3], tokenizer) for k in range(len(prompts))])
+def test_rules_edit_samples_of_prompts_alone(stage):
+    says = [(" tea and soap", False), (" soap", True), (" tea", True)]
     data = [{"prompt": f"Ada {name}"} for name in one.PEOPLE]
-    rows, _ = stage(data, "soap\tsalt\n\nwine\tcheese\n", editor="rules:rules", samples=3)
+    rows, _ = stage(data, "soap\tsalt\n\nwine\tcheese\n", says, editor="rules:rules", samples=3)
     assert Counter((row["rejected"], row["edited"], 2 in row["edited_ids"]) for row in rows) == {
         (" tea and soap", " tea and salt", False): 30, (" soap", " salt", True): 30}   # one ended
     assert {(row["chosen"], row["editor"]) for row in rows} == {(" tea", "rules")}
@@ -248,10 +244,9 @@ def test_nearest_on_gsm8k(stage, shared):
     model = str(shared / "models" / "stories260K")
     rows, shown = stage([*data, {**data[0], "answer": "no such"}], model=model)
     assert "'row: its solution does not end in its answer': 1" in shown
-    right = {}
+    right = {row["prompt"]: [row["solution"]] for row in data}
     for row in data:
-        texts = right.setdefault(row["prompt"], [row["solution"]])
-        texts += [row["response"]] * row["is_correct"]
+        right[row["prompt"]] += [row["response"]] * row["is_correct"]
     tokenizer = one.AutoTokenizer.from_pretrained(model)
     for row in rows:
         check_row(row, tokenizer)
