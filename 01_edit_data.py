@@ -58,16 +58,16 @@ def edit_ops(a, b):
     n = min(len(a), len(b))
     start = int(np.append(a[:n] != b[:n], True).argmax())      # the common beginning is kept
     a, b = a[start:], b[start:]
-    column = np.arange(len(b) + 1)
+    column, differ = np.arange(len(b) + 1), a[:, None] != b
     D = np.add.outer(np.arange(len(a) + 1), column)
     # D[i, j] = min(D[i-1, j] + 1, D[i-1, j-1] + [a_i != b_j], D[i, j-1] + 1)
     for i in range(1, len(a) + 1):
-        D[i, 1:] = np.minimum(D[i - 1, 1:] + 1, D[i - 1, :-1] + (b != a[i - 1]))
+        D[i, 1:] = np.minimum(D[i - 1, 1:] + 1, D[i - 1, :-1] + differ[i - 1])
         # insertions run along the row: D[i, j] = min over k <= j of D[i, k] + j - k
         D[i] = np.minimum.accumulate(D[i] - column) + column
     i, j, ops = len(a), len(b), []
     while i or j:                                              # back from the last cell
-        op = ("keep" if i and j and a[i - 1] == b[j - 1] else
+        op = ("keep" if i and j and not differ[i - 1, j - 1] else
               "delete" if i and D[i, j] == D[i - 1, j] + 1 else
               "insert" if j and D[i, j] == D[i, j - 1] + 1 else "replace")
         i -= op != "insert"
@@ -220,6 +220,11 @@ def generate(model, tokenizer, prompts, args, temperature=1.0):
         rows += model.generate(**inputs.to(args.device))[:, P:].tolist()
     return [row[:row.index(end) + 1] if end in row else row for row in rows]
 
+def token_texts(ids, tokenizer):
+    """The text that each token adds to the ones before it, spaces included."""
+    texts = tokenizer.batch_decode([ids[:k] for k in range(len(ids) + 1)])
+    return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
+
 # B2: the fixed words in the prompts of the generative model; a small policy has a token for each
 INSTRUCTIONS = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
                 "rewrite": "\nCorrected attempt:\n", "locate": "\nFirst wrong step:\n"}
@@ -337,7 +342,7 @@ def encode_problem(problem, tokenizer):
         fail(f"{problem['place']}: the model's chat template does not take the prompt ({error})")
     problem["prompt_ids"] = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
     for row in [problem, *problem["responses"]]:
-        for name in ("solution", "demonstration", "rejected", "chosen"):
+        for name in ("solution", "demonstration", "rejected", "chosen", "edited"):
             if row.get(name):
                 row[f"{name}_ids"] = encode(row[name], True, tokenizer)
                 longest = max(longest, len(row[f"{name}_ids"]))
@@ -417,7 +422,7 @@ def report(rows, drop, tokenizer):
     """Three edits with [-deleted-] and {+inserted+} tokens, and what was dropped."""
     edited = [row for row in rows if row["edit_ops"]]
     for row in edited[:3]:
-        old, new = map(tokenizer.convert_ids_to_tokens, (row["rejected_ids"], row["edited_ids"]))
+        old, new = (token_texts(row[name], tokenizer) for name in ("rejected_ids", "edited_ids"))
         for op, i, j in reversed(row["edit_ops"]):
             a, b = i + (op != "insert"), j + (op != "delete")
             old[i:a] = [f"[-{x}-]" for x in old[i:a]] + [f"{{+{x}+}}" for x in new[j:b]]

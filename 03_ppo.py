@@ -191,16 +191,16 @@ def edit_ops(a, b):
     n = min(len(a), len(b))
     start = int(np.append(a[:n] != b[:n], True).argmax())      # the common beginning is kept
     a, b = a[start:], b[start:]
-    column = np.arange(len(b) + 1)
+    column, differ = np.arange(len(b) + 1), a[:, None] != b
     D = np.add.outer(np.arange(len(a) + 1), column)
     # D[i, j] = min(D[i-1, j] + 1, D[i-1, j-1] + [a_i != b_j], D[i, j-1] + 1)
     for i in range(1, len(a) + 1):
-        D[i, 1:] = np.minimum(D[i - 1, 1:] + 1, D[i - 1, :-1] + (b != a[i - 1]))
+        D[i, 1:] = np.minimum(D[i - 1, 1:] + 1, D[i - 1, :-1] + differ[i - 1])
         # insertions run along the row: D[i, j] = min over k <= j of D[i, k] + j - k
         D[i] = np.minimum.accumulate(D[i] - column) + column
     i, j, ops = len(a), len(b), []
     while i or j:                                              # back from the last cell
-        op = ("keep" if i and j and a[i - 1] == b[j - 1] else
+        op = ("keep" if i and j and not differ[i - 1, j - 1] else
               "delete" if i and D[i, j] == D[i - 1, j] + 1 else
               "insert" if j and D[i, j] == D[i, j - 1] + 1 else "replace")
         i -= op != "insert"
