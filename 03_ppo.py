@@ -353,9 +353,10 @@ def optimizer_step(optimizer, args):
     optimizer.step()
     optimizer.zero_grad()
 
-def share(rows):
-    """This process's rows; where none is left, one that must not count."""
-    return rows[RANK::WORLD] or rows[:1]
+def micro_batches(rows, args):
+    """Parts of the rows, each with this process's share: where none is left, one not to count."""
+    for part in batches(rows, args.micro_batch * WORLD):
+        yield part, part[RANK::WORLD] or part[:1]
 
 def gather(rows, size):
     """The rows of all processes, in the order of the `size` rows that they shared."""
@@ -363,11 +364,6 @@ def gather(rows, size):
     if WORLD > 1:
         dist.all_gather_object(parts, rows)
     return [parts[k % WORLD][k // WORLD] for k in range(size)]
-
-def summed(total):
-    """Statistics of a batch, of which every process has a part."""
-    parts = gather([total], WORLD)
-    return {name: sum(part[name] for part in parts) for name in total}
 
 def streams(args, number):
     """Seeds of an update: the returned generator is equal on all processes, torch's is not."""
@@ -400,49 +396,61 @@ def save_state(run, args, models, optimizer, **place):
 @torch.no_grad()
 def sample(model, prompts, tokenizer, args, temperature):
     """Draw a response to each prompt (ids) from pi(a_t | s_t), with its end token; 0: likeliest."""
-    if len(prompts) > args.micro_batch * WORLD or not prompts:
-        return [row for part in batches(prompts, args.micro_batch * WORLD)
-                for row in sample(model, part, tokenizer, args, temperature)]
-    mine, limit = share(prompts), model.config.max_position_embeddings - max(map(len, prompts))
-    responses, running, cache = [[] for _ in mine], list(range(len(mine))), None
-    inputs, _ = pack(mine, responses, model)
-    ids, mask, position = inputs.values()
-    for _ in range(min(args.max_new_tokens, limit)):
-        output = model(input_ids=ids, attention_mask=mask, position_ids=position,
-                       past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits, cache = output.logits[:, -1].float(), output.past_key_values
-        tokens = logits.argmax(dim=1)
-        if temperature:                                        # the token in whose share u falls
-            shares = (logits / temperature).softmax(dim=1).cumsum(dim=1)
-            u = torch.rand(len(tokens), 1, device=args.device) * shares[:, -1:]
-            tokens = torch.searchsorted(shares, u, right=True)[:, 0].clamp(max=shares.shape[1] - 1)
-        for row, token in zip(running, tokens.tolist()):
-            responses[row].append(token)
-        going = [k for k, row in enumerate(running) if responses[row][-1] != tokenizer.eos_token_id]
-        if not any(gather([going], WORLD)):                    # processes stop together
-            break
-        running, kept = [running[k] for k in going], torch.tensor(going or [0], device=args.device)
-        if len(kept) < len(tokens):                            # who has ended leaves the batch
-            cache.batch_select_indices(kept)
-        ids, position = tokens[kept, None], position[kept, -1:] + 1
-        mask = torch.cat([mask[kept], torch.ones_like(ids)], dim=1)
-    return gather(responses, len(prompts))
+    drawn = []
+    for part, mine in micro_batches(prompts, args):
+        responses, cache = [[] for _ in mine], None
+        running, limit = responses, model.config.max_position_embeddings - max(map(len, part))
+        ids, mask, position = pack(mine, responses, model)[0].values()
+        for _ in range(min(args.max_new_tokens, limit)):
+            output = model(input_ids=ids, attention_mask=mask, position_ids=position,
+                           past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits, cache = output.logits[:, -1].float(), output.past_key_values
+            tokens = logits.argmax(dim=1)
+            if temperature:                                    # the token in whose share u falls
+                shares = (logits / temperature).softmax(dim=1).cumsum(dim=1)
+                u = torch.rand(len(tokens), 1, device=args.device) * shares[:, -1:]
+                tokens = (shares[:, :-1] <= u).sum(dim=1)
+            for row, token in zip(running, tokens.tolist()):
+                row.append(token)
+            going = [k for k, row in enumerate(running) if row[-1] != tokenizer.eos_token_id]
+            if not any(gather([going], WORLD)):                # processes stop together
+                break
+            running, kept = [running[k] for k in going], tokens.new_tensor(going or [0])
+            if len(kept) < len(tokens):                        # who has ended leaves the batch
+                cache.batch_select_indices(kept)
+            ids, position = tokens[kept, None], position[kept, -1:] + 1
+            mask = torch.cat([mask[kept], torch.ones_like(ids)], dim=1)
+        drawn += gather(responses, len(part))
+    return drawn
 
 @torch.no_grad()
 def read(function, model, prompts, responses, args, *more):
     """function(model, inputs, mask, *more) of all rows, a micro-batch at a time, as (B, T)."""
     rows = []
-    for part in batches([*zip(prompts, responses)], args.micro_batch * WORLD):
-        inputs, mask = pack(*zip(*share(part)), model)
+    for part, mine in micro_batches([*zip(prompts, responses)], args):
+        inputs, mask = pack(*zip(*mine), model)
         values = function(model, inputs, mask, *more)
         rows += gather([x[m].cpu() for x, m in zip(values, mask)], len(part))
     return pad_sequence(rows, True).to(args.device)
 
-def right_responses(responses, problems, tokenizer):
-    """Which responses (ids) are right?"""
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return [wrong_steps(text, row[-1:] == [tokenizer.eos_token_id], problem) == 0
-            for text, row, problem in zip(texts, responses, problems)]
+def gradient_step(losses, rows, optimizer, args):
+    """One step on a batch. losses(rows, some of them) yields by name their part of each loss, a
+    tensor whose activations go before the next one's come, and of each statistic, a number."""
+    total = Counter()
+    for part, mine in micro_batches(rows, args):
+        for name, x in losses(rows, mine):
+            if torch.is_tensor(x):
+                (x * (RANK < len(part))).backward()
+                x = x.item()
+            total[name] += x * (RANK < len(part))
+    optimizer_step(optimizer, args)
+    parts = gather([total], WORLD)
+    return {name: sum(part[name] for part in parts) for name in total}
+
+def is_right(ids, problem, tokenizer):
+    """Is a response (ids) to a problem right?"""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return wrong_steps(text, ids[-1:] == [tokenizer.eos_token_id], problem) == 0
 
 def validate(policy, reference, problems, tokenizer, args):
     """KL(policy, reference), the mean of sum_t log pi - log pi_ref; right responses, if known."""
@@ -486,28 +494,19 @@ def rollout(kind, models, prompts, tokenizer, scale, args):
     return row, inputs, {"mask": mask, "old_logprobs": logprobs, "old_values": values,
                          "returns": returns, "advantages": masked_whiten(advantages, mask)}
 
-def minibatch_step(models, optimizer, inputs, batch, rows, args):
-    """One optimiser step of A9 on some rows of a rollout; means over the N response tokens."""
-    N, total = batch["mask"][rows].sum().item(), Counter()
-    clip = 0.2 if args.clip is None else args.clip
-    for some in batches(rows, args.micro_batch * WORLD):
-        mine = share(some)
-        part = {name: x[mine] for name, x in batch.items()}
-        part_inputs = {name: x[mine] for name, x in inputs.items()}
-        mask, old_logprobs = part["mask"] * (RANK < len(some)), part["old_logprobs"]
-        logprobs = response_logprobs(models["policy"], part_inputs, mask, args.temperature)
-        loss = policy_loss(logprobs, old_logprobs, part["advantages"], mask, clip, N)
-        loss.backward()                                        # its activations go before V's come
-        values = token_values(models["value"], part_inputs, mask)
-        loss_v = value_loss(values, part["old_values"], part["returns"], mask, clip, N)
-        loss_v.backward()
-        logratio = (logprobs - old_logprobs).detach()
-        change = logratio.exp() - 1
-        total.update(policy_loss=loss.item(), value_loss=loss_v.item(),
-                     approx_kl=((change - logratio) * mask).sum().item() / N,  # Schulman's k3
-                     clipfrac=((change.abs() > clip) * mask).sum().item() / N)
-    optimizer_step(optimizer, args)
-    return summed(total)
+def ppo_losses(models, inputs, batch, rows, mine, args):
+    """A9 of some rows of a minibatch of a rollout; means over the minibatch's N tokens."""
+    N, clip = batch["mask"][rows].sum().item(), 0.2 if args.clip is None else args.clip
+    inputs, part = ({name: x[mine] for name, x in whole.items()} for whole in (inputs, batch))
+    mask, old_logprobs = part["mask"], part["old_logprobs"]
+    logprobs = response_logprobs(models["policy"], inputs, mask, args.temperature)
+    yield "policy_loss", policy_loss(logprobs, old_logprobs, part["advantages"], mask, clip, N)
+    values = token_values(models["value"], inputs, mask)
+    yield "value_loss", value_loss(values, part["old_values"], part["returns"], mask, clip, N)
+    logratio = (logprobs - old_logprobs).detach()
+    change = logratio.exp() - 1
+    yield "approx_kl", ((change - logratio) * mask).sum().item() / N           # Schulman's k3
+    yield "clipfrac", ((change.abs() > clip) * mask).sum().item() / N
 
 def open_models(kind, run, args):
     """The four models of PPO; policy, reference and value model start from the SFT policy."""
@@ -530,7 +529,8 @@ def ppo(kind, lr, problems, tokenizer, run, args):
         size = args.rollout_batch              # with replacement, the same prompts for both rewards
         prompts = [row["prompt_ids"] for row in rng.choices(problems, k=size)]
         row, inputs, batch = rollout(kind, models, prompts, tokenizer, scale, args)
-        steps = [minibatch_step(models, optimizer, inputs, batch, rows, args)
+        losses = lambda rows, mine: ppo_losses(models, inputs, batch, rows, mine, args)
+        steps = [gradient_step(losses, rows, optimizer, args)
                  for _ in range(args.ppo_epochs)
                  for rows in batches(rng.sample(range(size), size), args.minibatch)]
         row.update({name: float(np.mean([step[name] for step in steps])) for name in steps[0]})
@@ -539,54 +539,49 @@ def ppo(kind, lr, problems, tokenizer, run, args):
     return models, optimizer, args.updates, update
 
 # --- The off-line methods: RLMEC, rejection sampling, DPO ---
-def rewrite(grm, wrong, tokenizer, args, drop):
-    """B4: the GRM locates the first wrong step of a wrong sample, keeps the steps before it and
-    writes the rest anew, as `rewrite_ids`. Where that is wrong, the sample is dropped."""
-    located = []
+def rewrite(grm, wrong, tokenizer, args):
+    """B4, of each wrong sample: the GRM locates the first wrong step, keeps the steps before it and
+    writes the rest anew, as `rewrite_ids`; `fate` says what came of it."""
     answers = sample(grm, [row["locate_prompt"] for row in wrong], tokenizer, args, 0.0)
     for row, answer in zip(wrong, answers):
         steps = steps_of(row["response_ids"], tokenizer)
         labels = [words(f"[{k}]", tokenizer) for k in range(1, len(steps) + 1)]
+        row["fate"] = "the locator names no step"
         if answer[:-1] in labels:                              # its last token is the end
-            located.append({**row, "kept": sum(steps[:labels.index(answer[:-1])], [])})
-    prompts = [row["grm_prompt"] + row["kept"] for row in located]
+            row.update(fate="located", rewrite_ids=sum(steps[:labels.index(answer[:-1])], []))
+    located = [row for row in wrong if row["fate"] == "located"]
+    prompts = [row["rewrite_prompt"] + row["rewrite_ids"] for row in located]
     for row, ending in zip(located, sample(grm, prompts, tokenizer, args, 0.0)):
-        row["rewrite_ids"] = row["kept"] + ending
-    right = right_responses([row["rewrite_ids"] for row in located],
-                            [row["problem"] for row in located], tokenizer)
-    drop["the locator names no step"] = len(wrong) - len(located)
-    drop["the rewrite is wrong"] = right.count(False)
-    return [row for row, good in zip(located, right) if good]
+        row["rewrite_ids"] += ending
+        good = is_right(row["rewrite_ids"], row, tokenizer)
+        row["fate"] = "rewritten" if good else "the rewrite is wrong"
 
 def collect(policy, grm, problems, tokenizer, args):
-    """B8: one sample a problem, rewarded (B3), rewritten (B4) and aligned (B6) once: dictionaries
-    with ids as they were sampled, old_logprobs and rewards (T,), gamma (T~,)."""
+    """B8: one sample a problem, rewarded (B3), rewritten (B4) and aligned (B6) once: rows of
+    problems with ids as they were sampled, old_logprobs and rewards (T,), gamma (T~,)."""
     prompts = [problem["prompt_ids"] for problem in problems]
-    responses = sample(policy, prompts, tokenizer, args, args.temperature)
-    samples = [{"problem": problem, "prompt_ids": problem["prompt_ids"], "response_ids": ids,
-                "right": good, "rewrite_ids": ids,
-                "grm_prompt": grm_prompt("rewrite", problem, ids, tokenizer),
-                "locate_prompt": [] if good else grm_prompt("locate", problem, ids, tokenizer)}
-               for problem, ids, good in zip(
-                   problems, responses, right_responses(responses, problems, tokenizer))]
-    fitting = [row for row in samples if grm.config.max_position_embeddings >= len(
-        row["response_ids"]) + max(len(row["grm_prompt"]), len(row["locate_prompt"]))]
-    drop = Counter({"it exceeds the GRM's context": len(samples) - len(fitting)})
-    right, wrong = ([row for row in fitting if row["right"] == good] for good in (True, False))
-    rewritten = rewrite(grm, wrong, tokenizer, args, drop)
-    print(f"{len(samples)} sampled: {len(right)} right, {len(rewritten)} wrong and rewritten, "
-          f"dropped: {dict(+drop)}")
-    samples = right + rewritten or fail("the GRM could rewrite no sample; train it longer")
-    column = lambda name: [row[name] for row in samples]
-    rows = column("response_ids"), args
-    logprobs = read(response_logprobs, policy, column("prompt_ids"), *rows, args.temperature)
-    probabilities = read(response_logprobs, grm, column("grm_prompt"), *rows).exp()
-    is_right = torch.tensor(column("right"), device=args.device)
-    rewards = generative_rewards(probabilities, is_right, 1)   # B3; padding is cut off below
-    for k, row in enumerate(samples):
+    responses, samples = sample(policy, prompts, tokenizer, args, args.temperature), []
+    for problem, ids in zip(problems, responses):
+        right = is_right(ids, problem, tokenizer)
+        asked = {f"{task}_prompt": grm_prompt(task, problem, ids, tokenizer)
+                 for task in (("rewrite",) if right else ("rewrite", "locate"))}
+        fits = len(ids) + max(map(len, asked.values())) <= grm.config.max_position_embeddings
+        fate = "it exceeds the GRM's context" if not fits else "right" if right else "wrong"
+        samples.append({**problem, **asked, "response_ids": ids, "rewrite_ids": ids, "fate": fate})
+    rewrite(grm, [row for row in samples if row["fate"] == "wrong"], tokenizer, args)
+    print(f"{len(samples)} sampled:", dict(Counter(row["fate"] for row in samples)))
+    samples = [row for fate in ("right", "rewritten") for row in samples if row["fate"] == fate]
+    prompts, asked, responses, fates = zip(*(
+        [row[name] for name in ("prompt_ids", "rewrite_prompt", "response_ids", "fate")]
+        for row in samples or fail("the GRM could rewrite no sample; train it longer")))
+    logprobs = read(response_logprobs, policy, prompts, responses, args, args.temperature)
+    probabilities = read(response_logprobs, grm, asked, responses, args).exp()
+    right = torch.tensor([fate == "right" for fate in fates], device=args.device)
+    rewards = generative_rewards(probabilities, right, 1)      # B3; padding is cut off below
+    for row, old, r in zip(samples, logprobs, rewards):
         T = len(row["response_ids"])
         gamma = imitation_weights(row["response_ids"], row["rewrite_ids"]).to(args.device)
-        row.update(old_logprobs=logprobs[k, :T], rewards=rewards[k, :T], gamma=gamma)
+        row.update(old_logprobs=old[:T], rewards=r[:T], gamma=gamma)
     return samples
 
 def pairs_of(method, run, reference, args):
@@ -603,7 +598,7 @@ def pairs_of(method, run, reference, args):
     return [dict(zip(("prompt_ids", "better_ids", "worse_ids", "ref_better", "ref_worse"), row))
             for row in zip(prompts, better, worse, *refs)]
 
-def offline_loss(method, policy, rows, batch, args):
+def offline_loss(method, policy, batch, rows, args):
     """The part of a batch's loss that some of its rows add, and what else to log."""
     column = lambda name: [row[name] for row in rows]
     logprobs = lambda name, temperature=1.0: response_logprobs(
@@ -611,20 +606,22 @@ def offline_loss(method, policy, rows, batch, args):
     if method.startswith("dpo"):
         w, l = (logprobs(name).sum(dim=1) for name in ("better_ids", "worse_ids"))
         ref_w, ref_l = (torch.stack(column(name)) for name in ("ref_better", "ref_worse"))
-        return {"loss": dpo_loss(w, l, ref_w, ref_l, args.dpo_beta, len(batch)),              # C1
-                "logprob_better": (w - ref_w).sum() / len(batch),
-                "logprob_worse": (l - ref_l).sum() / len(batch)}
+        yield "loss", dpo_loss(w, l, ref_w, ref_l, args.dpo_beta, len(batch))                 # C1
+        yield "logprob_better", ((w - ref_w).sum() / len(batch)).item()
+        yield "logprob_worse", ((l - ref_l).sum() / len(batch)).item()
+        return
     M = sum(len(row["rewrite_ids"]) for row in batch)
     if method == "rejection":                                  # its rows are right as they are
-        return {"loss": imitation_loss(logprobs("response_ids"), 1.0, M)}                     # C2
-    old_logprobs, rewards, gamma = (
-        pad_sequence(column(name), True) for name in ("old_logprobs", "rewards", "gamma"))
-    loss = args.imitation_weight * imitation_loss(logprobs("rewrite_ids"), gamma, M)          # B6
+        loss = imitation_loss(logprobs("response_ids"), 1.0, M)                               # C2
+    else:
+        gamma = pad_sequence(column("gamma"), True)
+        loss = args.imitation_weight * imitation_loss(logprobs("rewrite_ids"), gamma, M)      # B6
     if method == "rlmec":
         N = sum((row["rewards"] != 0).sum().item() for row in batch)
-        loss = loss + rlmec_loss(logprobs("response_ids", args.temperature), old_logprobs,    # B7
-                                 rewards, 0.3 if args.clip is None else args.clip, N)         # B5
-    return {"loss": loss}
+        old, rewards = (pad_sequence(column(name), True) for name in ("old_logprobs", "rewards"))
+        loss = loss + rlmec_loss(logprobs("response_ids", args.temperature), old, rewards,    # B7
+                                 0.3 if args.clip is None else args.clip, N)                  # B5
+    yield "loss", loss
 
 def offline(method, lr, rows, reference, run, args):
     """B8: as `ppo`, of three passes over rows that were made once; an update is one step."""
@@ -635,15 +632,11 @@ def offline(method, lr, rows, reference, run, args):
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * len(plan)), len(plan))
 
     def update(number, _):
-        batch, total = plan[number - 1], Counter()
-        for part in batches(batch, args.micro_batch * WORLD):
-            numbers = offline_loss(method, policy, share(part), batch, args)
-            (numbers["loss"] * (RANK < len(part))).backward()
-            total.update({name: x.item() * (RANK < len(part)) for name, x in numbers.items()})
-        optimizer_step(optimizer, args)
+        losses = lambda batch, mine: offline_loss(method, policy, batch, mine, args)
+        row = gradient_step(losses, plan[number - 1], optimizer, args)
         schedule.last_epoch = number - 1                       # of a run that goes on, too
         schedule.step()
-        return {"episodes": len(rows), **summed(total)}
+        return {"episodes": len(rows), **row}
 
     return {"policy": policy, "reference": reference}, optimizer, len(plan), update
 
