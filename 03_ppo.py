@@ -1,8 +1,7 @@
-"""Stage 3: PPO with a reward on every token, beside ordinary PPO with one a response; RLMEC; and
-the baselines DPO and rejection sampling.
+"""Stage 3: PPO with a reward on every token, or one a response; RLMEC; DPO; rejection sampling.
 
 Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, 2401.06081): A7 to A9, B3 to
-B8, E1; and C1 (DPO, Rafailov et al., 2023), C2 (rejection sampling).
+B8, E1; C1 (DPO, Rafailov et al., 2023), C2 (rejection sampling).
     symbol        variable                     shape
     a_t           input_ids[:, -T:]            (B, T)   response tokens, the end token included
     pi, pi_old    logprobs, old_logprobs       (B, T)   log pi(a_t | s_t)
@@ -16,8 +15,7 @@ One index convention, for a prompt p1 p2 and a response a1 a2 a3, all in columns
     logits of             .    a1   a2   a3   .       log-prob and value of a1 are read at p2,
     reward of                       a1   a2   a3      its reward is read at a1 itself.
 Simplified against the papers:
-  1. GAE is kept with token rewards, our reading; --lam 1 or 0 are the alternatives. A response
-     that did not end is treated as terminal.
+  1. GAE is kept with token rewards, our reading; a response that did not end counts as terminal.
   2. The value model is a second model, started from the SFT policy, for both kinds of reward.
   3. Rewards are divided by the standard deviation of a response's total reward (stage 2); the
      sequence reward is centred first, because A6 knows it only up to a constant.
@@ -65,9 +63,9 @@ METHODS = {"ppo_token": ("token", 1e-4), "ppo_sequence": ("sequence", 1e-4),   #
 class Args:
     run: str = HfArg(default="runs/default", help="run folder")
     seed: int = HfArg(default=1, help="seed of prompts and samples")
-    overwrite: bool = HfArg(default=False, help="remove what stage 4 made of the old policies")
+    overwrite: bool = HfArg(default=False, help="remove stage 4's outputs")
     method: Literal[("all", "all_baselines", *METHODS)] = HfArg(default="all", help="to train")
-    updates: int = HfArg(default=16, help="rollouts; the off-line methods draw all at once")
+    updates: int = HfArg(default=16, help="rollouts; off-line: drawn at once")
     rollout_batch: int = HfArg(default=256, help="responses sampled an update")
     ppo_epochs: int = HfArg(default=2, help="A9: passes over a rollout")
     minibatch: int = HfArg(default=64, help="responses an optimiser step")
@@ -81,8 +79,8 @@ class Args:
     temperature: float = HfArg(default=1.0, help="of samples and of A7, A9, B5")
     max_new_tokens: int = HfArg(default=48, help="longest response, in tokens")
     micro_batch: int = HfArg(default=256, help="rows of a forward pass, at most")
-    bf16: bool = HfArg(default=False, help="autocast to bfloat16; the weights stay float32")
-    save_every: int = HfArg(default=10, help="updates after which a killed run can go on")
+    bf16: bool = HfArg(default=False, help="autocast; the weights stay float32")
+    save_every: int = HfArg(default=10, help="updates between saved states")
     fsdp: bool = HfArg(default=False, help="shard the models over torchrun's processes")
     device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="device")
 
@@ -130,7 +128,7 @@ def masked_whiten(x, mask):
 
 def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip, N):
     """A9: -(1/N) sum_t min(rho_t A^_t, clip(rho_t, 1-eps, 1+eps) A^_t), all (B, T); N: response
-    tokens of the whole minibatch, of which these rows may be a part."""
+    tokens of the whole minibatch."""
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return -(torch.min(ratio * advantages, clipped * advantages) * response_mask).sum() / N
@@ -149,9 +147,8 @@ def generative_rewards(probabilities, is_right, response_mask):
 
 def rlmec_loss(logprobs, old_logprobs, rewards, clip, N):
     """B5: -(1/N) sum_t w_t log pi(a_t | s_t), all (B, T), rewards 0 outside the response, with
-    w_t = stopgrad[min(rho_t r_t, clip(rho_t, 1-eps, 1+eps) r_t)]; N: tokens with r_t != 0 of the
-    whole batch. Where PPO's clip stops the gradient, here the weight is clipped and log pi keeps
-    its gradient. No such token: 0, not 0/0."""
+    w_t = stopgrad[min(rho_t r_t, clip(rho_t, 1-eps, 1+eps) r_t)]; N: tokens of the batch with
+    r_t != 0, or 1. Unlike PPO's, this clip leaves log pi its gradient."""
     ratio = torch.exp(logprobs - old_logprobs)
     weights = torch.min(ratio * rewards, ratio.clamp(1 - clip, 1 + clip) * rewards).detach()
     return -(weights * logprobs).sum() / max(N, 1)
@@ -387,10 +384,10 @@ def read_state(path, args):
 def save_state(path, args, models, optimizer, **place):
     """Weights, optimiser, method and log: written aside, then renamed."""
     weights, moments = get_state_dict(models, optimizer, options=WHOLE)
+    part = Path(f"{path}.part")
     if RANK == 0:
-        torch.save({"args": vars(args), "weights": weights, "moments": moments, **place},
-                   f"{path}.part")
-        Path(f"{path}.part").replace(path)
+        torch.save({"args": vars(args), "weights": weights, "moments": moments, **place}, part)
+        part.replace(path)
 
 # --- Sampling ---
 @torch.no_grad()
@@ -523,17 +520,16 @@ def ppo(kind, models, optimizer, problems, scale, rng, tokenizer, args):
 def rewrite(grm, wrong, tokenizer, args):
     """B4: the GRM locates the first wrong step of each wrong sample, keeps the steps before it and
     writes the rest anew, as `rewrite_ids`; `fate` says what came of it."""
-    answers = sample(grm, column(wrong, "locate_prompt"), tokenizer, args, 0.0)
-    for row, answer in zip(wrong, answers):
+    labels, located = sample(grm, column(wrong, "locate_prompt"), tokenizer, args, 0.0), []
+    for row, label in zip(wrong, labels):
         steps, row["fate"] = steps_of(row["response_ids"], tokenizer), "the locator names no step"
         for k in range(len(steps)):
-            if answer[:-1] == words(f"[{k + 1}]", tokenizer):  # its last token is the end
-                row.update(fate="located", rewrite_ids=sum(steps[:k], []))
-    located = [row for row in wrong if row["fate"] == "located"]
-    prompts = [row["rewrite_prompt"] + row["rewrite_ids"] for row in located]
-    for row, ending in zip(located, sample(grm, prompts, tokenizer, args, 0.0)):
-        row["rewrite_ids"] += ending
-        good = is_right(row["rewrite_ids"], row, tokenizer)
+            if label[:-1] == words(f"[{k + 1}]", tokenizer):  # its last token is the end
+                located.append((row, sum(steps[:k], [])))
+    prompts = [row["rewrite_prompt"] + kept for row, kept in located]
+    for (row, kept), rest in zip(located, sample(grm, prompts, tokenizer, args, 0.0)):
+        row["rewrite_ids"] = kept + rest
+        good = is_right(kept + rest, row, tokenizer)
         row["fate"] = "rewritten" if good else "the rewrite is wrong"
 
 def collect(policy, grm, problems, tokenizer, args):
@@ -544,13 +540,13 @@ def collect(policy, grm, problems, tokenizer, args):
     for problem, ids in zip(problems, responses):
         fate = "right" if is_right(ids, problem, tokenizer) else "wrong"
         row = {**problem, "response_ids": ids, "rewrite_ids": ids, "fate": fate}
-        for task in ("rewrite", "locate")[:1 + (fate == "wrong")]:
+        for task in ("rewrite", "locate") if fate == "wrong" else ("rewrite",):
             row[f"{task}_prompt"] = grm_prompt(task, problem, ids, tokenizer)
             if len(row[f"{task}_prompt"] + ids) > grm.config.max_position_embeddings:
                 row["fate"] = "beyond the GRM's context"
         samples.append(row)
     rewrite(grm, [row for row in samples if row["fate"] == "wrong"], tokenizer, args)
-    print(f"{len(samples)} sampled:", dict(Counter(column(samples, "fate"))))
+    print("samples:", dict(Counter(column(samples, "fate"))))
     samples = [row for fate in ("right", "rewritten") for row in samples if row["fate"] == fate]
     samples = samples or fail("the GRM could rewrite no sample; train it longer")
     prompts, asked, responses = (column(samples, name) for name in (
@@ -591,28 +587,27 @@ def rows_of(method, problems, samples, reference, tokenizer, run, args):
             or fail(f"{method}: no sample is right"))
 
 def offline_loss(method, policy, args, batch, rows):
-    """The part of a batch's loss that some of its rows add, and what else to log."""
+    """C1, C2, B6 or B7: what some rows add to a batch's loss, and to what else is logged."""
     logprobs = lambda name, temperature=1.0: response_logprobs(
         policy, *pack(column(rows, "prompt_ids"), column(rows, name), policy), temperature)
     if method.startswith("dpo"):
         w, l = (logprobs(name).sum(dim=1) for name in ("better", "worse"))
         ref_w, ref_l = (torch.stack(column(rows, name)) for name in ("ref_better", "ref_worse"))
-        yield "loss", dpo_loss(w, l, ref_w, ref_l, args.dpo_beta, len(batch))  # C1
+        yield "loss", dpo_loss(w, l, ref_w, ref_l, args.dpo_beta, len(batch))
         yield "logprob_better", ((w - ref_w).sum() / len(batch)).item()
         yield "logprob_worse", ((l - ref_l).sum() / len(batch)).item()
         return
     M = sum(map(len, column(batch, "rewrite_ids")))
-    gamma, old_logprobs, rewards = (pad_sequence(column(rows, name), True)
-                                    for name in ("gamma", "old_logprobs", "rewards"))
-    if method == "rejection":  # C2, of rows that are right as they are
+    gamma, old, rewards = (pad_sequence(column(rows, name), True)
+                           for name in ("gamma", "old_logprobs", "rewards"))
+    if method == "rejection":  # its rows are right as they are
         loss = imitation_loss(logprobs("response_ids"), 1.0, M)
     else:
-        loss = args.imitation_weight * imitation_loss(logprobs("rewrite_ids"), gamma, M)  # B6
+        loss = args.imitation_weight * imitation_loss(logprobs("rewrite_ids"), gamma, M)
     if method == "rlmec":
-        N = sum(r.count_nonzero().item() for r in column(batch, "rewards"))
+        N = torch.cat(column(batch, "rewards")).count_nonzero().item()
         clip = 0.3 if args.clip is None else args.clip
-        loss = loss + rlmec_loss(logprobs("response_ids", args.temperature), old_logprobs,
-                                 rewards, clip, N)                                        # B5, B7
+        loss = loss + rlmec_loss(logprobs("response_ids", args.temperature), old, rewards, clip, N)
     yield "loss", loss
 
 # --- The stage ---
@@ -620,8 +615,9 @@ def validate(models, problems, tokenizer, args):
     """KL(policy, reference), the mean of sum_t log pi - log pi_ref; right responses, if known."""
     prompts = column(problems, "prompt_ids")
     responses = sample(models["policy"], prompts, tokenizer, args, args.temperature)
-    logprobs, ref_logprobs = (read(response_logprobs, models[name], prompts, responses, args,
-                                   args.temperature) for name in ("policy", "reference"))
+    rows = prompts, responses, args, args.temperature
+    logprobs, ref_logprobs = (read(response_logprobs, models[name], *rows)
+                              for name in ("policy", "reference"))
     row = {"val_kl": (logprobs - ref_logprobs).sum(dim=1).mean().item()}
     if {"solutions", "answer", "rules"} & {*problems[0]}:
         right = [is_right(ids, problem, tokenizer) for ids, problem in zip(responses, problems)]
@@ -630,23 +626,22 @@ def validate(models, problems, tokenizer, args):
 
 def train_policy(method, problems, samples, state, tokenizer, run, args):
     """The policy and the log of a method, a row an update; `state` is of a run that was killed."""
-    (kind, lr), on_policy, log = METHODS[method], method.startswith("ppo"), []
+    (kind, lr), log, on_policy = METHODS[method], [], method.startswith("ppo")
     train, val = ([row for row in problems if row["split"] == split] for split in ("train", "val"))
-    models = open_models(method, run, args)
-    rates = {"policy": lr if args.lr is None else args.lr, "value": args.value_lr}
-    trained = torch.nn.ModuleDict({name: models[name] for name in rates if name in models})
-    groups = [{"params": model.parameters(), "lr": rates[name]} for name, model in trained.items()]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    models, lr = open_models(method, run, args), lr if args.lr is None else args.lr
+    trained = torch.nn.ModuleDict({"policy": models["policy"]})
+    optimizer = torch.optim.AdamW(trained.parameters(), lr, (0.9, 0.95), weight_decay=0.0)
     if on_policy:
+        trained["value"] = models["value"]
+        optimizer.add_param_group({"params": models["value"].parameters(), "lr": args.value_lr})
         scale = json.loads((run / "reward_metrics.json").read_text())[kind]["scale"]
         plan = range(args.updates)
     else:  # B8: three passes, a batch an update
         rows = rows_of(method, train, samples, models["reference"], tokenizer, run, args)
         rng, size = streams(args, 0), args.minibatch
         plan = [x for _ in range(3) for x in batches(rng.sample(rows, len(rows)), size)]
-    updates = len(plan)
-    schedule = get_scheduler("constant" if on_policy else "cosine", optimizer,
-                             round(0.03 * updates), updates)
+    updates, shape = len(plan), "constant" if on_policy else "cosine"
+    schedule = get_scheduler(shape, optimizer, round(0.03 * updates), updates)
     if state.get("method") == method:
         log, schedule.last_epoch = state["log"], len(state["log"])
         print(f"{method}: goes on after update {len(log)}; to start again, remove 03_state.pt")

@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-from functools import partial
 
 import pytest, torch
 import torch.nn.functional as F
@@ -82,8 +81,8 @@ def test_first_rollout_and_its_micro_batches(tiny_run, tokenizer, kind, grads):
     assert row["kl"] == 0 and row["reward"] == row["score"] and not batch["old_values"].any()
     assert batch["advantages"].equal(three.masked_whiten(batch["returns"], batch["mask"]))  # V = 0
     stay = torch.optim.SGD([*models["policy"].parameters(), *models["value"].parameters()], 0.0)
+    losses = three.partial(three.ppo_loss, models, inputs, batch, args)
     for args.micro_batch in (256, 2):
-        losses = partial(three.ppo_loss, models, inputs, batch, args)
         step = three.gradient_step(losses, range(7), stay, args)
         assert abs(step["approx_kl"]) < 1e-7 and step["clipfrac"] == 0
     whole, parts = torch.cat(grads).chunk(2)                       # of the policy and of V
@@ -104,8 +103,8 @@ def chi_squared(tokens, probabilities):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_samples_follow_the_policy(policy, tokenizer, temperature):
     prompts = [[5, 6], [4, 9, 3, 7, 8]] * 2000                     # half of the rows are padded
-    args = three.Args(device="cpu", max_new_tokens=2)
-    rows = three.sample(policy, prompts, tokenizer, args, temperature)[::2]
+    rows = three.sample(policy, prompts, tokenizer, three.Args(device="cpu", max_new_tokens=2),
+                        temperature)[::2]
     share = lambda ids: (policy(torch.tensor([ids])).logits[0, -1] / temperature).softmax(-1)
     assert chi_squared([row[0] for row in rows], share([5, 6])) < 4
     a = Counter(row[0] for row in rows if row[0] != 2).most_common(2)[1][0]
@@ -122,11 +121,11 @@ def test_likeliest_samples_equal_one_by_one_without_a_cache(policy, tokenizer):
         assert three.sample(policy, prompts, tokenizer, args, 0.0) == expected
 
 def test_samples_fit_the_context_and_teacher_forcing_agrees(policy, tokenizer):
-    prompts, args = [[5, 6], [4, 9, 3, 7, 8], [3] * 20] * 20, three.Args(device="cpu")
+    prompts = [[5, 6], [4, 9, 3, 7, 8], [3] * 20] * 20
+    args = three.Args(device="cpu", micro_batch=25)
     responses = three.sample(policy, prompts, tokenizer, args, 1.0)
     assert max(map(len, responses)) == 4 and any(row[-1] == 2 for row in responses)
     assert all(2 not in row[:-1] and (row[-1] == 2 or len(row) == 4) for row in responses)
-    args.micro_batch = 25
     rows = three.read(three.response_logprobs, policy, prompts, responses, args, 0.5)
     for row, x, y in zip(rows, prompts, responses, strict=True):
         plain = plain_logprobs(policy, x, y, 0.5).tolist()
@@ -175,15 +174,14 @@ def test_b7_and_c2_of_single_rows(policy, tokenizer, method, tiny_run, monkeypat
             expected -= 3 * imitation.sum() / 7                    # M = 4 + 2 + 1
             expected -= (method == "rlmec") * (rewards * old).sum() / 4
         samples.append({"prompt_ids": prompt, "response_ids": response, "rewrite_ids": rewrite,
-                        "fate": "right" if response == rewrite else "rewritten", "rewards": rewards, "old_logprobs": old,
-                        "gamma": torch.tensor(gamma)})
+                        "fate": "right" if response == rewrite else "rewritten",
+                        "rewards": rewards, "old_logprobs": old, "gamma": torch.tensor(gamma)})
     monkeypatch.setattr(three, "open_model", lambda *_, **__: policy)
     monkeypatch.setattr(three, "collect", lambda *_: samples)
-    for micro_batch in (256, 2):
-        args = three.Args(lr=1e-30, temperature=0.5, imitation_weight=3.0,
-                          micro_batch=micro_batch, device="cpu")
-        _, log = three.train_policy(method, [{"split": "train", "solution_ids": [2]}], [], {},
-                                    tokenizer, tiny_run, args)
+    args = three.Args(lr=1e-30, temperature=0.5, imitation_weight=3.0, device="cpu")
+    problems = [{"split": "train", "solution_ids": [2]}]
+    for args.micro_batch in (256, 2):
+        _, log = three.train_policy(method, problems, [], {}, tokenizer, tiny_run, args)
         assert [row["loss"] for row in log] == pytest.approx([expected.item()] * 3, rel=1e-5)
     assert (grads[0] - grads[-1]).norm() < 1e-5 * grads[0].norm()
 
@@ -192,17 +190,14 @@ def test_c1_starts_at_log_2_raises_the_better_and_lowers_the_worse(tiny_run, met
     args = three.Args(device="cpu", run=str(tiny_run))
     policy = three.open_model(three.AutoModelForCausalLM, tiny_run / "policy", args)
     rows = three.pairs_of(method, policy, tiny_run, args)
-    edits = [row for row in rows_of(tiny_run / "edits.jsonl")
-             if row["split"] == "train" and row["chosen"] is not None]
     name = "edited_ids" if method == "dpo_edit" else "chosen_token_ids"
-    assert [row["better"] for row in rows] == [row[name] for row in edits]
-    rows = rows[:4]
-    losses = partial(three.offline_loss, method, policy, args, rows)
-    start = dict(losses(rows))
-    assert start["loss"].item() == pytest.approx(math.log(2), abs=1e-5)
-    assert start["logprob_better"] == pytest.approx(0, abs=1e-5)
-    part = dict(losses(rows[:1]))["loss"]
-    assert part.item() == pytest.approx(math.log(2) / 4, abs=1e-5)   # sums of 60 nats in float32
+    assert [row["better"] for row in rows] == [
+        row[name] for row in rows_of(tiny_run / "edits.jsonl")
+        if row["split"] == "train" and row["chosen"] is not None]
+    losses = three.partial(three.offline_loss, method, policy, args, rows := rows[:4])
+    start, part = dict(losses(rows)), dict(losses(rows[:1]))
+    seen = start["loss"].item(), start["logprob_better"], part["loss"].item()
+    assert seen == pytest.approx([math.log(2), 0, math.log(2) / 4], abs=1e-5)  # sums of 60 nats
     start["loss"].backward()
     torch.optim.SGD(policy.parameters(), 1e-3).step()
     after = dict(losses(rows))
@@ -224,7 +219,7 @@ def collect(tiny_run, tokenizer, monkeypatch):
 def test_collect_keeps_ids_and_the_steps_before_the_error(tokenizer, collect, monkeypatch):
     collect_of, grm, problems, seen, solution, right = collect
     start = len(sum(three.steps_of(solution, tokenizer)[:2], []))
-    wrong = solution[:start] + [solution[0]] + solution[start + 1:]
+    wrong = [*solution[:start], solution[0], *solution[start + 1:]]
     monkeypatch.setattr(three, "generative_rewards", lambda p, right, mask: p * mask)
     rows = collect_of([wrong, right], [tokenizer("[3]").input_ids + [2]], [solution[start:]])
     assert seen[1] == [three.grm_prompt("locate", problems[0], wrong, tokenizer)]

@@ -2,7 +2,6 @@
 of every loss. `worker.py die`: a rank that fails. `worker.py kill RUN`: a run killed five times."""
 
 import os, random, shutil, signal, sys, time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,12 +32,11 @@ def policies(tokenizer, fsdp):
     edits = three.read_jsonl(run / "edits.jsonl")[:7]
     prompts, responses = ([row[name] for row in edits] for name in ("prompt_ids", "rejected_ids"))
     scale, models = {"mean": 0.0, "std": 1.0}, three.open_models("ppo_token", run, args)
-    optimizer = torch.optim.SGD([{"params": models[name].parameters()}
-                                 for name in ("policy", "value")], 0.0)
+    groups = [{"params": [*models[name].parameters()]} for name in ("policy", "value")]
     three.sample = lambda *_: responses
     row, inputs, batch = three.rollout("token", models, prompts, tokenizer, scale, args)
-    losses = partial(three.ppo_loss, models, inputs, batch, args)
-    step = three.gradient_step(losses, range(7), optimizer, args)
+    losses = three.partial(three.ppo_loss, models, inputs, batch, args)
+    step = three.gradient_step(losses, range(7), torch.optim.SGD(groups, 0.0), args)
     grads.append(torch.tensor([*row.values(), *step.values(), *batch["advantages"].flatten()]))
     samples = [{"prompt_ids": x, "response_ids": y, "rewrite_ids": y, "gamma": torch.ones(len(y)),
                 "old_logprobs": torch.full((len(y),), -2.0),
@@ -46,9 +44,9 @@ def policies(tokenizer, fsdp):
                for k, (x, y) in enumerate(zip(prompts, responses))]
     pairs = three.pairs_of("dpo_edit", models["reference"], run, args)[:7]
     for method, rows in (("rlmec", samples), ("dpo_edit", pairs)):
-        losses = partial(three.offline_loss, method, models["policy"], args)
-        optimizer = torch.optim.SGD(models["policy"].parameters(), 0.0)
-        grads.append(torch.tensor([three.gradient_step(losses, rows, optimizer, args)["loss"]]))
+        losses = three.partial(three.offline_loss, method, models["policy"], args)
+        step = three.gradient_step(losses, rows, torch.optim.SGD(groups[:1], 0.0), args)
+        grads.append(torch.tensor([step["loss"]]))
 
 def start(name):
     """A child with a run of its own; its parent never ran a model, so that a fork is safe."""
