@@ -1,8 +1,7 @@
-"""Stage 3: PPO with a reward on every token, beside ordinary PPO with one a response; RLMEC; and
-the baselines DPO and rejection sampling.
+"""Stage 3: PPO with a reward on every token, or one a response; RLMEC; DPO; rejection sampling.
 
 Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, 2401.06081): A7 to A9, B3 to
-B8, E1; and C1 (DPO, Rafailov et al., 2023), C2 (rejection sampling).
+B8, E1; C1 (DPO, Rafailov et al., 2023), C2 (rejection sampling).
     symbol        variable                     shape
     a_t           input_ids[:, -T:]            (B, T)   response tokens, the end token included
     pi, pi_old    logprobs, old_logprobs       (B, T)   log pi(a_t | s_t)
@@ -16,8 +15,7 @@ One index convention, for a prompt p1 p2 and a response a1 a2 a3, all in columns
     logits of             .    a1   a2   a3   .       log-prob and value of a1 are read at p2,
     reward of                       a1   a2   a3      its reward is read at a1 itself.
 Simplified against the papers:
-  1. GAE is kept with token rewards, our reading; --lam 1 or 0 are the alternatives. A response
-     that did not end is treated as terminal.
+  1. GAE is kept with token rewards, our reading; a response that did not end counts as terminal.
   2. The value model is a second model, started from the SFT policy, for both kinds of reward.
   3. Rewards are divided by the standard deviation of a response's total reward (stage 2); the
      sequence reward is centred first, because A6 knows it only up to a constant.
@@ -30,7 +28,7 @@ import json, os, random, re, shutil, sys, time
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 from typing import Literal
@@ -46,7 +44,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm, trange
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, HfArgumentParser,
-                          get_cosine_schedule_with_warmup)
+                          get_scheduler)
 from transformers.hf_argparser import HfArg
 from transformers.utils import logging
 
@@ -55,18 +53,19 @@ logging.disable_progress_bar()
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-METHODS = {"ppo_token": ("reward_token", 1e-4), "ppo_sequence": ("reward_sequence", 1e-4),
-           "rlmec": ("reward_generative", 1e-3), "rlmec_imitation": ("reward_generative", 1e-3),
-           "rejection": ("reward_generative", 1e-3), "dpo": ("reward_token", 3e-5),
-           "dpo_edit": ("reward_token", 3e-5)}                 # what must be there; learning rate
+KINDS = {"token": AutoModelForTokenClassification, "sequence": AutoModelForSequenceClassification,
+         "generative": AutoModelForCausalLM}
+METHODS = {"ppo_token": ("token", 1e-4), "ppo_sequence": ("sequence", 1e-4),   # kind, learning rate
+           "rlmec": ("generative", 1e-3), "rlmec_imitation": ("generative", 1e-3),
+           "rejection": ("generative", 1e-3), "dpo": ("token", 3e-5), "dpo_edit": ("token", 3e-5)}
 
 @dataclass
 class Args:
     run: str = HfArg(default="runs/default", help="run folder")
     seed: int = HfArg(default=1, help="seed of prompts and samples")
-    overwrite: bool = HfArg(default=False, help="remove what stage 4 made of the old policies")
+    overwrite: bool = HfArg(default=False, help="remove stage 4's outputs")
     method: Literal[("all", "all_baselines", *METHODS)] = HfArg(default="all", help="to train")
-    updates: int = HfArg(default=16, help="rollouts; the off-line methods draw all at once")
+    updates: int = HfArg(default=16, help="rollouts; off-line: drawn at once")
     rollout_batch: int = HfArg(default=256, help="responses sampled an update")
     ppo_epochs: int = HfArg(default=2, help="A9: passes over a rollout")
     minibatch: int = HfArg(default=64, help="responses an optimiser step")
@@ -80,8 +79,8 @@ class Args:
     temperature: float = HfArg(default=1.0, help="of samples and of A7, A9, B5")
     max_new_tokens: int = HfArg(default=48, help="longest response, in tokens")
     micro_batch: int = HfArg(default=256, help="rows of a forward pass, at most")
-    bf16: bool = HfArg(default=False, help="autocast to bfloat16; the weights stay float32")
-    save_every: int = HfArg(default=10, help="updates after which a killed run can go on")
+    bf16: bool = HfArg(default=False, help="autocast; the weights stay float32")
+    save_every: int = HfArg(default=10, help="updates between saved states")
     fsdp: bool = HfArg(default=False, help="shard the models over torchrun's processes")
     device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="device")
 
@@ -129,7 +128,7 @@ def masked_whiten(x, mask):
 
 def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip, N):
     """A9: -(1/N) sum_t min(rho_t A^_t, clip(rho_t, 1-eps, 1+eps) A^_t), all (B, T); N: response
-    tokens of the whole minibatch, of which these rows may be a part."""
+    tokens of the whole minibatch."""
     ratio = torch.exp(logprobs - old_logprobs)
     clipped = ratio.clamp(1 - clip, 1 + clip)
     return -(torch.min(ratio * advantages, clipped * advantages) * response_mask).sum() / N
@@ -148,9 +147,8 @@ def generative_rewards(probabilities, is_right, response_mask):
 
 def rlmec_loss(logprobs, old_logprobs, rewards, clip, N):
     """B5: -(1/N) sum_t w_t log pi(a_t | s_t), all (B, T), rewards 0 outside the response, with
-    w_t = stopgrad[min(rho_t r_t, clip(rho_t, 1-eps, 1+eps) r_t)]; N: tokens with r_t != 0 of the
-    whole batch. Where PPO's clip stops the gradient, here the weight is clipped and log pi keeps
-    its gradient. No such token: 0, not 0/0."""
+    w_t = stopgrad[min(rho_t r_t, clip(rho_t, 1-eps, 1+eps) r_t)]; N: tokens of the batch with
+    r_t != 0, or 1. Unlike PPO's, this clip leaves log pi its gradient."""
     ratio = torch.exp(logprobs - old_logprobs)
     weights = torch.min(ratio * rewards, ratio.clamp(1 - clip, 1 + clip) * rewards).detach()
     return -(weights * logprobs).sum() / max(N, 1)
@@ -353,9 +351,10 @@ def optimizer_step(optimizer, args):
     optimizer.step()
     optimizer.zero_grad()
 
-def share(rows):
-    """This process's rows; where none is left, one that must not count."""
-    return rows[RANK::WORLD] or rows[:1]
+def micro_batches(rows, args):
+    """Parts of the rows, each with this process's share: where none is left, one not to count."""
+    for part in batches(rows, args.micro_batch * WORLD):
+        yield part, part[RANK::WORLD] or part[:1]
 
 def gather(rows, size):
     """The rows of all processes, in the order of the `size` rows that they shared."""
@@ -364,11 +363,6 @@ def gather(rows, size):
         dist.all_gather_object(parts, rows)
     return [parts[k % WORLD][k // WORLD] for k in range(size)]
 
-def summed(total):
-    """Statistics of a batch, of which every process has a part."""
-    parts = gather([total], WORLD)
-    return {name: sum(part[name] for part in parts) for name in total}
-
 def streams(args, number):
     """Seeds of an update: the returned generator is equal on all processes, torch's is not."""
     rng = random.Random(f"{args.seed} {number}")
@@ -376,92 +370,104 @@ def streams(args, number):
     return rng
 
 # --- A killed run goes on ---
-def read_state(run, args):
+def read_state(path, args):
     """What a killed run with the same flags had saved, or {}."""
-    path = run / "03_state.pt"
     try:
-        state = torch.load(path, weights_only=True) if path.exists() else {}
-    except Exception as error:                                 # torch raises many kinds
+        state = torch.load(path, weights_only=True) if path.exists() else {"args": {}}
+    except Exception as error:  # torch raises many kinds
         fail(f"{path}: not readable ({type(error).__name__}); remove it to start again")
-    for name, value in state.get("args", {}).items():
-        if value != getattr(args, name) and name != "overwrite":
+    for name, value in state["args"].items() - vars(args).items():
+        if name != "overwrite":
             fail(f"{path}: the killed run had --{name} {value}; remove it to start again")
     return state
 
-def save_state(run, args, models, optimizer, **place):
-    """Weights, optimiser, method, update and log: written aside, then renamed."""
-    weights, moments = get_state_dict(torch.nn.ModuleDict(models), optimizer, options=WHOLE)
+def save_state(path, args, models, optimizer, **place):
+    """Weights, optimiser, method and log: written aside, then renamed."""
+    weights, moments = get_state_dict(models, optimizer, options=WHOLE)
+    part = Path(f"{path}.part")
     if RANK == 0:
-        part = run / "03_state.part"
-        torch.save({"args": asdict(args), "weights": weights, "moments": moments, **place}, part)
-        part.replace(run / "03_state.pt")
+        torch.save({"args": vars(args), "weights": weights, "moments": moments, **place}, part)
+        part.replace(path)
 
 # --- Sampling ---
 @torch.no_grad()
 def sample(model, prompts, tokenizer, args, temperature):
     """Draw a response to each prompt (ids) from pi(a_t | s_t), with its end token; 0: likeliest."""
-    if len(prompts) > args.micro_batch * WORLD or not prompts:
-        return [row for part in batches(prompts, args.micro_batch * WORLD)
-                for row in sample(model, part, tokenizer, args, temperature)]
-    mine, limit = share(prompts), model.config.max_position_embeddings - max(map(len, prompts))
-    responses, running, cache = [[] for _ in mine], list(range(len(mine))), None
-    inputs, _ = pack(mine, responses, model)
-    ids, mask, position = inputs.values()
-    for _ in range(min(args.max_new_tokens, limit)):
-        output = model(input_ids=ids, attention_mask=mask, position_ids=position,
-                       past_key_values=cache, use_cache=True, logits_to_keep=1)
-        logits, cache = output.logits[:, -1].float(), output.past_key_values
-        tokens = logits.argmax(dim=1)
-        if temperature:                                        # the token in whose share u falls
-            shares = (logits / temperature).softmax(dim=1).cumsum(dim=1)
-            u = torch.rand(len(tokens), 1, device=args.device) * shares[:, -1:]
-            tokens = torch.searchsorted(shares, u, right=True)[:, 0].clamp(max=shares.shape[1] - 1)
-        for row, token in zip(running, tokens.tolist()):
-            responses[row].append(token)
-        going = [k for k, row in enumerate(running) if responses[row][-1] != tokenizer.eos_token_id]
-        if not any(gather([going], WORLD)):                    # processes stop together
-            break
-        running, kept = [running[k] for k in going], torch.tensor(going or [0], device=args.device)
-        if len(kept) < len(tokens):                            # who has ended leaves the batch
-            cache.batch_select_indices(kept)
-        ids, position = tokens[kept, None], position[kept, -1:] + 1
-        mask = torch.cat([mask[kept], torch.ones_like(ids)], dim=1)
-    return gather(responses, len(prompts))
+    drawn = []
+    for part, mine in micro_batches(prompts, args):
+        responses, cache = [[] for _ in mine], None
+        running, limit = responses, model.config.max_position_embeddings - max(map(len, part))
+        ids, mask, position = pack(mine, responses, model)[0].values()
+        for _ in range(min(args.max_new_tokens, limit)):
+            output = model(input_ids=ids, attention_mask=mask, position_ids=position,
+                           past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits, cache = output.logits[:, -1].float(), output.past_key_values
+            tokens = logits.argmax(dim=1)
+            if temperature:  # the token in whose share u falls
+                shares = (logits / temperature).softmax(dim=1).cumsum(dim=1)
+                u = torch.rand(len(tokens), 1, device=args.device) * shares[:, -1:]
+                tokens = (shares[:, :-1] <= u).sum(dim=1)
+            for row, token in zip(running, tokens.tolist()):
+                row.append(token)
+            going = [k for k, row in enumerate(running) if row[-1] != tokenizer.eos_token_id]
+            if not any(gather([going], WORLD)):  # processes stop together
+                break
+            running, kept = [running[k] for k in going], tokens.new_tensor(going or [0])
+            if len(kept) < len(tokens):  # who has ended leaves the batch
+                cache.batch_select_indices(kept)
+            ids, position = tokens[kept, None], position[kept, -1:] + 1
+            mask = torch.cat([mask[kept], torch.ones_like(ids)], dim=1)
+        drawn += gather(responses, len(part))
+    return drawn
 
 @torch.no_grad()
 def read(function, model, prompts, responses, args, *more):
     """function(model, inputs, mask, *more) of all rows, a micro-batch at a time, as (B, T)."""
     rows = []
-    for part in batches([*zip(prompts, responses)], args.micro_batch * WORLD):
-        inputs, mask = pack(*zip(*share(part)), model)
+    for part, mine in micro_batches([*zip(prompts, responses)], args):
+        inputs, mask = pack(*zip(*mine), model)
         values = function(model, inputs, mask, *more)
         rows += gather([x[m].cpu() for x, m in zip(values, mask)], len(part))
     return pad_sequence(rows, True).to(args.device)
 
-def right_responses(responses, problems, tokenizer):
-    """Which responses (ids) are right?"""
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
-    return [wrong_steps(text, row[-1:] == [tokenizer.eos_token_id], problem) == 0
-            for text, row, problem in zip(texts, responses, problems)]
+def column(rows, name):
+    return [row[name] for row in rows]
 
-def validate(policy, reference, problems, tokenizer, args):
-    """KL(policy, reference), the mean of sum_t log pi - log pi_ref; right responses, if known."""
-    prompts = [problem["prompt_ids"] for problem in problems]
-    responses = sample(policy, prompts, tokenizer, args, args.temperature)
-    logprobs, ref_logprobs = (read(response_logprobs, model, prompts, responses, args,
-                                   args.temperature) for model in (policy, reference))
-    row = {"val_kl": (logprobs - ref_logprobs).sum(dim=1).mean().item()}
-    if {"solutions", "answer", "rules"} & {*problems[0]}:
-        row["accuracy"] = float(np.mean(right_responses(responses, problems, tokenizer)))
-    return row
+def is_right(ids, problem, tokenizer):
+    """Is a response to a problem right?"""
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return wrong_steps(text, ids[-1:] == [tokenizer.eos_token_id], problem) == 0
 
-def open_model(auto_class, path, args):
+# --- Training ---
+def open_model(auto_class, path, args, **options):
     """A model of an earlier stage, on the device; a new head, which is the value model's, is 0."""
-    options = {} if auto_class is AutoModelForCausalLM else {"num_labels": 1}
     model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
     for name in info["missing_keys"]:
         torch.nn.init.zeros_(model.get_parameter(name))
     return shard(model.to(args.device), args)
+
+def open_models(method, run, args):
+    """The policy and pi_ref, and V and r of PPO; all but r start from the SFT policy."""
+    kind, sft = METHODS[method][0], run / "policy"
+    models = {name: open_model(AutoModelForCausalLM, sft, args) for name in ("policy", "reference")}
+    if method.startswith("ppo"):
+        models["value"] = open_model(AutoModelForTokenClassification, sft, args, num_labels=1)
+        models["reward"] = open_model(KINDS[kind], run / f"reward_{kind}", args)
+    return models
+
+def gradient_step(losses, rows, optimizer, args):
+    """A step on a batch. losses(rows, some of them) yields by name what these add to each loss, a
+    tensor whose activations go before the next one's come, and to each statistic, a number."""
+    total = Counter()
+    for part, mine in micro_batches(rows, args):
+        for name, x in losses(rows, mine):
+            if torch.is_tensor(x):
+                (x * (RANK < len(part))).backward()
+                x = x.item()
+            total[name] += x * (RANK < len(part))
+    optimizer_step(optimizer, args)
+    parts = gather([total], WORLD)
+    return {name: sum(column(parts, name)) for name in total}
 
 # --- PPO ---
 def rollout(kind, models, prompts, tokenizer, scale, args):
@@ -474,220 +480,193 @@ def rollout(kind, models, prompts, tokenizer, scale, args):
     ref_logprobs = read(response_logprobs, models["reference"], *rows, args.temperature)
     values = read(token_values, models["value"], *rows)
     scores = read(scores_of, models["reward"], *rows, kind, scale)
-    rewards = kl_rewards(scores, logprobs, ref_logprobs, args.kappa)           # A7
-    advantages, returns = gae(rewards, values, args.lam)                       # A8
-    total = scores.sum(dim=1)                                  # sums a response, means a rollout
+    rewards = kl_rewards(scores, logprobs, ref_logprobs, args.kappa)  # A7
+    advantages, returns = gae(rewards, values, args.lam)              # A8
+    total = scores.sum(dim=1)  # sums a response, means a rollout
     row = {"score": total.mean().item(), "score_std": total.std().item(),
            "reward": rewards.sum(dim=1).mean().item(),
            "kl": (logprobs - ref_logprobs).sum(dim=1).mean().item(),
-           "entropy": -masked_mean(logprobs, mask).item(),     # estimated by the sample itself
+           "entropy": -masked_mean(logprobs, mask).item(),  # estimated by the sample itself
            "advantage_rms": masked_mean(advantages ** 2, mask).sqrt().item(),
            "length": mask.sum().item() / len(mask)}
     return row, inputs, {"mask": mask, "old_logprobs": logprobs, "old_values": values,
                          "returns": returns, "advantages": masked_whiten(advantages, mask)}
 
-def minibatch_step(models, optimizer, inputs, batch, rows, args):
-    """One optimiser step of A9 on some rows of a rollout; means over the N response tokens."""
-    N, total = batch["mask"][rows].sum().item(), Counter()
-    clip = 0.2 if args.clip is None else args.clip
-    for some in batches(rows, args.micro_batch * WORLD):
-        mine = share(some)
-        part = {name: x[mine] for name, x in batch.items()}
-        part_inputs = {name: x[mine] for name, x in inputs.items()}
-        mask, old_logprobs = part["mask"] * (RANK < len(some)), part["old_logprobs"]
-        logprobs = response_logprobs(models["policy"], part_inputs, mask, args.temperature)
-        loss = policy_loss(logprobs, old_logprobs, part["advantages"], mask, clip, N)
-        loss.backward()                                        # its activations go before V's come
-        values = token_values(models["value"], part_inputs, mask)
-        loss_v = value_loss(values, part["old_values"], part["returns"], mask, clip, N)
-        loss_v.backward()
-        logratio = (logprobs - old_logprobs).detach()
-        change = logratio.exp() - 1
-        total.update(policy_loss=loss.item(), value_loss=loss_v.item(),
-                     approx_kl=((change - logratio) * mask).sum().item() / N,  # Schulman's k3
-                     clipfrac=((change.abs() > clip) * mask).sum().item() / N)
-    optimizer_step(optimizer, args)
-    return summed(total)
+def ppo_loss(models, inputs, batch, args, rows, mine):
+    """A9 of some rows of a minibatch; means over the N response tokens of the minibatch."""
+    N, clip = batch["mask"][rows].sum().item(), 0.2 if args.clip is None else args.clip
+    inputs, part = ({name: x[mine] for name, x in whole.items()} for whole in (inputs, batch))
+    mask, old_logprobs = part["mask"], part["old_logprobs"]
+    logprobs = response_logprobs(models["policy"], inputs, mask, args.temperature)
+    yield "policy_loss", policy_loss(logprobs, old_logprobs, part["advantages"], mask, clip, N)
+    values = token_values(models["value"], inputs, mask)
+    yield "value_loss", value_loss(values, part["old_values"], part["returns"], mask, clip, N)
+    logratio = (logprobs - old_logprobs).detach()
+    change = logratio.exp() - 1
+    yield "approx_kl", ((change - logratio) * mask).sum().item() / N  # Schulman's k3
+    yield "clipfrac", ((change.abs() > clip) * mask).sum().item() / N
 
-def open_models(kind, run, args):
-    """The four models of PPO; policy, reference and value model start from the SFT policy."""
-    Reward = (AutoModelForTokenClassification if kind == "token"
-              else AutoModelForSequenceClassification)
-    return {"policy": open_model(AutoModelForCausalLM, run / "policy", args),
-            "value": open_model(AutoModelForTokenClassification, run / "policy", args),
-            "reference": open_model(AutoModelForCausalLM, run / "policy", args),
-            "reward": open_model(Reward, run / f"reward_{kind}", args)}
-
-def ppo(kind, lr, problems, tokenizer, run, args):
-    """The models, their optimiser, the number of updates, and the function that makes one."""
-    scale = json.loads((run / "reward_metrics.json").read_text())[kind]["scale"]
-    models = open_models(kind, run, args)
-    groups = [{"params": models[name].parameters(), "lr": rate}
-              for name, rate in (("policy", lr), ("value", args.value_lr))]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-
-    def update(number, rng):
-        size = args.rollout_batch              # with replacement, the same prompts for both rewards
-        prompts = [row["prompt_ids"] for row in rng.choices(problems, k=size)]
-        row, inputs, batch = rollout(kind, models, prompts, tokenizer, scale, args)
-        steps = [minibatch_step(models, optimizer, inputs, batch, rows, args)
-                 for _ in range(args.ppo_epochs)
-                 for rows in batches(rng.sample(range(size), size), args.minibatch)]
-        row.update({name: float(np.mean([step[name] for step in steps])) for name in steps[0]})
-        return {"episodes": number * size, **row}
-
-    return models, optimizer, args.updates, update
+def ppo(kind, models, optimizer, problems, scale, rng, tokenizer, args):
+    """An update: a rollout, and A9's steps on it; their statistics are averaged."""
+    size = args.rollout_batch  # with replacement, the same prompts for both rewards
+    prompts = column(rng.choices(problems, k=size), "prompt_ids")
+    row, inputs, batch = rollout(kind, models, prompts, tokenizer, scale, args)
+    losses = partial(ppo_loss, models, inputs, batch, args)
+    steps = [gradient_step(losses, rows, optimizer, args) for _ in range(args.ppo_epochs)
+             for rows in batches(rng.sample(range(size), size), args.minibatch)]
+    return row | {name: float(np.mean(column(steps, name))) for name in steps[0]}
 
 # --- The off-line methods: RLMEC, rejection sampling, DPO ---
-def rewrite(grm, wrong, tokenizer, args, drop):
-    """B4: the GRM locates the first wrong step of a wrong sample, keeps the steps before it and
-    writes the rest anew, as `rewrite_ids`. Where that is wrong, the sample is dropped."""
-    located = []
-    answers = sample(grm, [row["locate_prompt"] for row in wrong], tokenizer, args, 0.0)
-    for row, answer in zip(wrong, answers):
-        steps = steps_of(row["response_ids"], tokenizer)
-        labels = [words(f"[{k}]", tokenizer) for k in range(1, len(steps) + 1)]
-        if answer[:-1] in labels:                              # its last token is the end
-            located.append({**row, "kept": sum(steps[:labels.index(answer[:-1])], [])})
-    prompts = [row["grm_prompt"] + row["kept"] for row in located]
-    for row, ending in zip(located, sample(grm, prompts, tokenizer, args, 0.0)):
-        row["rewrite_ids"] = row["kept"] + ending
-    right = right_responses([row["rewrite_ids"] for row in located],
-                            [row["problem"] for row in located], tokenizer)
-    drop["the locator names no step"] = len(wrong) - len(located)
-    drop["the rewrite is wrong"] = right.count(False)
-    return [row for row, good in zip(located, right) if good]
+def rewrite(grm, wrong, tokenizer, args):
+    """B4: the GRM locates the first wrong step of each wrong sample, keeps the steps before it and
+    writes the rest anew, as `rewrite_ids`; `fate` says what came of it."""
+    labels, located = sample(grm, column(wrong, "locate_prompt"), tokenizer, args, 0.0), []
+    for row, label in zip(wrong, labels):
+        steps, row["fate"] = steps_of(row["response_ids"], tokenizer), "the locator names no step"
+        for k in range(len(steps)):
+            if label[:-1] == words(f"[{k + 1}]", tokenizer):  # its last token is the end
+                located.append((row, sum(steps[:k], [])))
+    prompts = [row["rewrite_prompt"] + kept for row, kept in located]
+    for (row, kept), rest in zip(located, sample(grm, prompts, tokenizer, args, 0.0)):
+        row["rewrite_ids"] = kept + rest
+        good = is_right(kept + rest, row, tokenizer)
+        row["fate"] = "rewritten" if good else "the rewrite is wrong"
 
 def collect(policy, grm, problems, tokenizer, args):
-    """B8: one sample a problem, rewarded (B3), rewritten (B4) and aligned (B6) once: dictionaries
+    """B8: one sample a problem, rewarded (B3), rewritten (B4) and aligned (B6) once: `problems`
     with ids as they were sampled, old_logprobs and rewards (T,), gamma (T~,)."""
-    prompts = [problem["prompt_ids"] for problem in problems]
+    prompts, samples = column(problems, "prompt_ids"), []
     responses = sample(policy, prompts, tokenizer, args, args.temperature)
-    samples = [{"problem": problem, "prompt_ids": problem["prompt_ids"], "response_ids": ids,
-                "right": good, "rewrite_ids": ids,
-                "grm_prompt": grm_prompt("rewrite", problem, ids, tokenizer),
-                "locate_prompt": [] if good else grm_prompt("locate", problem, ids, tokenizer)}
-               for problem, ids, good in zip(
-                   problems, responses, right_responses(responses, problems, tokenizer))]
-    fitting = [row for row in samples if grm.config.max_position_embeddings >= len(
-        row["response_ids"]) + max(len(row["grm_prompt"]), len(row["locate_prompt"]))]
-    drop = Counter({"it exceeds the GRM's context": len(samples) - len(fitting)})
-    right, wrong = ([row for row in fitting if row["right"] == good] for good in (True, False))
-    rewritten = rewrite(grm, wrong, tokenizer, args, drop)
-    print(f"{len(samples)} sampled: {len(right)} right, {len(rewritten)} wrong and rewritten, "
-          f"dropped: {dict(+drop)}")
-    samples = right + rewritten or fail("the GRM could rewrite no sample; train it longer")
-    column = lambda name: [row[name] for row in samples]
-    rows = column("response_ids"), args
-    logprobs = read(response_logprobs, policy, column("prompt_ids"), *rows, args.temperature)
-    probabilities = read(response_logprobs, grm, column("grm_prompt"), *rows).exp()
-    is_right = torch.tensor(column("right"), device=args.device)
-    rewards = generative_rewards(probabilities, is_right, 1)   # B3; padding is cut off below
-    for k, row in enumerate(samples):
+    for problem, ids in zip(problems, responses):
+        fate = "right" if is_right(ids, problem, tokenizer) else "wrong"
+        row = {**problem, "response_ids": ids, "rewrite_ids": ids, "fate": fate}
+        for task in ("rewrite", "locate") if fate == "wrong" else ("rewrite",):
+            row[f"{task}_prompt"] = grm_prompt(task, problem, ids, tokenizer)
+            if len(row[f"{task}_prompt"] + ids) > grm.config.max_position_embeddings:
+                row["fate"] = "beyond the GRM's context"
+        samples.append(row)
+    rewrite(grm, [row for row in samples if row["fate"] == "wrong"], tokenizer, args)
+    print("samples:", dict(Counter(column(samples, "fate"))))
+    samples = [row for fate in ("right", "rewritten") for row in samples if row["fate"] == fate]
+    samples = samples or fail("the GRM could rewrite no sample; train it longer")
+    prompts, asked, responses = (column(samples, name) for name in (
+        "prompt_ids", "rewrite_prompt", "response_ids"))
+    logprobs = read(response_logprobs, policy, prompts, responses, args, args.temperature)
+    p = read(response_logprobs, grm, asked, responses, args).exp()
+    right = torch.tensor([row["fate"] == "right" for row in samples], device=args.device)
+    rewards = generative_rewards(p, right, 1)  # B3; padding is cut off below
+    for row, old, r in zip(samples, logprobs, rewards):
         T = len(row["response_ids"])
         gamma = imitation_weights(row["response_ids"], row["rewrite_ids"]).to(args.device)
-        row.update(old_logprobs=logprobs[k, :T], rewards=rewards[k, :T], gamma=gamma)
+        row.update(old_logprobs=old[:T], rewards=r[:T], gamma=gamma)
     return samples
 
-def pairs_of(method, run, reference, args):
+def pairs_of(method, reference, run, args):
     """C1: stage 2's pairs, y+ the preferred sibling or the edit; log pi_ref is computed once."""
     count = json.loads((run / "02_args.json").read_text())["pairs"]
-    rows = [row for row in read_jsonl(run / "edits.jsonl", "chosen", "edit_ops")
-            if row["split"] == "train" and row["chosen"] is not None and row["edit_ops"]][:count]
-    rows = rows or fail(f"{method}: edits.jsonl has no pair of an edit and a preferred response")
-    name = "edited_ids" if method == "dpo_edit" else "chosen_token_ids"
-    prompts, better, worse = ([row[key] for row in rows]
-                              for key in ("prompt_ids", name, "rejected_ids"))
-    refs = [read(response_logprobs, reference, prompts, ids, args).sum(dim=1)
-            for ids in (better, worse)]
-    return [dict(zip(("prompt_ids", "better_ids", "worse_ids", "ref_better", "ref_worse"), row))
-            for row in zip(prompts, better, worse, *refs)]
+    pairs = [row for row in read_jsonl(run / "edits.jsonl", "chosen", "edit_ops")
+             if row["split"] == "train" and row["chosen"] is not None and row["edit_ops"]][:count]
+    pairs = pairs or fail(f"{method}: edits.jsonl has no pair of an edit and a preferred response")
+    better = "edited_ids" if method == "dpo_edit" else "chosen_token_ids"
+    for name, ids in (("better", better), ("worse", "rejected_ids")):
+        rows = column(pairs, "prompt_ids"), column(pairs, ids), args
+        for pair, ref in zip(pairs, read(response_logprobs, reference, *rows).sum(dim=1)):
+            pair.update({name: pair[ids], f"ref_{name}": ref})
+    return pairs
 
-def offline_loss(method, policy, rows, batch, args):
-    """The part of a batch's loss that some of its rows add, and what else to log."""
-    column = lambda name: [row[name] for row in rows]
-    logprobs = lambda name, temperature=1.0: response_logprobs(
-        policy, *pack(column("prompt_ids"), column(name), policy), temperature)
+def rows_of(method, problems, samples, reference, tokenizer, run, args):
+    """What an off-line method learns from; `samples` are collected once for all that use them."""
     if method.startswith("dpo"):
-        w, l = (logprobs(name).sum(dim=1) for name in ("better_ids", "worse_ids"))
-        ref_w, ref_l = (torch.stack(column(name)) for name in ("ref_better", "ref_worse"))
-        return {"loss": dpo_loss(w, l, ref_w, ref_l, args.dpo_beta, len(batch)),              # C1
-                "logprob_better": (w - ref_w).sum() / len(batch),
-                "logprob_worse": (l - ref_l).sum() / len(batch)}
-    M = sum(len(row["rewrite_ids"]) for row in batch)
-    if method == "rejection":                                  # its rows are right as they are
-        return {"loss": imitation_loss(logprobs("response_ids"), 1.0, M)}                     # C2
-    old_logprobs, rewards, gamma = (
-        pad_sequence(column(name), True) for name in ("old_logprobs", "rewards", "gamma"))
-    loss = args.imitation_weight * imitation_loss(logprobs("rewrite_ids"), gamma, M)          # B6
-    if method == "rlmec":
-        N = sum((row["rewards"] != 0).sum().item() for row in batch)
-        loss = loss + rlmec_loss(logprobs("response_ids", args.temperature), old_logprobs,    # B7
-                                 rewards, 0.3 if args.clip is None else args.clip, N)         # B5
-    return {"loss": loss}
-
-def offline(method, lr, rows, reference, run, args):
-    """B8: as `ppo`, of three passes over rows that were made once; an update is one step."""
-    policy, rng = open_model(AutoModelForCausalLM, run / "policy", args), streams(args, 0)
-    plan = [batch for _ in range(3)
-            for batch in batches(rng.sample(rows, len(rows)), args.minibatch)]
-    optimizer = torch.optim.AdamW(policy.parameters(), lr, (0.9, 0.95), weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * len(plan)), len(plan))
-
-    def update(number, _):
-        batch, total = plan[number - 1], Counter()
-        for part in batches(batch, args.micro_batch * WORLD):
-            numbers = offline_loss(method, policy, share(part), batch, args)
-            (numbers["loss"] * (RANK < len(part))).backward()
-            total.update({name: x.item() * (RANK < len(part)) for name, x in numbers.items()})
-        optimizer_step(optimizer, args)
-        schedule.last_epoch = number - 1                       # of a run that goes on, too
-        schedule.step()
-        return {"episodes": len(rows), **summed(total)}
-
-    return {"policy": policy, "reference": reference}, optimizer, len(plan), update
-
-# --- The stage ---
-def open_method(method, problems, samples, tokenizer, run, args):
-    """What `train_policy` needs; `samples` are collected once for all methods that use them."""
-    lr = METHODS[method][1] if args.lr is None else args.lr
-    if method.startswith("ppo"):
-        return ppo(method[4:], lr, problems, tokenizer, run, args)
-    policy = open_model(AutoModelForCausalLM, run / "policy", args)
-    if method.startswith("dpo"):
-        return offline(method, lr, pairs_of(method, run, policy, args), policy, run, args)
+        return pairs_of(method, reference, run, args)
     if not samples:
         grm = open_model(AutoModelForCausalLM, run / "reward_generative", args)
         solved, rng = [row for row in problems if "solution_ids" in row], streams(args, 0)
         drawn = rng.sample(solved, min(len(solved), args.updates * args.rollout_batch))
-        samples += collect(policy, grm, drawn, tokenizer, args)
-    rows = ([row for row in samples if row["right"] or method != "rejection"]
+        samples += collect(reference, grm, drawn, tokenizer, args)
+    return ([row for row in samples if row["fate"] == "right" or method != "rejection"]
             or fail(f"{method}: no sample is right"))
-    return offline(method, lr, rows, policy, run, args)
+
+def offline_loss(method, policy, args, batch, rows):
+    """C1, C2, B6 or B7: what some rows add to a batch's loss, and to what else is logged."""
+    logprobs = lambda name, temperature=1.0: response_logprobs(
+        policy, *pack(column(rows, "prompt_ids"), column(rows, name), policy), temperature)
+    if method.startswith("dpo"):
+        w, l = (logprobs(name).sum(dim=1) for name in ("better", "worse"))
+        ref_w, ref_l = (torch.stack(column(rows, name)) for name in ("ref_better", "ref_worse"))
+        yield "loss", dpo_loss(w, l, ref_w, ref_l, args.dpo_beta, len(batch))
+        yield "logprob_better", ((w - ref_w).sum() / len(batch)).item()
+        yield "logprob_worse", ((l - ref_l).sum() / len(batch)).item()
+        return
+    M = sum(map(len, column(batch, "rewrite_ids")))
+    gamma, old, rewards = (pad_sequence(column(rows, name), True)
+                           for name in ("gamma", "old_logprobs", "rewards"))
+    if method == "rejection":  # its rows are right as they are
+        loss = imitation_loss(logprobs("response_ids"), 1.0, M)
+    else:
+        loss = args.imitation_weight * imitation_loss(logprobs("rewrite_ids"), gamma, M)
+    if method == "rlmec":
+        N = torch.cat(column(batch, "rewards")).count_nonzero().item()
+        clip = 0.3 if args.clip is None else args.clip
+        loss = loss + rlmec_loss(logprobs("response_ids", args.temperature), old, rewards, clip, N)
+    yield "loss", loss
+
+# --- The stage ---
+def validate(models, problems, tokenizer, args):
+    """KL(policy, reference), the mean of sum_t log pi - log pi_ref; right responses, if known."""
+    prompts = column(problems, "prompt_ids")
+    responses = sample(models["policy"], prompts, tokenizer, args, args.temperature)
+    rows = prompts, responses, args, args.temperature
+    logprobs, ref_logprobs = (read(response_logprobs, models[name], *rows)
+                              for name in ("policy", "reference"))
+    row = {"val_kl": (logprobs - ref_logprobs).sum(dim=1).mean().item()}
+    if {"solutions", "answer", "rules"} & {*problems[0]}:
+        right = [is_right(ids, problem, tokenizer) for ids, problem in zip(responses, problems)]
+        row["accuracy"] = float(np.mean(right))
+    return row
 
 def train_policy(method, problems, samples, state, tokenizer, run, args):
     """The policy and the log of a method, a row an update; `state` is of a run that was killed."""
+    (kind, lr), log, on_policy = METHODS[method], [], method.startswith("ppo")
     train, val = ([row for row in problems if row["split"] == split] for split in ("train", "val"))
-    models, optimizer, updates, update = open_method(method, train, samples, tokenizer, run, args)
-    trained, log = {name: models[name] for name in ("policy", "value") if name in models}, []
+    models, lr = open_models(method, run, args), lr if args.lr is None else args.lr
+    trained = torch.nn.ModuleDict({"policy": models["policy"]})
+    optimizer = torch.optim.AdamW(trained.parameters(), lr, (0.9, 0.95), weight_decay=0.0)
+    if on_policy:
+        trained["value"] = models["value"]
+        optimizer.add_param_group({"params": models["value"].parameters(), "lr": args.value_lr})
+        scale = json.loads((run / "reward_metrics.json").read_text())[kind]["scale"]
+        plan = range(args.updates)
+    else:  # B8: three passes, a batch an update
+        rows = rows_of(method, train, samples, models["reference"], tokenizer, run, args)
+        rng, size = streams(args, 0), args.minibatch
+        plan = [x for _ in range(3) for x in batches(rng.sample(rows, len(rows)), size)]
+    updates, shape = len(plan), "constant" if on_policy else "cosine"
+    schedule = get_scheduler(shape, optimizer, round(0.03 * updates), updates)
     if state.get("method") == method:
-        log = state["log"]
+        log, schedule.last_epoch = state["log"], len(state["log"])
         print(f"{method}: goes on after update {len(log)}; to start again, remove 03_state.pt")
-        set_state_dict(torch.nn.ModuleDict(trained), optimizer, options=WHOLE,
+        set_state_dict(trained, optimizer, options=WHOLE,
                        model_state_dict=state["weights"], optim_state_dict=state["moments"])
     bar = trange(len(log) + 1, updates + 1, desc=method, disable=RANK > 0)
     for number in bar:
-        start, rng, seconds = time.time(), streams(args, number), log[-1]["seconds"] if log else 0.0
-        row = {"update": number, **update(number, rng)}
+        start, rng = time.time() - sum(column(log[-1:], "seconds")), streams(args, number)
+        if on_policy:
+            row = ppo(kind, models, optimizer, train, scale, rng, tokenizer, args)
+        else:
+            losses = partial(offline_loss, method, models["policy"], args)
+            row = gradient_step(losses, plan[number - 1], optimizer, args)
+        schedule.step()
+        episodes = number * args.rollout_batch if on_policy else len(rows)
+        row = {"update": number, "episodes": episodes, **row}
         if not np.isfinite(sum(row.values())):
             fail(f"{method}: not finite any more, {row}; lower its learning rate, raise --kappa")
-        row["seconds"] = seconds + time.time() - start
+        row["seconds"] = time.time() - start
         if val and (number % max(1, updates // 8) == 0 or number == updates):
-            row.update(validate(models["policy"], models["reference"], val, tokenizer, args))
+            row.update(validate(models, val, tokenizer, args))
         log.append(row)
-        bar.set_postfix({k: f"{row[k]:.2f}" for k in ("score", "kl", "accuracy") if k in row})
+        bar.set_postfix({k: row[k] for k in ("score", "kl", "accuracy") if k in row})
         if number % args.save_every == 0:
-            save_state(run, args, trained, optimizer, method=method, log=log)
+            save_state(run / "03_state.pt", args, trained, optimizer, method=method, log=log)
     return models["policy"], log
 
 def main(args):
@@ -695,21 +674,21 @@ def main(args):
     problems = read_jsonl(run / "problems.jsonl", "id", "split", "prompt_ids")
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
     methods = {"all": [*METHODS][:4], "all_baselines": METHODS}.get(args.method, [args.method])
-    there = [method for method in methods if (run / METHODS[method][0]).is_dir()]
+    paths = {method: run / f"reward_{METHODS[method][0]}" for method in methods}
+    there = [method for method, path in paths.items() if path.is_dir()]
     print("without a reward model of stage 2:", sorted({*methods} - {*there}) or "none")
     for method in there or fail(f"{run}: no reward model for {args.method}; 02_reward_model.py"):
-        path = run / METHODS[method][0]
-        if AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
-            fail(f"{path}: its vocabulary is not that of {run}/policy")
-    saved = read_state(run, args)
+        if AutoTokenizer.from_pretrained(paths[method]).get_vocab() != tokenizer.get_vocab():
+            fail(f"{paths[method]}: its vocabulary is not that of {run}/policy")
+    state = read_state(run / "03_state.pt", args)
     if RANK == 0:
         start_stage(args, "03", "responses.jsonl eval.json *.html")
-    for method in there[there.index(saved.get("method", there[0])):]:
-        policy, log = train_policy(method, problems, samples, saved, tokenizer, run, args)
-        state = get_state_dict(policy, [], options=WHOLE)[0] if args.fsdp else None
+    for method in there[there.index(state.get("method", there[0])):]:
+        policy, log = train_policy(method, problems, samples, state, tokenizer, run, args)
+        weights = get_state_dict(policy, [], options=WHOLE)[0] if args.fsdp else None
         lines = [log[-1]] + [[row.get(name, "") for name in log[-1]] for row in log]
         if RANK == 0:
-            save(run / method, policy, tokenizer, state_dict=state)
+            save(run / method, policy, tokenizer, state_dict=weights)
             save(run / f"{method}.csv", "".join(",".join(map(str, x)) + "\n" for x in lines))
     if RANK == 0:
         (run / "03_state.pt").unlink(missing_ok=True)

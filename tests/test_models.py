@@ -95,7 +95,7 @@ def check_plain_forward(run, end, pad):
     ("gpt2", "unedited"), ("gpt2", "wrong")])
 def test_all_stages(tmp_path, monkeypatch, name, shape):
     monkeypatch.setattr(three, "rewrite", lambda grm, wrong, *_: [      # a random GRM cannot
-        {**row, "rewrite_ids": row["problem"]["solution_ids"]} for row in wrong])
+        row.update(rewrite_ids=row["solution_ids"], fate="rewritten") for row in wrong])
     model, data, run = make_model(name, tmp_path / "model"), tmp_path / "data", tmp_path / "run"
     data.write_text("".join(json.dumps(row) + "\n" for row in data_rows(shape)))
     one.main(one.Args(run=str(run), data=str(data), model=model, sft_steps=2, sft_lr=1e-4))

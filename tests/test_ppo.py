@@ -75,19 +75,20 @@ def test_a_reward_moves_its_token_and_with_lambda_0_no_other(policy, reward):
 @pytest.mark.parametrize("kind", ["token", "sequence"])
 def test_first_rollout_and_its_micro_batches(tiny_run, tokenizer, kind, grads):
     args = three.Args(device="cpu", max_new_tokens=12, temperature=0.5, lam=0.0)
-    models = three.open_models(kind, tiny_run, args)
+    models = three.open_models(f"ppo_{kind}", tiny_run, args)
     prompts = [row["prompt_ids"] for row in three.read_jsonl(tiny_run / "problems.jsonl")[:7]]
     row, inputs, batch = three.rollout(kind, models, prompts, tokenizer, SCALE, args)
     assert row["kl"] == 0 and row["reward"] == row["score"] and not batch["old_values"].any()
     assert batch["advantages"].equal(three.masked_whiten(batch["returns"], batch["mask"]))  # V = 0
     stay = torch.optim.SGD([*models["policy"].parameters(), *models["value"].parameters()], 0.0)
+    losses = three.partial(three.ppo_loss, models, inputs, batch, args)
     for args.micro_batch in (256, 2):
-        step = three.minibatch_step(models, stay, inputs, batch, list(range(7)), args)
+        step = three.gradient_step(losses, range(7), stay, args)
         assert abs(step["approx_kl"]) < 1e-7 and step["clipfrac"] == 0
     whole, parts = torch.cat(grads).chunk(2)                       # of the policy and of V
     assert (whole - parts).norm() < 1e-5 * whole.norm()
     batch["old_logprobs"] -= 0.5 * batch["mask"]                   # rho is e^0.5
-    step = three.minibatch_step(models, stay, inputs, batch, list(range(7)), args)
+    step = three.gradient_step(losses, range(7), stay, args)
     assert [step["approx_kl"], step["clipfrac"]] == pytest.approx([math.exp(0.5) - 1.5, 1], 1e-3)
     models["reference"].get_input_embeddings().weight.data *= 1.5
     row, _, batch = three.rollout(kind, models, prompts, tokenizer, SCALE, args)
@@ -102,8 +103,8 @@ def chi_squared(tokens, probabilities):
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_samples_follow_the_policy(policy, tokenizer, temperature):
     prompts = [[5, 6], [4, 9, 3, 7, 8]] * 2000                     # half of the rows are padded
-    args = three.Args(device="cpu", max_new_tokens=2)
-    rows = three.sample(policy, prompts, tokenizer, args, temperature)[::2]
+    rows = three.sample(policy, prompts, tokenizer, three.Args(device="cpu", max_new_tokens=2),
+                        temperature)[::2]
     share = lambda ids: (policy(torch.tensor([ids])).logits[0, -1] / temperature).softmax(-1)
     assert chi_squared([row[0] for row in rows], share([5, 6])) < 4
     a = Counter(row[0] for row in rows if row[0] != 2).most_common(2)[1][0]
@@ -120,11 +121,11 @@ def test_likeliest_samples_equal_one_by_one_without_a_cache(policy, tokenizer):
         assert three.sample(policy, prompts, tokenizer, args, 0.0) == expected
 
 def test_samples_fit_the_context_and_teacher_forcing_agrees(policy, tokenizer):
-    prompts, args = [[5, 6], [4, 9, 3, 7, 8], [3] * 20] * 20, three.Args(device="cpu")
+    prompts = [[5, 6], [4, 9, 3, 7, 8], [3] * 20] * 20
+    args = three.Args(device="cpu", micro_batch=25)
     responses = three.sample(policy, prompts, tokenizer, args, 1.0)
     assert max(map(len, responses)) == 4 and any(row[-1] == 2 for row in responses)
     assert all(2 not in row[:-1] and (row[-1] == 2 or len(row) == 4) for row in responses)
-    args.micro_batch = 25
     rows = three.read(three.response_logprobs, policy, prompts, responses, args, 0.5)
     for row, x, y in zip(rows, prompts, responses, strict=True):
         plain = plain_logprobs(policy, x, y, 0.5).tolist()
@@ -173,15 +174,14 @@ def test_b7_and_c2_of_single_rows(policy, tokenizer, method, tiny_run, monkeypat
             expected -= 3 * imitation.sum() / 7                    # M = 4 + 2 + 1
             expected -= (method == "rlmec") * (rewards * old).sum() / 4
         samples.append({"prompt_ids": prompt, "response_ids": response, "rewrite_ids": rewrite,
-                        "right": response == rewrite, "rewards": rewards, "old_logprobs": old,
-                        "gamma": torch.tensor(gamma)})
+                        "fate": "right" if response == rewrite else "rewritten",
+                        "rewards": rewards, "old_logprobs": old, "gamma": torch.tensor(gamma)})
     monkeypatch.setattr(three, "open_model", lambda *_, **__: policy)
     monkeypatch.setattr(three, "collect", lambda *_: samples)
-    for micro_batch in (256, 2):
-        args = three.Args(lr=1e-30, temperature=0.5, imitation_weight=3.0,
-                          micro_batch=micro_batch, device="cpu")
-        _, log = three.train_policy(method, [{"split": "train", "solution_ids": [2]}], [], {},
-                                    tokenizer, tiny_run, args)
+    args = three.Args(lr=1e-30, temperature=0.5, imitation_weight=3.0, device="cpu")
+    problems = [{"split": "train", "solution_ids": [2]}]
+    for args.micro_batch in (256, 2):
+        _, log = three.train_policy(method, problems, [], {}, tokenizer, tiny_run, args)
         assert [row["loss"] for row in log] == pytest.approx([expected.item()] * 3, rel=1e-5)
     assert (grads[0] - grads[-1]).norm() < 1e-5 * grads[0].norm()
 
@@ -189,20 +189,18 @@ def test_b7_and_c2_of_single_rows(policy, tokenizer, method, tiny_run, monkeypat
 def test_c1_starts_at_log_2_raises_the_better_and_lowers_the_worse(tiny_run, method):
     args = three.Args(device="cpu", run=str(tiny_run))
     policy = three.open_model(three.AutoModelForCausalLM, tiny_run / "policy", args)
-    rows = three.pairs_of(method, tiny_run, policy, args)
-    edits = [row for row in rows_of(tiny_run / "edits.jsonl")
-             if row["split"] == "train" and row["chosen"] is not None]
+    rows = three.pairs_of(method, policy, tiny_run, args)
     name = "edited_ids" if method == "dpo_edit" else "chosen_token_ids"
-    assert [row["better_ids"] for row in rows] == [row[name] for row in edits]
-    rows = rows[:4]
-    start = three.offline_loss(method, policy, rows, rows, args)
-    assert start["loss"].item() == pytest.approx(math.log(2), abs=1e-5)
-    assert start["logprob_better"].item() == pytest.approx(0, abs=1e-5)
-    part = three.offline_loss(method, policy, rows[:1], rows, args)["loss"]
-    assert part.item() == pytest.approx(math.log(2) / 4, abs=1e-5)   # sums of 60 nats in float32
+    assert [row["better"] for row in rows] == [
+        row[name] for row in rows_of(tiny_run / "edits.jsonl")
+        if row["split"] == "train" and row["chosen"] is not None]
+    losses = three.partial(three.offline_loss, method, policy, args, rows := rows[:4])
+    start, part = dict(losses(rows)), dict(losses(rows[:1]))
+    seen = start["loss"].item(), start["logprob_better"], part["loss"].item()
+    assert seen == pytest.approx([math.log(2), 0, math.log(2) / 4], abs=1e-5)  # sums of 60 nats
     start["loss"].backward()
     torch.optim.SGD(policy.parameters(), 1e-3).step()
-    after = three.offline_loss(method, policy, rows, rows, args)
+    after = dict(losses(rows))
     assert after["logprob_better"] > after["logprob_worse"] and after["logprob_worse"] < 0
 
 @pytest.fixture
@@ -221,13 +219,13 @@ def collect(tiny_run, tokenizer, monkeypatch):
 def test_collect_keeps_ids_and_the_steps_before_the_error(tokenizer, collect, monkeypatch):
     collect_of, grm, problems, seen, solution, right = collect
     start = len(sum(three.steps_of(solution, tokenizer)[:2], []))
-    wrong = solution[:start] + [solution[0]] + solution[start + 1:]
+    wrong = [*solution[:start], solution[0], *solution[start + 1:]]
     monkeypatch.setattr(three, "generative_rewards", lambda p, right, mask: p * mask)
     rows = collect_of([wrong, right], [tokenizer("[3]").input_ids + [2]], [solution[start:]])
     assert seen[1] == [three.grm_prompt("locate", problems[0], wrong, tokenizer)]
-    assert seen[2] == [rows[1]["grm_prompt"] + solution[:start]]   # B4
-    assert [(row["right"], row["response_ids"], row["rewrite_ids"]) for row in rows] == [
-        (True, right, right), (False, wrong, solution)]
+    assert seen[2] == [rows[1]["rewrite_prompt"] + solution[:start]]   # B4
+    assert [(row["fate"], row["response_ids"], row["rewrite_ids"]) for row in rows] == [
+        ("right", right, right), ("rewritten", wrong, solution)]
     for row, problem in zip(rows, problems[::-1]):
         ids = row["response_ids"]
         plain = plain_logprobs(grm, problem["prompt_ids"], ids, 0.7)
@@ -244,7 +242,7 @@ def test_a_wrong_sample_is_never_praised(tokenizer, collect, answer, ending, rea
     answer = tokenizer(f"[{answer}]").input_ids + [2] if answer else [2]
     rows = collect_of([solution[:5] + [2], right], [answer], [solution[ending]] if ending else [])
     assert [row["response_ids"] for row in rows] == [right]
-    assert f"1 right, 0 wrong and rewritten, dropped: {{'{reason}': 1}}" in capsys.readouterr().out
+    assert str({reason: 1, "right": 1}) in capsys.readouterr().out
 
 @pytest.mark.parametrize("name, old, new, message", [
     ("problems.jsonl", '{"id": "qa-6", ', "{", "problems.jsonl, line 7:"),         # no column id

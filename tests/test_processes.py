@@ -59,7 +59,7 @@ def test_other_flags_and_a_torn_state_are_refused(run, fails, monkeypatch, capsy
 
 def test_the_readmes_memory(tiny_run):
     """Bytes of PPO's models with gradients and Adam, and of what a backward pass keeps."""
-    models = three.open_models("token", tiny_run, three.Args(device="cpu"))
+    models = three.open_models("ppo_token", tiny_run, three.Args(device="cpu"))
     trained = [*models["policy"].parameters(), *models["value"].parameters()]
     inputs, mask = three.pack([[5] * 40] * 8, [[6] * 40] * 8, models["policy"])
     seen, weights = {}, {p.data_ptr() for p in trained}

@@ -31,21 +31,22 @@ def policies(tokenizer, fsdp):
     args = three.Args(micro_batch=2, minibatch=7, fsdp=fsdp, device="cpu", temperature=0.7)
     edits = three.read_jsonl(run / "edits.jsonl")[:7]
     prompts, responses = ([row[name] for row in edits] for name in ("prompt_ids", "rejected_ids"))
-    scale, models = {"mean": 0.0, "std": 1.0}, three.open_models("token", run, args)
-    optimizer = torch.optim.SGD([{"params": models[name].parameters()}
-                                 for name in ("policy", "value")], 0.0)
+    scale, models = {"mean": 0.0, "std": 1.0}, three.open_models("ppo_token", run, args)
+    groups = [{"params": [*models[name].parameters()]} for name in ("policy", "value")]
     three.sample = lambda *_: responses
     row, inputs, batch = three.rollout("token", models, prompts, tokenizer, scale, args)
-    step = three.minibatch_step(models, optimizer, inputs, batch, [*range(7)], args)
+    losses = three.partial(three.ppo_loss, models, inputs, batch, args)
+    step = three.gradient_step(losses, range(7), torch.optim.SGD(groups, 0.0), args)
     grads.append(torch.tensor([*row.values(), *step.values(), *batch["advantages"].flatten()]))
     samples = [{"prompt_ids": x, "response_ids": y, "rewrite_ids": y, "gamma": torch.ones(len(y)),
                 "old_logprobs": torch.full((len(y),), -2.0),
                 "rewards": torch.full((len(y),), 0.1 * (k % 2 == 0))}
                for k, (x, y) in enumerate(zip(prompts, responses))]
-    pairs = three.pairs_of("dpo_edit", run, models["reference"], args)[:7]
+    pairs = three.pairs_of("dpo_edit", models["reference"], run, args)[:7]
     for method, rows in (("rlmec", samples), ("dpo_edit", pairs)):
-        *_, update = three.offline(method, 1e-3, rows, models["reference"], run, args)
-        grads.append(torch.tensor([update(1, None)["loss"]]))
+        losses = three.partial(three.offline_loss, method, models["policy"], args)
+        step = three.gradient_step(losses, rows, torch.optim.SGD(groups[:1], 0.0), args)
+        grads.append(torch.tensor([step["loss"]]))
 
 def start(name):
     """A child with a run of its own; its parent never ran a model, so that a fork is safe."""
