@@ -22,9 +22,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm, trange
 from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq,
                           GenerationConfig, HfArgumentParser, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedTokenizerFast, get_cosine_schedule_with_warmup)
+                          PreTrainedTokenizerFast, get_cosine_schedule_with_warmup, logging)
 from transformers.hf_argparser import HfArg
-from transformers.utils import logging
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -56,7 +55,7 @@ def edit_ops(a, b):
     insert, i in a, j in b; their number is ED(a, b). The first stands where a and b part."""
     a, b = np.array([*a]), np.array([*b])
     n = min(len(a), len(b))
-    start = int(np.append(a[:n] != b[:n], True).argmax())      # the common beginning is kept
+    start = int(np.append(a[:n] != b[:n], True).argmax())  # the common beginning is kept
     a, b = a[start:], b[start:]
     column, differ = np.arange(len(b) + 1), a[:, None] != b
     D = np.add.outer(np.arange(len(a) + 1), column)
@@ -66,7 +65,7 @@ def edit_ops(a, b):
         # insertions run along the row: D[i, j] = min over k <= j of D[i, k] + j - k
         D[i] = np.minimum.accumulate(D[i] - column) + column
     i, j, ops = len(a), len(b), []
-    while i or j:                                              # back from the last cell
+    while i or j:  # back from the last cell
         op = ("keep" if i and j and not differ[i - 1, j - 1] else
               "delete" if i and D[i, j] == D[i - 1, j] + 1 else
               "insert" if j and D[i, j] == D[i, j - 1] + 1 else "replace")
@@ -76,7 +75,7 @@ def edit_ops(a, b):
     return [step for step in reversed(ops) if step[0] != "keep"]
 
 # --- Right and wrong ---
-STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")        # a line, a sentence, or up to a ;
+STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")  # a line, a sentence, or up to a ;
 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""

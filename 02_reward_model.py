@@ -34,9 +34,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, HfArgumentParser,
-                          get_cosine_schedule_with_warmup)
+                          get_cosine_schedule_with_warmup, logging)
 from transformers.hf_argparser import HfArg
-from transformers.utils import logging
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -99,12 +98,12 @@ def fine_grained_loss(rewards_w, mask_w, rewards_l, mask_l, kept, N, alpha, beta
     -log sigmoid(alpha (R(tau^w) - R(tau^l))) + 1[U_0 not empty] (1/|U_0|) sum over U_0 of
     beta (r_j^w - r_i^l)^2 and, ours, zero ((r_j^w)^2 + (r_i^l)^2) / 2."""
     margin = response_reward(rewards_w, mask_w, how) - response_reward(rewards_l, mask_l, how)
-    loss = -F.logsigmoid(alpha * margin).sum()                         # A5, first term
+    loss = -F.logsigmoid(alpha * margin).sum()  # A5, first term
     flat = [(row, i, j, len(pairs)) for row, pairs in enumerate(kept) for i, j in pairs]
-    if flat:                                                           # 1[U_0 not empty]
-        row, i, j, size = torch.tensor(flat, device=loss.device).T     # size: |U_0|
+    if flat:  # 1[U_0 not empty]
+        row, i, j, size = torch.tensor(flat, device=loss.device).T  # size: |U_0|
         r_w, r_l = rewards_w[row, j], rewards_l[row, i]
-        loss = loss + beta * (1 / size * (r_w - r_l) ** 2).sum()       # A5, second term
+        loss = loss + beta * (1 / size * (r_w - r_l) ** 2).sum()  # A5, second term
         loss = loss + zero * (1 / size * (r_w ** 2 + r_l ** 2) / 2).sum()
     return loss / N
 
@@ -194,14 +193,14 @@ def pack(prompts, responses, model):
 
 def response_logprobs(model, inputs, response_mask, temperature=1.0):
     """log pi(a_t | s_t) (B, T) of the response tokens, 0 outside: logits at t-1 score token t."""
-    T = response_mask.shape[1]
-    logits = model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, :-1].float()
+    tokens = inputs["input_ids"][:, -response_mask.shape[1]:]
+    before = torch.arange(-tokens.shape[1] - 1, -1, device=tokens.device)
+    logits = model(**inputs, logits_to_keep=before, use_cache=False).logits.float()
     logits = logits / temperature if temperature != 1 else logits
-    tokens = inputs["input_ids"][:, -T:]
     losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
     return -losses.view(tokens.shape) * response_mask
 
-STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")        # a line, a sentence, or up to a ;
+STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")  # a line, a sentence, or up to a ;
 
 def token_texts(ids, tokenizer):
     """The text that each token adds to the ones before it, spaces included."""
@@ -231,7 +230,7 @@ def shard(model, args):
 def optimizer_step(optimizer, args):
     """A step on the sum of all processes' gradients, clipped to norm 1 a parameter group."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    if WORLD > 1 and not args.fsdp:                            # else they are summed already
+    if WORLD > 1 and not args.fsdp:  # else they are summed already
         flat = parameters_to_vector(grads)
         dist.all_reduce(flat)
         vector_to_parameters(flat, grads)
@@ -279,7 +278,7 @@ def train(kind, model, rows, args):
         size, lr, epochs = args.sequence_batch, args.sequence_lr, [rows] * args.sequence_epochs
     else:
         rewrites = [row["rewrite"] for row in rows]
-        locates = [row["locate"] for row in rows if row["edit_ops"]]   # a wrong step is there
+        locates = [row["locate"] for row in rows if row["edit_ops"]]  # a wrong step is there
         size, lr, epochs = args.grm_batch, args.grm_lr, [rewrites] + [locates] * args.locate_epochs
     rng = random.Random(args.seed)
     plan = [batch for epoch in epochs for batch in batches(rng.sample(epoch, len(epoch)), size)]
@@ -290,7 +289,7 @@ def train(kind, model, rows, args):
     for batch in tqdm(plan, desc=f"reward_{kind}", disable=RANK > 0):
         N = sum(len(row[1]) for row in batch) if kind == "generative" else len(batch)
         for part in batches(batch, args.micro_batch * WORLD):
-            mine = part[RANK::WORLD] or part[:1]               # without a row, one that adds 0
+            mine = part[RANK::WORLD] or part[:1]  # without a row, one that adds 0
             loss = loss_of(kind, model, mine, N, args) * (RANK < len(part))
             if not loss.isfinite():
                 fail(f"reward_{kind}: the loss is {loss.item()}; lower the learning rate")
@@ -326,7 +325,7 @@ def localisation(kind, rows, rejected, edited):
     rewards, before, beats = defaultdict(list), [], []
     for row, r_l, r_w in zip(rows, rejected, edited):
         op, i, j = row["edit_ops"][0]
-        if op != "insert":                                     # else no token stands for the error
+        if op != "insert":  # else no token stands for the error
             rewards["first"].append(r_l[i])
             before += r_l[:i]
         if i < len(r_l) and j < len(r_w):
@@ -382,7 +381,7 @@ def evaluate(kind, model, rows, tokenizer, args):
 def open_reward_model(kind, path, tokenizer, args):
     """A2, A6: the policy with one output and a head of zeros: r = 0; B2: the policy itself, where
     embeddings of B2's words are drawn anew: SFT, which never saw them, pushed all to one place."""
-    if kind != "generative":                                   # regression: a pipeline shows R
+    if kind != "generative":  # regression: a pipeline shows R
         model = KINDS[kind].from_pretrained(path, num_labels=1, problem_type="regression")
         for weight in {*model.parameters()} - {*model.base_model.parameters()}:
             torch.nn.init.zeros_(weight)
@@ -445,10 +444,10 @@ def main(args):
 
 if __name__ == "__main__":
     args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]
-    if WORLD > 1:                                              # under torchrun
+    if WORLD > 1:  # under torchrun
         dist.init_process_group()
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
         if args.device == "cuda":
             torch.cuda.set_device(RANK % torch.cuda.device_count())
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.bf16, False):
-        main(args)                                             # False: no cache of old weights
+        main(args)  # False: no cache of old weights

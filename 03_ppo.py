@@ -44,9 +44,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm, trange
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, HfArgumentParser,
-                          get_scheduler)
+                          get_scheduler, logging)
 from transformers.hf_argparser import HfArg
-from transformers.utils import logging
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -55,7 +54,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 KINDS = {"token": AutoModelForTokenClassification, "sequence": AutoModelForSequenceClassification,
          "generative": AutoModelForCausalLM}
-METHODS = {"ppo_token": ("token", 1e-4), "ppo_sequence": ("sequence", 1e-4),   # kind, learning rate
+METHODS = {"ppo_token": ("token", 1e-4), "ppo_sequence": ("sequence", 1e-4),  # kind, learning rate
            "rlmec": ("generative", 1e-3), "rlmec_imitation": ("generative", 1e-3),
            "rejection": ("generative", 1e-3), "dpo": ("token", 3e-5), "dpo_edit": ("token", 3e-5)}
 
@@ -78,7 +77,7 @@ class Args:
     dpo_beta: float = HfArg(default=1.0, help="C1: b")
     temperature: float = HfArg(default=1.0, help="of samples and of A7, A9, B5")
     max_new_tokens: int = HfArg(default=48, help="longest response, in tokens")
-    micro_batch: int = HfArg(default=256, help="rows of a forward pass, at most")
+    micro_batch: int = HfArg(default=32, help="rows of a pass; a draw has 8 times as many")
     bf16: bool = HfArg(default=False, help="autocast; the weights stay float32")
     save_every: int = HfArg(default=10, help="updates between saved states")
     fsdp: bool = HfArg(default=False, help="shard the models over torchrun's processes")
@@ -187,7 +186,7 @@ def edit_ops(a, b):
     insert, i in a, j in b; their number is ED(a, b). The first stands where a and b part."""
     a, b = np.array([*a]), np.array([*b])
     n = min(len(a), len(b))
-    start = int(np.append(a[:n] != b[:n], True).argmax())      # the common beginning is kept
+    start = int(np.append(a[:n] != b[:n], True).argmax())  # the common beginning is kept
     a, b = a[start:], b[start:]
     column, differ = np.arange(len(b) + 1), a[:, None] != b
     D = np.add.outer(np.arange(len(a) + 1), column)
@@ -197,7 +196,7 @@ def edit_ops(a, b):
         # insertions run along the row: D[i, j] = min over k <= j of D[i, k] + j - k
         D[i] = np.minimum.accumulate(D[i] - column) + column
     i, j, ops = len(a), len(b), []
-    while i or j:                                              # back from the last cell
+    while i or j:  # back from the last cell
         op = ("keep" if i and j and not differ[i - 1, j - 1] else
               "delete" if i and D[i, j] == D[i - 1, j] + 1 else
               "insert" if j and D[i, j] == D[i, j - 1] + 1 else "replace")
@@ -206,7 +205,7 @@ def edit_ops(a, b):
         ops.append([op, start + i, start + j])
     return [step for step in reversed(ops) if step[0] != "keep"]
 
-STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")        # a line, a sentence, or up to a ;
+STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")  # a line, a sentence, or up to a ;
 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
@@ -288,10 +287,10 @@ def pack(prompts, responses, model):
 
 def response_logprobs(model, inputs, response_mask, temperature=1.0):
     """log pi(a_t | s_t) (B, T) of the response tokens, 0 outside: logits at t-1 score token t."""
-    T = response_mask.shape[1]
-    logits = model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, :-1].float()
+    tokens = inputs["input_ids"][:, -response_mask.shape[1]:]
+    before = torch.arange(-tokens.shape[1] - 1, -1, device=tokens.device)
+    logits = model(**inputs, logits_to_keep=before, use_cache=False).logits.float()
     logits = logits / temperature if temperature != 1 else logits
-    tokens = inputs["input_ids"][:, -T:]
     losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
     return -losses.view(tokens.shape) * response_mask
 
@@ -342,7 +341,7 @@ def shard(model, args):
 def optimizer_step(optimizer, args):
     """A step on the sum of all processes' gradients, clipped to norm 1 a parameter group."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    if WORLD > 1 and not args.fsdp:                            # else they are summed already
+    if WORLD > 1 and not args.fsdp:  # else they are summed already
         flat = parameters_to_vector(grads)
         dist.all_reduce(flat)
         vector_to_parameters(flat, grads)
@@ -351,9 +350,9 @@ def optimizer_step(optimizer, args):
     optimizer.step()
     optimizer.zero_grad()
 
-def micro_batches(rows, args):
-    """Parts of the rows, each with this process's share: where none is left, one not to count."""
-    for part in batches(rows, args.micro_batch * WORLD):
+def micro_batches(rows, size):
+    """Parts of `size` rows a process, each with this process's share, or a row not to count."""
+    for part in batches(rows, size * WORLD):
         yield part, part[RANK::WORLD] or part[:1]
 
 def gather(rows, size):
@@ -394,7 +393,7 @@ def save_state(path, args, models, optimizer, **place):
 def sample(model, prompts, tokenizer, args, temperature):
     """Draw a response to each prompt (ids) from pi(a_t | s_t), with its end token; 0: likeliest."""
     drawn = []
-    for part, mine in micro_batches(prompts, args):
+    for part, mine in micro_batches(prompts, 8 * args.micro_batch):  # no activations are kept
         responses, cache = [[] for _ in mine], None
         running, limit = responses, model.config.max_position_embeddings - max(map(len, part))
         ids, mask, position = pack(mine, responses, model)[0].values()
@@ -423,12 +422,12 @@ def sample(model, prompts, tokenizer, args, temperature):
 @torch.no_grad()
 def read(function, model, prompts, responses, args, *more):
     """function(model, inputs, mask, *more) of all rows, a micro-batch at a time, as (B, T)."""
-    rows = []
-    for part, mine in micro_batches([*zip(prompts, responses)], args):
-        inputs, mask = pack(*zip(*mine), model)
+    rows, order = {}, sorted(range(len(responses)), key=lambda k: len(responses[k]))
+    for part, mine in micro_batches(order, args.micro_batch):  # of like lengths: little padding
+        inputs, mask = pack([prompts[k] for k in mine], [responses[k] for k in mine], model)
         values = function(model, inputs, mask, *more)
-        rows += gather([x[m].cpu() for x, m in zip(values, mask)], len(part))
-    return pad_sequence(rows, True).to(args.device)
+        rows.update(zip(part, gather([x[m].cpu() for x, m in zip(values, mask)], len(part))))
+    return pad_sequence([rows[k] for k in range(len(rows))], True).to(args.device)
 
 def column(rows, name):
     return [row[name] for row in rows]
@@ -459,7 +458,7 @@ def gradient_step(losses, rows, optimizer, args):
     """A step on a batch. losses(rows, some of them) yields by name what these add to each loss, a
     tensor whose activations go before the next one's come, and to each statistic, a number."""
     total = Counter()
-    for part, mine in micro_batches(rows, args):
+    for part, mine in micro_batches(rows, args.micro_batch):
         for name, x in losses(rows, mine):
             if torch.is_tensor(x):
                 (x * (RANK < len(part))).backward()
@@ -481,7 +480,7 @@ def rollout(kind, models, prompts, tokenizer, scale, args):
     values = read(token_values, models["value"], *rows)
     scores = read(scores_of, models["reward"], *rows, kind, scale)
     rewards = kl_rewards(scores, logprobs, ref_logprobs, args.kappa)  # A7
-    advantages, returns = gae(rewards, values, args.lam)              # A8
+    advantages, returns = gae(rewards, values, args.lam)  # A8
     total = scores.sum(dim=1)  # sums a response, means a rollout
     row = {"score": total.mean().item(), "score_std": total.std().item(),
            "reward": rewards.sum(dim=1).mean().item(),
@@ -495,7 +494,9 @@ def rollout(kind, models, prompts, tokenizer, scale, args):
 def ppo_loss(models, inputs, batch, args, rows, mine):
     """A9 of some rows of a minibatch; means over the N response tokens of the minibatch."""
     N, clip = batch["mask"][rows].sum().item(), 0.2 if args.clip is None else args.clip
-    inputs, part = ({name: x[mine] for name, x in whole.items()} for whole in (inputs, batch))
+    padding = (~batch["mask"][mine]).all(dim=0).sum()  # columns where all of these have ended
+    inputs, part = ({name: x[mine, :x.shape[1] - padding] for name, x in whole.items()}
+                    for whole in (inputs, batch))
     mask, old_logprobs = part["mask"], part["old_logprobs"]
     logprobs = response_logprobs(models["policy"], inputs, mask, args.temperature)
     yield "policy_loss", policy_loss(logprobs, old_logprobs, part["advantages"], mask, clip, N)
@@ -511,8 +512,9 @@ def ppo(kind, models, optimizer, problems, scale, rng, tokenizer, args):
     size = args.rollout_batch  # with replacement, the same prompts for both rewards
     prompts = column(rng.choices(problems, k=size), "prompt_ids")
     row, inputs, batch = rollout(kind, models, prompts, tokenizer, scale, args)
-    losses = partial(ppo_loss, models, inputs, batch, args)
-    steps = [gradient_step(losses, rows, optimizer, args) for _ in range(args.ppo_epochs)
+    losses, length = partial(ppo_loss, models, inputs, batch, args), batch["mask"].sum(1).tolist()
+    steps = [gradient_step(losses, sorted(rows, key=length.__getitem__), optimizer, args)
+             for _ in range(args.ppo_epochs)
              for rows in batches(rng.sample(range(size), size), args.minibatch)]
     return row | {name: float(np.mean(column(steps, name))) for name in steps[0]}
 
@@ -695,10 +697,10 @@ def main(args):
 
 if __name__ == "__main__":
     args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]
-    if WORLD > 1:                                              # under torchrun
+    if WORLD > 1:  # under torchrun
         dist.init_process_group()
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
         if args.device == "cuda":
             torch.cuda.set_device(RANK % torch.cuda.device_count())
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.bf16, False):
-        main(args)                                             # False: no cache of old weights
+        main(args)  # False: no cache of old weights

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser
+from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser,
+                          logging)
 from transformers.hf_argparser import HfArg
-from transformers.utils import logging
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -79,7 +79,7 @@ def measure(wrong, log):
             "largest_drop": max(curve) - min(curve[np.argmax(curve):]) if curve else None}
 
 # --- Helpers that stand in several scripts, letter for letter ---
-STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")        # a line, a sentence, or up to a ;
+STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")  # a line, a sentence, or up to a ;
 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
@@ -166,7 +166,7 @@ def failure_signatures(models, policies, logs):
     for name, log in logs.items():
         for column, limit in LIMITS.items():
             peak = np.max([abs(row.get(column, 0)) for row in log])
-            if not peak <= limit:                              # nan as well
+            if not peak <= limit:  # nan as well
                 yield f"unstable: {name} reached a {column} of {peak:.3g}, over {limit}"
         if (drop := policies[name]["largest_drop"] or 0) > 0.2:
             yield f"unstable: {name} lost {drop:.0%} accuracy"
@@ -204,7 +204,7 @@ def compare(run, logs, args):
     for name, log in {"sft": [start], **logs}.items():
         folder = "policy" if name == "sft" else name
         model = AutoModelForCausalLM.from_pretrained(run / folder).to(args.device)
-        torch.manual_seed(args.seed)                           # the same for every policy
+        torch.manual_seed(args.seed)  # the same for every policy
         wrong[name] = []
         for row, ids in zip(problems, generate(model, tokenizer, prompts, args, args.temperature)):
             row[name] = tokenizer.decode(ids, skip_special_tokens=True)
@@ -261,7 +261,7 @@ svg{max-width:40rem;font-size:12px;fill:none}text{fill:currentColor}path{stroke:
 polyline{stroke-width:3}ins{color:#0a84d0;font-weight:bold;text-decoration:none}"""
 COLOURS = {"ppo_token": "#0072b2", "ppo_sequence": "#d55e00", "rlmec": "#009e73",
            "rlmec_imitation": "#cc79a7", "rejection": "#e69f00", "dpo": "#56b4e9",
-           "dpo_edit": "#888888"}                              # the policies of stage 3
+           "dpo_edit": "#888888"}  # the policies of stage 3
 
 def table(policies):
     """The numbers of eval.json that one compares, as text for the terminal and the report."""
@@ -277,9 +277,9 @@ def heat_map(row):
     """A held-out response under every reward model, token by token, wrong tokens framed."""
     for kind in [kind for kind in ("token", "sequence", "generative") if row[kind] is not None]:
         rewards, least, text = row[kind], 0.5, ""
-        if kind == "sequence":                                 # A7: all on the last token
+        if kind == "sequence":  # A7: all on the last token
             rewards = [0.0] * (len(row["tokens"]) - 1) + [rewards]
-        if kind == "generative":                               # B3 of a wrong response
+        if kind == "generative":  # B3 of a wrong response
             rewards, least = np.clip(rewards, -0.1, 0.0), 0.1
         limit = max(least, *map(abs, rewards))
         for t, (token, r) in enumerate(zip(row["tokens"], rewards)):
@@ -290,7 +290,7 @@ def heat_map(row):
 
 def before_after(row):
     """A response of the SFT policy, and what every policy makes of it, word by word."""
-    for name in [*row][2:]:                                    # behind id and prompt
+    for name in [*row][2:]:  # behind id and prompt
         old, new = (re.findall(r"\s*(?:\w+|\S)", row[policy]) for policy in ("sft", name))
         text = ""
         for tag, a, b, c, d in SequenceMatcher(None, old, new, False).get_opcodes():
