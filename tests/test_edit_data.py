@@ -1,18 +1,18 @@
-"""Stage 1. E1: the minimum edit. A1, B1: tasks, the rule of right, editors, gates, data, input."""
+"""Stage 1. E1, with A4 and B6; A1, B1: tasks, the rule of right, editors, gates, data, input."""
 
 import json, random, re, shutil, timeit
 from collections import Counter, defaultdict
 from itertools import cycle, product
 from os.path import commonprefix
 from pathlib import Path
-
 import pytest
-from conftest import one, rows_of
+from conftest import one, rows_of, three, two
 
 @pytest.fixture
 def stage(tiny_run, tmp_path, monkeypatch, capsys):
     """Run stage 1 on rows of data, or on a task of 13 prompts without SFT; edits.jsonl, printed.
     The policy may say the given (text, ended)."""
+    monkeypatch.chdir(tmp_path)
     def call(rows=None, rules="", says=None, **flags):
         if says:
             monkeypatch.setattr(one, "generate", lambda model, tokenizer, prompts, args: [
@@ -26,8 +26,6 @@ def stage(tiny_run, tmp_path, monkeypatch, capsys):
         args = {"run": "new", "max_edit_share": 1.0, **args, **flags}
         one.main(one.Args(**args))
         return rows_of(Path(args["run"]) / "edits.jsonl"), capsys.readouterr().out
-
-    monkeypatch.chdir(tmp_path)
     return call
 
 def apply(ops, a, b):
@@ -46,13 +44,16 @@ def plain_distance(a, b):
             row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (x != y)))
     return row[-1]
 
-@pytest.mark.parametrize("a, b, ops", [
-    ("kitten", "sitting", [["replace", 0, 0], ["replace", 4, 4], ["insert", 6, 6]]),
-    ("abc", "XYabc", [["insert", 0, 0], ["insert", 0, 1]]), ("aXbc", "abc", [["delete", 1, 1]]),
-    ("ab", "", [["delete", 0, 0], ["delete", 1, 0]]), ("", "a", [["insert", 0, 0]]),
-])
-def test_ops_by_hand(a, b, ops):
-    assert one.edit_ops(a, b) == ops
+@pytest.mark.parametrize("a, b, ops, kept", [
+    ("kitten", "sitting", [["replace", 0, 0], ["replace", 4, 4], ["insert", 6, 6]],
+     [(1, 1), (2, 2), (3, 3), (5, 5)]), ("ab", "ab", [], [(0, 0), (1, 1)]),
+    ("abc", "XYabc", [["insert", 0, 0], ["insert", 0, 1]], [(0, 2), (1, 3), (2, 4)]),
+    ("aXb", "ab", [["delete", 1, 1]], [(0, 0), (2, 1)]), ("a", "b", [["replace", 0, 0]], []),
+    ("ab", "", [["delete", 0, 0], ["delete", 1, 0]], []), ("", "a", [["insert", 0, 0]], [])])
+def test_ops_kept_tokens_and_imitation_weights_by_hand(a, b, ops, kept):
+    assert one.edit_ops(a, b) == ops and two.kept_tokens(ops, len(a), len(b)) == kept  # A4
+    weights = [0.5 if j in dict(kept).values() else 1.0 for j in range(len(b))]        # B6
+    assert three.imitation_weights([*a], [*b]).tolist() == weights
 
 def test_ops_are_a_shortest_path():
     rng = random.Random(0)
@@ -60,9 +61,7 @@ def test_ops_are_a_shortest_path():
     for a, b in product(words, repeat=2):
         ops = one.edit_ops(a, b)
         assert apply(ops, a, b) == b and len(ops) == plain_distance(a, b)
-        in_a, in_b = ({o[k] for o in ops if o[0] != op} for k, op in ((1, "insert"), (2, "delete")))
-        assert [x for i, x in enumerate(a) if i not in in_a] \
-            == [x for j, x in enumerate(b) if j not in in_b]           # kept tokens, in their order
+        assert all(a[i] == b[j] for i, j in two.kept_tokens(ops, len(a), len(b)))
         start = len(commonprefix([a, b]))
         assert ops == [] if a == b else ops[0][1:] == [start, start]   # where the two part
 
@@ -91,8 +90,7 @@ def test_ops_agree_with_the_errors_that_humans_marked(shared):
     ("12 + 3 = 15", "15"), ("It costs $1,200.00.", "1200"), ("#### 7", "7"), ("x = 3-5", "5"),
     ("The answer is -5. Or 6?", "-5"), ("The answer is 3. No, the answer is: 4, not 5", "4"),
     ("The answer is 1/2.", "1/2"), ("The answer is 12:30", "12:30"), ("3.14", "3.14"),
-    ("2 of them.\nThe answer is Paris.\nYes", "Paris"), ("", ""), ("100", "100"), ("50%", "50"),
-])
+    ("2 of them.\nThe answer is Paris.\nYes", "Paris"), ("", ""), ("100", "100"), ("50%", "50")])
 def test_final_answer(text, answer):
     assert one.final_answer(text) == answer
 
@@ -106,8 +104,7 @@ RULES = {"rules": [r"\bsad\b", "(a|b)c"], "answer": "5"}             # rules go 
     (" A makes tea. B is in Rome.", QA, 0), (" A makes tea. So B lives in Rome.", QA, 0),
     (" A is. So B lives in Rome.", QA, 1), ("sad, sadly sad: ac", RULES, 3), ("glad 6", RULES, 0),
     ("9 is right. The answer is 5", {"answer": "$5.00"}, 0), ("5 or 6", {"answer": "5"}, 1),
-    ("The answer is 30", {"answer": "12:30"}, 1), ("The answer is 1", {"answer": "1/2"}, 1),
-])
+    ("The answer is 30", {"answer": "12:30"}, 1), ("The answer is 1", {"answer": "1/2"}, 1)])
 def test_wrong_steps_by_hand(text, problem, wrong):
     assert one.wrong_steps(text, True, problem) == wrong
     assert one.wrong_steps(text, False, problem) == wrong + 1          # not ended is never right
@@ -172,8 +169,7 @@ def test_rows_of_the_tiny_run(tiny_run, tokenizer):
     ("3+2=5;-1=4;-6=2", TAPE, "m", ("insert", None, 3)),               # a gap stands nowhere
     ("3+2=5;-1=4;+4=8;-6=2-", TAPE, "m", ("delete", 20, 4)), ("3+2", [], "m", "editor: no edit"),
     ("3+2", ["3+2"], "m", "gate: the edit changes nothing"), ("3", [], "human", "editor: no edit"),
-    ("3+2=5;-1=4;+4=8;-6=3", ["3+2=5;-1=4;+4=8;-6=4"], "m", "gate: the edit is not better"),
-])
+    ("3+2=5;-1=4;+4=8;-6=3", ["3+2=5;-1=4;+4=8;-6=4"], "m", "gate: the edit is not better")])
 def test_first_error_step_and_gates(text, texts, name, result):
     tokenizer = one.small_policy(one.make_problems(one.Args(train_prompts=99)), one.Args())[1]
     problem = {**MATH, "id": "a", "split": "train", "prompt": "3+2-1+4-6=", "prompt_ids": [3]}
@@ -217,8 +213,7 @@ def test_rules_edit_samples_of_prompts_alone(stage):
     ({"chosen": " tea", "rejected": " soap", "answer": "5"}, "human", " tea", None),
     ({"response": " soap", "edited": " salt"}, "human", " salt", " salt"),
     ({"response": " soap", "edited": " salt", "editor": "some LLM"}, "some LLM", " salt", " salt"),
-    ({"solution": " It tea", "answer": "It tea", "response": " soap"}, "nearest", None, " It tea"),
-])
+    ({"solution": " It tea", "answer": "It tea", "response": " soap"}, "nearest", None, " It tea")])
 def test_shapes_of_data(stage, tiny_run, tokenizer, chat, columns, editor, chosen, edited):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\nA:{% endfor %}"
     tokenizer.save_pretrained(shutil.copytree(tiny_run / "policy", "model"))
@@ -235,8 +230,7 @@ def test_shapes_of_data(stage, tiny_run, tokenizer, chat, columns, editor, chose
         assert row["rejected_ids"][-1] == tokenizer.eos_token_id
         if edited:
             check_row(row, tokenizer)
-        else:
-            assert row["edit_ops"] is row["edited_ids"] is row["edit_distance"] is None
+        assert edited or row["edit_ops"] is row["edited_ids"] is row["edit_distance"] is None
 
 def test_nearest_on_gsm8k(stage, shared):
     data = [row for row in rows_of(shared / "data/gsm8k_model_solutions.jsonl")
@@ -276,8 +270,7 @@ TSV = {"editor": "rules:rules"}
     ([GOOD], {"model": None}, "needs --model"), ([GOOD], {"editor": "oracle"}, "oracle: .*human"),
     ([PAIR], {"editor": "nearest"}, "fits is .'human'"), (None, {"editor": "human"}, "oracle"),
     ([GOOD], {"editor": "magic"}, "magic"), ([GOOD], TSV | {"rules": "a b"}, "tab and"),
-    ([GOOD], TSV | {"rules": "(a\tb"}, "regular"), ([GOOD], TSV | {"rules": "a\t\\1"}, "regular"),
-])
+    ([GOOD], TSV | {"rules": "(a\tb"}, "regular"), ([GOOD], TSV | {"rules": "a\t\\1"}, "regular")])
 def test_bad_input(stage, fails, data, flags, message):
     fails(message, stage, data, **flags)
     assert not Path("new").exists()

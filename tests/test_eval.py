@@ -1,13 +1,9 @@
 """Stage 4: the statistics by hand, verdicts, several runs, the report."""
 
 import json, shutil
-
 import numpy as np
 import pytest
 from conftest import four, rows_of
-
-COLUMNS = {"win_rate", "win_rate_se", "win_rate_ci95", "n", "accuracy", "wrong_steps_per_response",
-           "kl_to_ref", "updates", "episodes", "seconds"}
 
 def test_win_rate_as_alpacaeval_counts_it_and_intervals():
     # wins 1, 0, 1/2 and, for 0, 1/2 again; the others are no verdicts
@@ -57,15 +53,14 @@ def test_files_of_the_stage(run):
     shutil.copytree(run / "policy", run / "ppo_sequence", dirs_exist_ok=True)
     (run / "ppo_token.csv").write_text(
         "update,episodes,seconds,kl,val_kl,accuracy\n1,32,0.5,91,,\n2,64,1.0,2,0.3,0.5\n")
-    for name in ("problems.jsonl", "reward_examples.jsonl"):
-        rows = [{**row, "prompt": "<script>alert(1)</script>&" + row["prompt"]}
-                for row in rows_of(run / name)]
-        (run / name).write_text("\n".join(map(json.dumps, rows)))
+    for path in (run / "problems.jsonl", run / "reward_examples.jsonl"):
+        path.write_text(path.read_text().replace(
+            '"prompt": "', '"prompt": "<script>alert(1)</script>&'))
     four.main(four.Args(run=str(run), examples=4))
     result, rows = json.loads((run / "eval.json").read_text()), rows_of(run / "responses.jsonl")
     policies, (gap,) = result["policies"], result["differences"]
     assert set(policies) == {"sft", "ppo_token", "ppo_sequence"}
-    assert all(COLUMNS <= set(row) for row in policies.values())
+    assert all({"win_rate_ci95", "n", "episodes"} <= {*row} for row in policies.values())
     assert set(result["reward_models"]) == {"token", "sequence", "generative"}
     assert any("ppo_token reached a kl of 91, over 20" in text for text in result["warnings"])
     token, same = policies["ppo_token"], policies["ppo_sequence"]     # same: SFT against itself
@@ -91,9 +86,9 @@ def test_combine_several_runs(tmp_path):
     four.main(four.Args(run=str(tmp_path), runs=[*map(str, runs)]))
     table = json.loads((tmp_path / "combined.json").read_text())
     assert set(table) == {"policies ppo_token win_rate", "differences x - y"}
-    mean, sd = 2 / 3, (0.13 / 3) ** 0.5                        # variance: 0.08667 / (3 - 1)
-    assert table["policies ppo_token win_rate"] == {
-        "mean": pytest.approx(mean), "sd": pytest.approx(sd), "values": [0.5, 0.6, 0.9]}
+    assert table["policies ppo_token win_rate"] == {           # variance: 0.08667 / (3 - 1)
+        "mean": pytest.approx(2 / 3), "sd": pytest.approx((0.13 / 3) ** 0.5),
+        "values": [0.5, 0.6, 0.9]}
 
 def test_verdicts_of_alpacaeval(tmp_path, capsys, fails):
     path = tmp_path / "annotations.json"

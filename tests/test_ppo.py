@@ -2,7 +2,6 @@
 
 import math
 from collections import Counter
-
 import pytest, torch
 import torch.nn.functional as F
 from conftest import rows_of, three
@@ -22,7 +21,7 @@ def plain_logprobs(model, prompt, response, temperature=1.0):
     logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
     return (logits / temperature).log_softmax(-1)[range(len(response)), response]
 
-def test_scores_and_kl_rewards_by_hand(monkeypatch):
+def test_scores_kl_rewards_value_loss_and_whitening_by_hand(monkeypatch):
     mask = torch.tensor([[True] * 3, [True, False, False]])
     monkeypatch.setattr(three, "sequence_reward", lambda *_: torch.tensor([5.0, 4.0]))
     monkeypatch.setattr(three, "token_rewards", lambda *_: torch.tensor([[2.0, 4.0, 6.0]]))
@@ -32,6 +31,12 @@ def test_scores_and_kl_rewards_by_hand(monkeypatch):
     old, ref = torch.tensor([-1.0, -2.0], requires_grad=True), torch.tensor([-1.5, -1.0])
     rewards = three.kl_rewards(torch.tensor([1.0, 0.0]), old, ref, 0.1)
     assert rewards.tolist() == pytest.approx([1 - 0.05, 0.1]) and not rewards.requires_grad
+    mask, old = torch.tensor([True, True, True, False]), torch.ones(4)
+    values, returns = torch.tensor([2.0, 1.1, 0.0, 9.0]), torch.tensor([1.5, 1.5, -1.0, 0.0])
+    loss = three.value_loss(values, old, returns, mask, 0.2, 5)    # clipped to 1.2 1.1 0.8
+    assert loss.item() == pytest.approx(0.5 * (0.5 ** 2 + 0.4 ** 2 + 1.8 ** 2) / 5)
+    white = three.masked_whiten(torch.tensor([1.0, 2.0, 3.0, 99.0]), mask)
+    assert white.tolist() == pytest.approx([-1.5 ** 0.5, 0.0, 1.5 ** 0.5, 0.0])
 
 @pytest.mark.parametrize("lam, gamma", [(0.95, 1.0), (1.0, 0.9), (0.0, 0.7)])
 def test_gae_equals_the_double_sum_and_ignores_padding(lam, gamma):
@@ -53,14 +58,6 @@ def test_policy_loss_on_each_side_of_the_clip(ratio, advantage, loss, gradient):
     value.backward()
     assert value.item() == pytest.approx(loss / 4)
     assert logprobs.grad.tolist() == pytest.approx([gradient / 4, 0.0])
-
-def test_value_loss_and_whitening_by_hand():
-    mask, old = torch.tensor([True, True, True, False]), torch.ones(4)
-    values, returns = torch.tensor([2.0, 1.1, 0.0, 9.0]), torch.tensor([1.5, 1.5, -1.0, 0.0])
-    loss = three.value_loss(values, old, returns, mask, 0.2, 5)    # clipped to 1.2 1.1 0.8
-    assert loss.item() == pytest.approx(0.5 * (0.5 ** 2 + 0.4 ** 2 + 1.8 ** 2) / 5)
-    white = three.masked_whiten(torch.tensor([1.0, 2.0, 3.0, 99.0]), mask)
-    assert white.tolist() == pytest.approx([-1.5 ** 0.5, 0.0, 1.5 ** 0.5, 0.0])
 
 @pytest.mark.parametrize("reward", [1.0, -1.0])
 def test_a_reward_moves_its_token_and_with_lambda_0_no_other(policy, reward):
@@ -117,7 +114,7 @@ def test_likeliest_samples_equal_one_by_one_without_a_cache(policy, tokenizer):
     expected = [policy.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False,
                                 use_cache=False)[0, len(prompt):].tolist() for prompt in prompts]
     assert len({len(row) for row in expected}) > 2                 # they end at several times
-    for args.micro_batch in (256, 4):
+    for args.micro_batch in (256, 1):                              # parts of 8 rows
         assert three.sample(policy, prompts, tokenizer, args, 0.0) == expected
 
 def test_samples_fit_the_context_and_teacher_forcing_agrees(policy, tokenizer):
@@ -135,9 +132,6 @@ def test_b3_b5_b6_and_c1_by_hand():
     p, mask = torch.tensor([[0.9, 0.6, 0.3, 0.45, 0.7]] * 2), torch.tensor([[True] * 4 + [False]])
     r = three.generative_rewards(p, torch.tensor([True, False]), mask)
     assert torch.allclose(r, torch.tensor([[0.4, 0.1, 0, 0, 0], [0, 0, -0.1, -0.05, 0]]))
-    for a, b, gamma in (("kitten", "sitting", [1, .5, .5, .5, 1, .5, 1]), ("aXb", "ab", [.5, .5]),
-                        ("bc", "XYbc", [1, 1, .5, .5]), ("abc", "abc", [.5, .5, .5])):
-        assert three.imitation_weights([*a], [*b]).tolist() == gamma
     logprobs = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]], requires_grad=True)
     assert three.imitation_loss(logprobs, torch.tensor([[1, 0.5], [0.5, 0]]), 7).item() == 3.5 / 7
     loss = three.rlmec_loss(logprobs, logprobs.detach(), torch.zeros(2, 2), 0.3, 0)
@@ -209,7 +203,6 @@ def collect(tiny_run, tokenizer, monkeypatch):
     args = three.Args(device="cpu", temperature=0.7)
     grm = three.open_model(three.AutoModelForCausalLM, tiny_run / "policy", args)
     problems, seen = three.read_jsonl(tiny_run / "problems.jsonl")[:2], []
-
     def collect_of(*answers):
         monkeypatch.setattr(three, "sample", lambda model, prompts, *_: (
             seen.append(prompts) or answers[len(seen) - 1]))

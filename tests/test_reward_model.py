@@ -1,8 +1,7 @@
-"""Stage 2, A2 to A6 and B2: by hand, against slow versions, under padding, and in parts."""
+"""Stage 2, A2, A3, A5, A6 and B2: by hand, against slow versions, under padding, and in parts."""
 
 import copy
 from math import exp, log
-
 import pytest, torch
 import torch.nn.functional as F
 from conftest import rows_of, two
@@ -17,14 +16,6 @@ def new_model(tiny_run, tokenizer):
             torch.nn.init.normal_(model.score.weight, std=0.3)
         return model
     return call
-
-@pytest.mark.parametrize("ops, lengths, kept", [
-    ([["replace", 0, 0], ["replace", 4, 4], ["insert", 6, 6]], (6, 7),  # kitten, sitting
-     [(1, 1), (2, 2), (3, 3), (5, 5)]),
-    ([["delete", 1, 1]], (3, 2), [(0, 0), (2, 1)]), ([["insert", 0, 0]], (1, 2), [(0, 1)]),
-    ([["replace", 0, 0]], (1, 1), [])])
-def test_kept_tokens(ops, lengths, kept):
-    assert two.kept_tokens(ops, *lengths) == kept                  # A4
 
 @pytest.mark.parametrize("how, size", [("mean", len), ("sum", lambda tokens: 1)])  # A3
 def test_fine_grained_loss_equals_a_slow_one_and_its_parts_add_up(how, size):
@@ -57,19 +48,18 @@ def test_micro_batches_give_the_gradient(new_model, tiny_run, tokenizer, kind, m
     model, calls, loss_of = new_model(kind), [], two.loss_of
     edits = rows_of(tiny_run / "edits.jsonl")                      # the first: right, not located
     edits[0].update(edited_ids=edits[0]["rejected_ids"], edit_ops=[], first_wrong_step=None)
-    monkeypatch.setattr(two, "loss_of", lambda *call: calls.append(call) or loss_of(*call))
+    monkeypatch.setattr(two, "loss_of", lambda *call: calls.append(call[2:4]) or loss_of(*call))
     for n in (256, 3):
         args = two.Args(str(tiny_run), epochs=1, sequence_epochs=1, locate_epochs=1, micro_batch=n)
         rows, _ = two.rows_for(kind, edits, model, tokenizer, args)
         two.train(kind, copy.deepcopy(model), rows[:7], args)
-    whole = [(batch, N) for _, _, batch, N, _ in calls[:len(grads) // 2]]
-    for batch, N in whole:
+    steps = len(grads) // 2                                        # of each of the two runs
+    for batch, N in calls[:steps]:
         assert N == (sum(len(y) for _, y in batch) if kind == "generative" else len(batch))
-    assert sum(len(batch) for batch, _ in whole) == (13 if kind == "generative" else 7)
-    parts = grads[len(grads) // 2]                                 # the first step of each run
-    assert (grads[0] - parts).norm() < 1e-5 * grads[0].norm()
+    assert sum(len(batch) for batch, _ in calls[:steps]) == (13 if kind == "generative" else 7)
+    assert (grads[0] - grads[steps]).norm() < 1e-5 * grads[0].norm()
 
-def test_prompts_and_examples_of_the_grm_carry_the_ids_as_they_are(tokenizer, tiny_run):
+def test_prompts_and_examples_of_the_grm_carry_the_ids_as_they_are(tokenizer, tiny_run, new_model):
     words = lambda text: tokenizer(text, add_special_tokens=False).input_ids
     end, dot = tokenizer.eos_token_id, words("They send jam.")[-1]
     problem = {"prompt_ids": [5, 6], "solution_ids": [8, 9, dot, 7, end]}
@@ -82,13 +72,10 @@ def test_prompts_and_examples_of_the_grm_carry_the_ids_as_they_are(tokenizer, ti
         row = {"rejected_ids": response, "edited_ids": [7, 2], "first_wrong_step": 2}
         assert two.examples_of(row, problem, tokenizer) == {
             "rewrite": (rewrite, [7, 2]), "locate": (locate, second + [end])}
-
-def test_words_of_b2_are_told_apart(new_model, tiny_run, tokenizer):
-    model, policy = (new_model("generative").lm_head.weight,
-                     two.AutoModelForCausalLM.from_pretrained(tiny_run / "policy").lm_head.weight)
-    one, other = (tokenizer(f"[{k}]").input_ids[0] for k in (1, 2))
-    assert F.cosine_similarity(model[one], model[other], dim=0).abs() < 0.7
-    assert model[:9].equal(policy[:9]) and not model[one].equal(policy[one])
+    weight = new_model("generative").lm_head.weight                # the labels are told apart
+    assert F.cosine_similarity(*weight[first + second], dim=0).abs() < 0.7
+    policy = two.AutoModelForCausalLM.from_pretrained(tiny_run / "policy").lm_head.weight
+    assert weight[:9].equal(policy[:9]) and not weight[first].equal(policy[first])
 
 def test_exact_is_what_greedy_decoding_writes(new_model):
     model = new_model("generative")

@@ -3,7 +3,6 @@ of every loss. `worker.py die`: a rank that fails. `worker.py kill RUN`: a run k
 
 import os, random, shutil, signal, sys, time
 from pathlib import Path
-
 import torch
 from conftest import rows_of, three, two
 
@@ -11,8 +10,8 @@ mode, run, grads = sys.argv[1], Path(sys.argv[2]), []
 
 def keep(parameters, _):
     """In the place of clipping: behind the sum over processes, before the step."""
-    full = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in parameters]
-    grads.append(torch.cat([x.flatten() for x in full]))
+    whole = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x
+    grads.append(torch.cat([whole(p.grad).flatten() for p in parameters]))
 
 def reward_models(tokenizer, fsdp):
     """A5, A6 and B2 of a batch of 7 in micro-batches of 2, so that one rank has no last row."""
