@@ -59,7 +59,7 @@ class Args:
     epochs: int = HfArg(default=8, help="A5: epochs")
     batch: int = HfArg(default=64, help="A5: pairs an optimiser step")
     lr: float = HfArg(default=1.5e-3, help="A5: learning rate; all: cosine, 3 %% warm-up")
-    sequence_epochs: int = HfArg(default=9, help="A6: epochs")
+    sequence_epochs: int = HfArg(default=12, help="A6: epochs")
     sequence_batch: int = HfArg(default=32, help="A6: pairs an optimiser step")
     sequence_lr: float = HfArg(default=1e-3, help="A6: learning rate")
     locate_epochs: int = HfArg(default=5, help="B2: epochs of `locate`; `rewrite` has one")
