@@ -15,7 +15,7 @@ Reads RUN/policy, problems.jsonl, edits.jsonl. Writes RUN/reward_token, reward_s
 reward_generative, reward_metrics.json, reward_examples.jsonl.
 """
 
-import json, os, random, re, shutil, sys, time
+import atexit, json, os, random, re, shutil, sys, time
 from bisect import bisect_right
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -446,6 +446,7 @@ if __name__ == "__main__":
     args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]
     if WORLD > 1:  # under torchrun
         dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
         if args.device == "cuda":
             torch.cuda.set_device(RANK % torch.cuda.device_count())

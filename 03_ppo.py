@@ -24,7 +24,7 @@ Simplified against the papers:
 Reads RUN/policy, problems.jsonl, edits.jsonl, reward_*. Writes a policy and a CSV for each method.
 """
 
-import json, os, random, re, shutil, sys, time
+import atexit, json, os, random, re, shutil, sys, time
 from bisect import bisect_right
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -699,6 +699,7 @@ if __name__ == "__main__":
     args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]
     if WORLD > 1:  # under torchrun
         dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
         sys.stdout = open(os.devnull, "w") if RANK else sys.stdout
         if args.device == "cuda":
             torch.cuda.set_device(RANK % torch.cuda.device_count())
