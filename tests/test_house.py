@@ -43,8 +43,7 @@ def test_lines_and_functions_are_short():
         starts = [node.lineno for node in nodes if isinstance(node, ast.stmt)]
         sizes = {node.name: node.end_lineno - node.lineno + 1 for node in nodes
                  if isinstance(node, ast.FunctionDef)}
-        lines = enumerate(read(path).splitlines(), 1)
-        assert not [number for number, line in lines if len(line) > COLUMNS], path.name
+        assert not [line for line in read(path).splitlines() if len(line) > COLUMNS], path.name
         assert not [line for line in {*starts} if starts.count(line) > 1], path.name
         assert not [name for name, size in sizes.items() if size > FUNCTION_LINES], path.name
 
@@ -78,14 +77,15 @@ def test_a_script_stands_alone(stage):
 def test_the_four_scripts_in_order(tmp_path):
     flags = ["--train_prompts 40 --test_prompts 16 --sft_steps 9 --hidden_size 16 "
              "--samples 4 --max_edit_share 1.0", "--kind token --epochs 1",
-             "--updates 1 --rollout_batch 8", "--examples 2"]
+             "--updates 1 --rollout_batch 8", "--examples 2 --max_new_tokens 1"]
     for name, more in zip(STAGES, flags):
         result = subprocess.run([sys.executable, ROOT / f"{name}.py", "--run", "run",
                                  *more.split()], cwd=tmp_path, capture_output=True, text=True)
         assert result.returncode == 0, result.stderr
         assert {*json.loads(read(tmp_path / "run" / f"{name[:2]}_args.json"))} == options_of(name)
     assert len([*tmp_path.iterdir()]) == 1 and not [*(tmp_path / "run").glob("*.part")]
-    assert json.loads(read(tmp_path / "run" / "eval.json"))["policies"]["ppo_token"]["n"] == 16
+    row = json.loads(read(tmp_path / "run" / "eval.json"))["policies"]["ppo_token"]
+    assert row["n"] == 16 and row["wrong_steps_per_response"] > 4  # four steps, and not ended
 
 def test_model_folders_open_plainly(tiny_run):
     vocabulary = AutoTokenizer.from_pretrained(tiny_run / "policy").get_vocab()

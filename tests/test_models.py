@@ -14,7 +14,6 @@ INST = "{{ bos_token }}{% for m in messages %}[INST] {{ m.content }} [/INST]{% e
 GPT, QWEN = ["<|endoftext|>"], ["<|endoftext|>", "<|im_end|>", "<|im_start|>"]
 SP, GEMMA = ["<unk>", "<s>", "</s>"], ["<pad>", "<bos>", "<eos>"]
 ROPE = {"num_key_value_heads": 2, "intermediate_size": 32}
-
 # config, rows beyond the tokens, special tokens; which are bos (begins a text), eos, pad; template
 FAMILIES = {
     "gpt2": ({"resid_pdrop": 0.1, "embd_pdrop": 0.1}, 0, GPT, (None, 0, None), None),

@@ -1,6 +1,6 @@
 """Stage 3, A7 to A9 and B3 to B8: by hand, against slow versions, under padding, and in parts."""
 
-import math
+import math, random
 from collections import Counter
 import pytest, torch
 import torch.nn.functional as F
@@ -11,11 +11,9 @@ SCALE = {"mean": 1.0, "std": 2.0}
 
 @pytest.fixture
 def policy():
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=12, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=12, hidden_size=16, intermediate_size=32, num_hidden_layers=2, pad_token_id=0,
         num_attention_heads=2, max_position_embeddings=24, initializer_range=0.4)).eval()
-    model.config.pad_token_id = 0
-    return model
 
 def plain_logprobs(model, prompt, response, temperature=1.0):
     logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
@@ -70,27 +68,32 @@ def test_a_reward_moves_its_token_and_with_lambda_0_no_other(policy, reward):
     assert reward * (three.response_logprobs(policy, inputs, mask) - before)[0, 1] > 0
 
 @pytest.mark.parametrize("kind", ["token", "sequence"])
-def test_first_rollout_and_its_micro_batches(tiny_run, tokenizer, kind, grads):
+def test_first_rollout_and_its_micro_batches(tiny_run, tokenizer, kind, grads, monkeypatch):
     args = three.Args(device="cpu", max_new_tokens=12, temperature=0.5, lam=0.0)
     models = three.open_models(f"ppo_{kind}", tiny_run, args)
-    prompts = [row["prompt_ids"] for row in three.read_jsonl(tiny_run / "problems.jsonl")[:7]]
+    problems = three.read_jsonl(tiny_run / "problems.jsonl")[:7]
+    prompts = three.column(problems, "prompt_ids")
     row, inputs, batch = three.rollout(kind, models, prompts, tokenizer, SCALE, args)
     assert row["kl"] == 0 and row["reward"] == row["score"] and not batch["old_values"].any()
     assert batch["advantages"].equal(three.masked_whiten(batch["returns"], batch["mask"]))  # V = 0
     stay = torch.optim.SGD([*models["policy"].parameters(), *models["value"].parameters()], 0.0)
     losses = three.partial(three.ppo_loss, models, inputs, batch, args)
-    for args.micro_batch in (256, 2):
+    for args.micro_batch in (256, 1):                              # 1: all padding is cut off
         step = three.gradient_step(losses, range(7), stay, args)
         assert abs(step["approx_kl"]) < 1e-7 and step["clipfrac"] == 0
     whole, parts = torch.cat(grads).chunk(2)                       # of the policy and of V
     assert (whole - parts).norm() < 1e-5 * whole.norm()
-    batch["old_logprobs"] -= 0.5 * batch["mask"]                   # rho is e^0.5
+    batch["old_logprobs"] -= 0.25 * batch["mask"]                  # rho is e^0.25, about 1.28
     step = three.gradient_step(losses, range(7), stay, args)
-    assert [step["approx_kl"], step["clipfrac"]] == pytest.approx([math.exp(0.5) - 1.5, 1], 1e-3)
+    assert [step["approx_kl"], step["clipfrac"]] == pytest.approx([math.exp(0.25) - 1.25, 1], 1e-3)
     models["reference"].get_input_embeddings().weight.data *= 1.5
     row, _, batch = three.rollout(kind, models, prompts, tokenizer, SCALE, args)
     assert row["reward"] == pytest.approx(row["score"] - 0.1 * row["kl"]) and row["kl"] > 0.1
     assert batch["returns"].sum(dim=1).mean().item() == pytest.approx(row["reward"])
+    args.rollout_batch, args.minibatch, steps = 7, 3, []           # each epoch takes each row once
+    monkeypatch.setattr(three, "gradient_step", lambda _, rows, *__: steps.append(rows) or {})
+    three.ppo(kind, models, stay, problems, SCALE, random.Random(0), tokenizer, args)
+    assert [sorted(sum(steps[k:k + 3], [])) for k in (0, 3)] == [[*range(7)]] * 2
 
 def chi_squared(tokens, probabilities):
     expected = probabilities.detach() * len(tokens)
@@ -154,22 +157,22 @@ def test_b5_stops_the_weights_gradient_and_keeps_that_of_log_pi(reward, ratio, w
 
 @pytest.mark.parametrize("method", ["rlmec", "rlmec_imitation", "rejection"])
 def test_b7_and_c2_of_single_rows(policy, tokenizer, method, tiny_run, monkeypatch, grads):
-    """And of micro-batches. L_RL is at the temperature, L_IR is not; rho is 1 in the first step."""
+    """And of micro-batches. L_RL is at the temperature, L_IR is not; rho is e^0.25, about 1.28."""
     samples, expected = [], 0.0
     for prompt, response, rewrite, rewards, gamma in (
             ([5], [6, 7, 2], [6, 8, 9, 2], [-0.1, 0.0, -0.05], [0.5, 1.0, 1.0, 0.5]),
             ([5, 6, 7, 8, 9], [11, 2], [11, 2], [0.5, 0.25], [0.5, 0.5]),
             ([3, 4], [2], [2], [0.0], [0.5])):
-        old, rewards = plain_logprobs(policy, prompt, response, 0.5).detach(), torch.tensor(rewards)
-        imitation = torch.tensor(gamma) * plain_logprobs(policy, prompt, rewrite)
+        logpi, rewards = plain_logprobs(policy, prompt, response, 0.5), torch.tensor(rewards)
+        imitation = (gamma := torch.tensor(gamma)) * plain_logprobs(policy, prompt, rewrite)
         if method == "rejection":
             expected -= (response == rewrite) * plain_logprobs(policy, prompt, response).sum() / 3
         else:
             expected -= 3 * imitation.sum() / 7                    # M = 4 + 2 + 1
-            expected -= (method == "rlmec") * (rewards * old).sum() / 4
+            expected -= (method == "rlmec") * math.exp(0.25) * (rewards * logpi).sum() / 4
         samples.append({"prompt_ids": prompt, "response_ids": response, "rewrite_ids": rewrite,
                         "fate": "right" if response == rewrite else "rewritten",
-                        "rewards": rewards, "old_logprobs": old, "gamma": torch.tensor(gamma)})
+                        "rewards": rewards, "old_logprobs": logpi.detach() - 0.25, "gamma": gamma})
     monkeypatch.setattr(three, "open_model", lambda *_, **__: policy)
     monkeypatch.setattr(three, "collect", lambda *_: samples)
     args = three.Args(lr=1e-30, temperature=0.5, imitation_weight=3.0, device="cpu")

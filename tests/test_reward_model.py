@@ -33,9 +33,13 @@ def test_fine_grained_loss_equals_a_slow_one_and_its_parts_add_up(how, size):
         loss = two.fine_grained_loss(*rows, 3, 1.5, 2, 0.5, how)
         assert loss.item() == pytest.approx(sum(slow[part]) / 3, rel=1e-5)
 
-def test_a6_and_b2_count_the_pairs_and_the_output_tokens_of_the_batch(new_model):
-    loss = two.sequence_loss(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0]), 5)
-    assert loss.item() == pytest.approx((log(1 + exp(-1)) + log(1 + exp(2))) / 5)
+def test_a5_a6_and_b2_of_rows_count_all_of_the_batch(new_model, monkeypatch):
+    reward = {"chosen_token_ids": [1.0, 0.0], "rejected_ids": [0.0, 2.0], "edited_ids": [3.0, 3.0]}
+    monkeypatch.setattr(two, "score", lambda *call: (torch.tensor([reward[call[3]]]).T, 1))
+    rows = [{"edit_ops": [["replace", 0, 0]], "rejected_ids": [4], "edited_ids": [5]}] * 2
+    for kind, margins in (("token", [2 * 3, 2 * 1]), ("sequence", [1, -2])):     # alpha is 2
+        loss = two.loss_of(kind, None, rows, 5, two.Args())
+        assert loss.item() == pytest.approx(sum(log(1 + exp(-x)) for x in margins) / 5)
     model = new_model("generative")
     for x, y in (([5, 6, 7], [8, 9, 2]), ([5] * 9, [9, 4, 7, 6, 5, 3, 2]), ([8], [11, 12, 0, 0])):
         logits = model(torch.tensor([x + y])).logits[0, len(x) - 1:-1]
