@@ -162,14 +162,14 @@ def test_b7_and_c2_of_single_rows(policy, tokenizer, method, tiny_run, monkeypat
     for prompt, response, rewrite, rewards, gamma in (
             ([5], [6, 7, 2], [6, 8, 9, 2], [-0.1, 0.0, -0.05], [0.5, 1.0, 1.0, 0.5]),
             ([5, 6, 7, 8, 9], [11, 2], [11, 2], [0.5, 0.25], [0.5, 0.5]),
-            ([3, 4], [2], [2], [0.0], [0.5])):
+            ([3, 4], [2], [2], [0.3], [0.5])):
         logpi, rewards = plain_logprobs(policy, prompt, response, 0.5), torch.tensor(rewards)
         imitation = (gamma := torch.tensor(gamma)) * plain_logprobs(policy, prompt, rewrite)
         if method == "rejection":
             expected -= (response == rewrite) * plain_logprobs(policy, prompt, response).sum() / 3
         else:
             expected -= 3 * imitation.sum() / 7                    # M = 4 + 2 + 1
-            expected -= (method == "rlmec") * math.exp(0.25) * (rewards * logpi).sum() / 4
+            expected -= (method == "rlmec") * math.exp(0.25) * (rewards * logpi).sum() / 5
         samples.append({"prompt_ids": prompt, "response_ids": response, "rewrite_ids": rewrite,
                         "fate": "right" if response == rewrite else "rewritten",
                         "rewards": rewards, "old_logprobs": logpi.detach() - 0.25, "gamma": gamma})
