@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 SCRIPT_LINES = 1989                        # these only ever go down; the plan: 2,050
 SCRIPT_CHARACTERS = 113026                 # the plan: 95,000
 README_LINES = 220
-TEST_LINES = 1199                          # the plan: 1,200
+TEST_LINES = 1200                          # the plan: 1,200
 OPTIONS = 22
 FUNCTION_LINES = 45
 COLUMNS = 100

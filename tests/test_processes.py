@@ -4,7 +4,7 @@ import csv, subprocess, sys
 import pytest, torch
 from conftest import ROOT, three
 
-TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 
 def work(*arguments, processes=()):
     command = [sys.executable, *processes, ROOT / "tests" / "worker.py", *arguments]

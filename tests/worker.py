@@ -1,7 +1,7 @@
 """`worker.py grads RUN OUT [--fsdp]`, alone or under torchrun: the gradient of one optimiser step
 of every loss. `worker.py die`: a rank that fails. `worker.py kill RUN`: a run killed five times."""
 
-import atexit, os, random, shutil, signal, sys, time
+import os, random, shutil, signal, sys, time
 from pathlib import Path
 import torch
 from conftest import rows_of, three, two
@@ -72,7 +72,6 @@ if mode == "kill":
     raise SystemExit
 if three.WORLD > 1:
     torch.distributed.init_process_group("gloo")
-    atexit.register(torch.distributed.destroy_process_group)
 if mode == "die" and three.RANK == 1:
     raise SystemExit("this rank dies")
 torch.nn.utils.clip_grad_norm_ = keep
@@ -81,3 +80,5 @@ reward_models(tokenizer, "--fsdp" in sys.argv)
 policies(tokenizer, "--fsdp" in sys.argv)
 if three.RANK == 0:
     torch.save(grads, sys.argv[3])
+_ = three.WORLD > 1 and torch.distributed.barrier()
+os._exit(0)                        # gloo's threads may abort a process that ends otherwise
