@@ -11,7 +11,7 @@ Reads --data FILE, or nothing. Writes RUN/policy, problems.jsonl and edits.jsonl
 
 import json, random, re, shutil, sys
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import accumulate, zip_longest
 from pathlib import Path
 from typing import Literal
@@ -53,12 +53,11 @@ class Args:
 def edit_ops(a, b):
     """E1: the operations of one optimal path from a to b, [op, i, j] with op in replace, delete,
     insert, i in a, j in b; their number is ED(a, b). The first stands where a and b part."""
-    a, b = np.array([*a]), np.array([*b])
     n = min(len(a), len(b))
-    start = int(np.append(a[:n] != b[:n], True).argmax())  # the common beginning is kept
-    a, b = a[start:], b[start:]
+    start = next((k for k in range(n) if a[k] != b[k]), n)  # the common beginning is kept
+    a, b = np.array([*a[start:]]), np.array([*b[start:]])
     column, differ = np.arange(len(b) + 1), a[:, None] != b
-    D = np.add.outer(np.arange(len(a) + 1), column)
+    D = np.arange(len(a) + 1)[:, None] + column
     # D[i, j] = min(D[i-1, j] + 1, D[i-1, j-1] + [a_i != b_j], D[i, j-1] + 1)
     for i in range(1, len(a) + 1):
         D[i, 1:] = np.minimum(D[i - 1, 1:] + 1, D[i - 1, :-1] + differ[i - 1])
@@ -68,25 +67,26 @@ def edit_ops(a, b):
     while i or j:  # back from the last cell
         op = ("keep" if i and j and not differ[i - 1, j - 1] else
               "delete" if i and D[i, j] == D[i - 1, j] + 1 else
-              "insert" if j and D[i, j] == D[i, j - 1] + 1 else "replace")
+              "insert" if D[i, j] == D[i, j - 1] + 1 else "replace")
         i -= op != "insert"
         j -= op != "delete"
-        ops.append([op, start + i, start + j])
-    return [step for step in reversed(ops) if step[0] != "keep"]
+        if op != "keep":
+            ops.append([op, start + i, start + j])
+    return ops[::-1]
 
 # --- Right and wrong ---
 STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")  # a line, a sentence, or up to a ;
 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
-    *marked, tail = re.split(r"(?i)answer is:?|####", text.strip())
+    *marked, tail = re.split(r"(?i)answer is:?|####", text)
     number = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/])"
     found = re.findall(number, tail) or tail.strip().split("\n")
     return re.sub(r"[$,]|\.0*$", "", found[0 if marked else -1].strip())
 
 def wrong_steps(text, ended, problem):
-    """The one rule of right, 0: hits of the rules, or steps unlike the nearest right solution's,
-    place by place, or a wrong answer; 1 more if it did not end. None where nobody knows."""
+    """Errors, 0 is right: hits of the rules, or steps unlike the nearest right solution's at the
+    same place, or a wrong answer; 1 more if it did not end. None where nobody knows."""
     split = lambda text: [step.strip() for step in STEP.findall(text)]
     if problem.get("rules"):
         wrong = sum(len(re.findall(rule, text)) for rule in problem["rules"])
@@ -97,7 +97,7 @@ def wrong_steps(text, ended, problem):
         wrong = final_answer(text) != final_answer(problem["answer"])
     else:
         return None
-    return int(wrong) + (not ended)
+    return wrong + (not ended)
 
 # --- The built-in tasks ---
 RUDE = [", you fool.", ", as even a child knows.", ", but my feet hurt."]
@@ -117,7 +117,7 @@ def math_problem(rng):
     solution = demonstration = str(right)
     for k, x in enumerate(terms[1:], 2):
         right, said = right + x, said + x
-        if rng.random() < 0.25:  # an error that can be gone on from
+        if rng.random() < 0.25:  # an error with which later digits fit
             others = [y for y in range(10) if y != said and digits(y, *terms[k:])]
             said = rng.choice(others or [said])
         solution += f"{x:+d}={right};"
@@ -173,8 +173,8 @@ def read_jsonl(path, *columns):
     rows = []
     try:
         for line in open(path, encoding="utf-8"):
-            row = {"place": f"{path}, line {len(rows) + 1}", **json.loads(line)}
-            rows.append({**{name: row[name] for name in columns}, **row})
+            row = json.loads(line) | {"place": f"{path}, line {len(rows) + 1}"}
+            rows.append(row | {name: row[name] for name in columns})
     except (OSError, ValueError, TypeError, KeyError) as error:
         fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
@@ -200,14 +200,14 @@ def start_stage(args, stage, later):
             fail(f"{path} would be stale: name another --run, or remove it with --overwrite")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     run.mkdir(parents=True, exist_ok=True)
-    save(run / f"{stage}_args.json", [asdict(args)])
+    save(run / f"{stage}_args.json", [vars(args)])
 
 def batches(rows, size):
     """Slices of `size` rows, the last short one included."""
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
 def generate(model, tokenizer, prompts, args, temperature=1.0):
-    """A sampled response to each prompt (ids), with its end token; 0: the likeliest tokens."""
+    """A response to each prompt (ids), with its end token; temperature 0: the likeliest tokens."""
     rows, end = [], tokenizer.eos_token_id
     for part in tqdm(batches(prompts, args.micro_batch), desc="sampling", leave=False):
         inputs = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
@@ -221,7 +221,7 @@ def generate(model, tokenizer, prompts, args, temperature=1.0):
 
 def token_texts(ids, tokenizer):
     """The text that each token adds to the ones before it, spaces included."""
-    texts = tokenizer.batch_decode([ids[:k] for k in range(len(ids) + 1)])
+    texts = tokenizer.decode([ids[:k] for k in range(len(ids) + 1)])
     return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
 
 # B2: the fixed words in the prompts of the generative model; a small policy has a token for each
@@ -232,8 +232,8 @@ INSTRUCTIONS = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n"
 def small_policy(problems, args):
     """A small Llama; its tokens are words, characters, and B2's instructions and step labels."""
     pattern = " ?[A-Za-z]+|[^A-Za-z]"
-    texts = [text for p in problems for text in (p["prompt"], p["demonstration"], *p["solutions"])]
-    tokens = sorted({token for text in texts for token in re.findall(pattern, text)})
+    text = "".join(x for p in problems for x in (p["prompt"], p["demonstration"], *p["solutions"]))
+    tokens = sorted({*re.findall(pattern, text)})
     vocabulary = {token: k for k, token in enumerate(["<pad>", "<unk>", "</s>", *tokens])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
@@ -273,10 +273,12 @@ def fine_tune(model, tokenizer, problems, args):
     pairs = [(p["prompt_ids"], p.get("demonstration_ids", p["solution_ids"]))
              for p in problems if "solution" in p]
     steps = args.sft_steps if args.sft_steps is not None else 0 if args.data else 500
+    if steps and not pairs:
+        fail("--sft_steps: the data has no column `solution` to learn from")
     optimizer = torch.optim.AdamW(model.parameters(), args.sft_lr, (0.9, 0.95), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
     rng, collate = random.Random(args.seed), DataCollatorForSeq2Seq(tokenizer)
-    for _ in trange(steps * bool(pairs), desc="SFT"):
+    for _ in trange(steps, desc="SFT"):
         batch = rng.sample(pairs, min(128, len(pairs)))
         N = sum(len(y) for x, y in batch)
         for part in batches(batch, args.micro_batch):
@@ -310,12 +312,13 @@ def read_data(args, rules, drop):
                    "rules": [*rules], "responses": []}
         if "answer" in columns:
             problem.update(solution=plain(row, "solution"), answer=str(row["answer"]))
-            if wrong_steps(problem["solution"], True, problem):
+            if wrong_steps(problem["solution"], True, problem) != 0:
                 drop["row: its solution does not end in its answer"] += 1
                 continue
         problem = problems.setdefault(k if alone else str(row["prompt"]), problem)
-        rejected, edited = plain(row, "rejected") or plain(row, "response"), plain(row, "edited")
-        if rejected:
+        rejected = plain(row, "rejected" if "rejected" in row else "response")
+        edited = plain(row, "edited")
+        if rejected is not None:
             problem["responses"].append({
                 "rejected": rejected, "wrong": wrong_steps(rejected, True, problem),
                 "chosen": plain(row, "chosen") or edited or None, "edited": edited,
@@ -342,7 +345,7 @@ def encode_problem(problem, tokenizer):
     problem["prompt_ids"] = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
     for row in [problem, *problem["responses"]]:
         for name in ("solution", "demonstration", "rejected", "chosen", "edited"):
-            if row.get(name):
+            if row.get(name) is not None:
                 row[f"{name}_ids"] = encode(row[name], True, tokenizer)
                 longest = max(longest, len(row[f"{name}_ids"]))
     return len(ids) + longest
@@ -456,16 +459,17 @@ def main(args):
     model, tokenizer = open_policy(args) if args.model else small_policy(problems, args)
     model, context = model.to(args.device), model.config.max_position_embeddings
     fit = ([problem for problem in problems if encode_problem(problem, tokenizer) <= context]
-           or fail(f"{args.data}: no problem fits the model's context of {context} tokens"))
+           or fail(f"no problem fits the model's context of {context} tokens"))
     drop["problem: longer than the model's context"] = len(problems) - len(fit)
-    start_stage(args, "01", "reward_* ppo_* rlmec* rejection* dpo* 03_state.pt responses.jsonl "
-                            "eval.json *.html")
+    start_stage(args, "01", "reward_* ppo_* rlmec* rejection* dpo* 03_state.pt responses* "
+                            "eval* *.html")
     train = [problem for problem in fit if problem["split"] == "train"]
     fine_tune(model, tokenizer, train, args)
     save(run / "policy", model, tokenizer)
     columns = "id split prompt prompt_ids solution solution_ids answer solutions rules".split()
     save(run / "problems.jsonl", [{name: p[name] for name in columns if p.get(name)} for p in fit])
     used = train[:args.edit_prompts] + [p for p in fit if p["split"] != "train"]
+    drop["problem: not to edit, beyond --edit_prompts"] = len(fit) - len(used)
     add_responses(used, model, tokenizer, args)
     rows = (edit_responses(used, kind, rules, args, tokenizer, drop)
             or fail(f"no response has a usable edit: {dict(drop)}"))

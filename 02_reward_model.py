@@ -8,7 +8,7 @@ Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, 2401.06081):
     r_t, R(tau)    rewards, response_reward(...)     (B, T), (B,)
     U_0            kept                              pairs (i in rejected, j in edited)
 Simplified against the papers:
-  1. A3 and A5 are our reading; --response_reward mean wants a larger --alpha than sum.
+  1. A3 and A5 are our reading: R is a sum; --response_reward mean wants a larger --alpha.
   2. --zero, ours, pulls rewards of kept tokens to 0: A5 alone leaves a heat map speckled.
   3. A batch of the GRM has one task; `locate` is the harder one and takes more epochs.
 Reads RUN/policy, problems.jsonl, edits.jsonl. Writes RUN/reward_token, reward_sequence,
@@ -18,9 +18,9 @@ reward_generative, reward_metrics.json, reward_examples.jsonl.
 import atexit, json, os, random, re, shutil, sys, time
 from bisect import bisect_right
 from collections import defaultdict
-from dataclasses import asdict, dataclass
-from functools import lru_cache
-from itertools import accumulate, pairwise
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, pairwise, repeat
 from pathlib import Path
 from typing import Literal
 
@@ -30,7 +30,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
                           AutoModelForTokenClassification, AutoTokenizer, HfArgumentParser,
@@ -68,7 +67,7 @@ class Args:
     micro_batch: int = HfArg(default=256, help="rows of a forward pass, at most")
     bf16: bool = HfArg(default=False, help="autocast to bfloat16; weights stay float32")
     fsdp: bool = HfArg(default=False, help="shard the models over torchrun's processes")
-    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="device")
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 # --- The equations ---
 def token_rewards(model, inputs, response_mask):
@@ -119,7 +118,7 @@ def generative_loss(logprobs, N):
 INSTRUCTIONS = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
                 "rewrite": "\nCorrected attempt:\n", "locate": "\nFirst wrong step:\n"}
 
-@lru_cache(None)
+@cache
 def words(text, tokenizer):
     """Token ids of fixed words: an instruction, or a step's label, as [3]."""
     return tokenizer(text, add_special_tokens=False).input_ids
@@ -145,8 +144,8 @@ def read_jsonl(path, *columns):
     rows = []
     try:
         for line in open(path, encoding="utf-8"):
-            row = {"place": f"{path}, line {len(rows) + 1}", **json.loads(line)}
-            rows.append({**{name: row[name] for name in columns}, **row})
+            row = json.loads(line) | {"place": f"{path}, line {len(rows) + 1}"}
+            rows.append(row | {name: row[name] for name in columns})
     except (OSError, ValueError, TypeError, KeyError) as error:
         fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
@@ -172,7 +171,7 @@ def start_stage(args, stage, later):
             fail(f"{path} would be stale: name another --run, or remove it with --overwrite")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     run.mkdir(parents=True, exist_ok=True)
-    save(run / f"{stage}_args.json", [asdict(args)])
+    save(run / f"{stage}_args.json", [vars(args)])
 
 def batches(rows, size):
     """Slices of `size` rows, the last short one included."""
@@ -182,14 +181,13 @@ def pack(prompts, responses, model):
     """Prompts padded on the left to P, responses on the right to T: the model inputs (B, P + T),
     and response_mask (B, T) from lengths, the only mask of losses and metrics."""
     P, T, pad = max(map(len, prompts)), max(map(len, responses)), [model.config.pad_token_id]
-    ids = [pad * (P - len(p)) + p + r + pad * (T - len(r)) for p, r in zip(prompts, responses)]
-    first = torch.tensor([P - len(p) for p in prompts])[:, None]
-    end = torch.tensor([P + len(r) for r in responses])[:, None]
-    column = torch.arange(P + T)[None]
-    mask = (column >= first) & (column < end)
-    inputs = {"input_ids": torch.tensor(ids), "attention_mask": mask.long(),
-              "position_ids": (column - first).clamp(min=0)}
-    return {name: x.to(model.device) for name, x in inputs.items()}, mask[:, P:].to(model.device)
+    rows = [(P - len(p), p + r, T - len(r)) for p, r in zip(prompts, responses)]
+    ids = [pad * left + row + pad * right for left, row, right in rows]
+    mask = [[0] * left + [1] * len(row) + [0] * right for left, row, right in rows]
+    ids, mask = torch.tensor([ids, mask], device=model.device)
+    position = (mask.cumsum(dim=1) - 1) * mask  # of a token in its row; padding has none
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
+    return inputs, mask[:, P:].bool()
 
 def response_logprobs(model, inputs, response_mask, temperature=1.0):
     """log pi(a_t | s_t) (B, T) of the response tokens, 0 outside: logits at t-1 score token t."""
@@ -204,7 +202,7 @@ STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")  # a line, a sentence, o
 
 def token_texts(ids, tokenizer):
     """The text that each token adds to the ones before it, spaces included."""
-    texts = tokenizer.batch_decode([ids[:k] for k in range(len(ids) + 1)])
+    texts = tokenizer.decode([ids[:k] for k in range(len(ids) + 1)])
     return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
 
 def steps_of(ids, tokenizer):
@@ -225,16 +223,13 @@ def shard(model, args):
             fully_shard(module, mesh=mesh)
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-    return model
+    return model.to(args.device)
 
 def optimizer_step(optimizer, args):
     """A step on the sum of all processes' gradients, clipped to norm 1 a parameter group."""
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    if WORLD > 1 and not args.fsdp:  # else they are summed already
-        flat = parameters_to_vector(grads)
-        dist.all_reduce(flat)
-        vector_to_parameters(flat, grads)
     for group in optimizer.param_groups:
+        for p in group["params"] if WORLD > 1 and not args.fsdp else []:  # else summed already
+            dist.all_reduce(p.grad)
         torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimizer.step()
     optimizer.zero_grad()
@@ -271,7 +266,7 @@ def examples_of(row, problem, tokenizer):
             for task, output in (("rewrite", row["edited_ids"]), ("locate", label))}
 
 def train(kind, model, rows, args):
-    """Epochs in new orders; a batch of the GRM has one of its two tasks, which take turns."""
+    """Each epoch in a new order; a batch of the GRM has one of its two tasks, in any order."""
     if kind == "token":
         size, lr, epochs = args.batch, args.lr, [rows] * args.epochs
     elif kind == "sequence":
@@ -313,15 +308,15 @@ def score_all(kind, model, rows, column, args):
 
 def in_order(kind, better, worse, how):
     """Share of pairs with a higher reward (GRM: log-likelihood) of the better; a tie is half."""
-    total = np.mean if how == "mean" else np.sum
+    total = getattr(np, how)
     if kind == "generative":
         total = lambda r: np.log(np.clip(np.add(r, 0.5), 1e-12, 1)).sum()
     return mean([np.heaviside(total(w) - total(l), 0.5) for w, l in zip(better, worse)])
 
 def localisation(kind, rows, rejected, edited):
-    """How low rewards of `rejected` find its errors. called_wrong: share below -0.25 (GRM: p_t <
-    0.5), insert: of tokens where some are missing; auroc: the first wrong token against the right
-    ones before it; first_edit: share of rows whose edited token beats the original there."""
+    """How well low rewards mark errors of `rejected`. called_wrong: share below -0.25 (GRM: p_t <
+    0.5), insert: of tokens before which some are missing; auroc: the first wrong token against the
+    right ones before it; first_edit: share of rows whose edited token beats the original there."""
     rewards, before, beats = defaultdict(list), [], []
     for row, r_l, r_w in zip(rows, rejected, edited):
         op, i, j = row["edit_ops"][0]
@@ -377,6 +372,18 @@ def evaluate(kind, model, rows, tokenizer, args):
                                 "located": exact("locate", model, edited, args)}
     return metrics
 
+def save_examples(path, rows, tokenizer):
+    """Held-out edited responses with the rewards of all models, of this run or an earlier one."""
+    pairs = [row for row in rows
+             if row["split"] != "train" and row["chosen"] is not None and row["edit_ops"]]
+    earlier = map(json.loads, open(path)) if path.exists() else repeat({})
+    save(path, [{
+        "id": row["id"], "prompt": row["prompt"],
+        "tokens": token_texts(row["rejected_ids"], tokenizer),
+        "wrong": [i for op, i, j in row["edit_ops"] if op != "insert"],
+        **{kind: row.get(kind, old.get(kind)) for kind in KINDS}}
+        for row, old in zip(pairs[:200], earlier)])
+
 # --- The stage ---
 def open_reward_model(kind, path, tokenizer, args):
     """A2, A6: the policy with one output and a head of zeros: r = 0; B2: the policy itself, where
@@ -385,8 +392,8 @@ def open_reward_model(kind, path, tokenizer, args):
         model = KINDS[kind].from_pretrained(path, num_labels=1, problem_type="regression")
         for weight in {*model.parameters()} - {*model.base_model.parameters()}:
             torch.nn.init.zeros_(weight)
-        return model.to(args.device)
-    model = KINDS[kind].from_pretrained(path).to(args.device)
+        return model
+    model = KINDS[kind].from_pretrained(path)
     texts = [*INSTRUCTIONS.values(), *(f"[{k}]" for k in range(1, 10))]
     new = [ids[0] for ids in (words(text, tokenizer) for text in texts) if len(ids) == 1]
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
@@ -401,8 +408,9 @@ def rows_for(kind, rows, model, tokenizer, args):
         known = [row for row in rows if "solution_ids" in problems[row["id"]]]
         for row in known:
             row.update(examples_of(row, problems[row["id"]], tokenizer))
-        rows = [row for row in known if model.config.max_position_embeddings >= len(
-            row["locate"][0]) + max(len(row["rejected_ids"]), len(row["edited_ids"]))]
+        columns = "rejected_ids", "edited_ids", "chosen_token_ids"
+        rows = [row for row in known if len(row["locate"][0]) + max(
+            len(row[name] or []) for name in columns) <= model.config.max_position_embeddings]
         print(f"reward_{kind}: {len(known) - len(rows)} of {len(known)} rows exceed its context")
     else:
         rows = [row for row in rows if row["chosen"] is not None
@@ -435,12 +443,7 @@ def main(args):
         if RANK == 0:
             save(run / f"reward_{kind}", model, tokenizer, state_dict=state)
             save(path, json.dumps(metrics, indent=1) + "\n")
-            _, pairs = rows_for("token", rows, model, tokenizer, args)
-            save(run / "reward_examples.jsonl", [{
-                "id": row["id"], "prompt": row["prompt"],
-                "tokens": token_texts(row["rejected_ids"], tokenizer),
-                "wrong": [i for op, i, j in row["edit_ops"] if op != "insert"],
-                **{name: row.get(name) for name in KINDS}} for row in pairs[:200]])
+            save_examples(run / "reward_examples.jsonl", rows, tokenizer)
 
 if __name__ == "__main__":
     args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]
@@ -451,4 +454,4 @@ if __name__ == "__main__":
         if args.device == "cuda":
             torch.cuda.set_device(RANK % torch.cuda.device_count())
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.bf16, False):
-        main(args)  # False: no cache of old weights
+        main(args)  # False: no stale bfloat16 copies

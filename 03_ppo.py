@@ -20,15 +20,16 @@ Simplified against the papers:
   3. Rewards are divided by the standard deviation of a response's total reward (stage 2); the
      sequence reward is centred first, because A6 knows it only up to a constant.
   4. B8: one sample a problem, where RLMEC's code draws five at temperature 0.7; rewrites are the
-     GRM's likeliest. What is right, the answer says, never the locator.
-Reads RUN/policy, problems.jsonl, edits.jsonl, reward_*. Writes a policy and a CSV for each method.
+     GRM's likeliest. What is right, `wrong_steps` says, never the locator.
+Reads RUN/policy, problems.jsonl, edits.jsonl, reward_*, 02_args.json.
+Writes a policy and a CSV for each method.
 """
 
 import atexit, json, os, random, re, shutil, sys, time
 from bisect import bisect_right
 from collections import Counter
-from dataclasses import asdict, dataclass
-from functools import lru_cache, partial
+from dataclasses import dataclass
+from functools import cache, partial
 from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 from typing import Literal
@@ -39,7 +40,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm, trange
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
@@ -64,7 +64,7 @@ class Args:
     seed: int = HfArg(default=1, help="seed of prompts and samples")
     overwrite: bool = HfArg(default=False, help="remove stage 4's outputs")
     method: Literal[("all", "all_baselines", *METHODS)] = HfArg(default="all", help="to train")
-    updates: int = HfArg(default=16, help="rollouts; off-line: drawn at once")
+    updates: int = HfArg(default=20, help="rollouts; off-line: drawn at once")
     rollout_batch: int = HfArg(default=256, help="responses sampled an update")
     ppo_epochs: int = HfArg(default=2, help="A9: passes over a rollout")
     minibatch: int = HfArg(default=64, help="responses an optimiser step")
@@ -81,7 +81,7 @@ class Args:
     bf16: bool = HfArg(default=False, help="autocast; the weights stay float32")
     save_every: int = HfArg(default=10, help="updates between saved states")
     fsdp: bool = HfArg(default=False, help="shard the models over torchrun's processes")
-    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="device")
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 # --- The equations ---
 def scores_of(reward_model, inputs, response_mask, kind, scale):
@@ -91,7 +91,7 @@ def scores_of(reward_model, inputs, response_mask, kind, scale):
         return token_rewards(reward_model, inputs, response_mask) / scale["std"]
     reward = (sequence_reward(reward_model, inputs) - scale["mean"]) / scale["std"]
     last = response_mask.sum(dim=1, keepdim=True) - 1
-    return torch.zeros(response_mask.shape, device=reward.device).scatter(1, last, reward[:, None])
+    return (0.0 * response_mask).scatter(1, last, reward[:, None])
 
 def kl_rewards(scores, old_logprobs, ref_logprobs, kappa):
     """A7: r^_t = r_t - kappa log(pi_old(a_t | s_t) / pi_ref(a_t | s_t)), all (B, T); the KL term
@@ -138,11 +138,11 @@ def value_loss(values, old_values, returns, response_mask, clip, N):
     errors = torch.max((values - returns) ** 2, (clipped - returns) ** 2)
     return 0.5 * (errors * response_mask).sum() / N
 
-def generative_rewards(probabilities, is_right, response_mask):
-    """B3: r_t (B, T) from p_t = P_GRM(a_t | rewrite prompt, a_<t) (B, T) and is_right (B,):
-    clip(p_t - 0.5, 0, 0.5) in a right response, clip(p_t - 0.5, -0.1, 0) in a wrong one."""
+def generative_rewards(probabilities, is_right):
+    """B3: r_t (T,) of a response from p_t = P_GRM(a_t | rewrite prompt, a_<t) (T,):
+    clip(p_t - 0.5, 0, 0.5) if it is right, clip(p_t - 0.5, -0.1, 0) if it is wrong."""
     r = probabilities - 0.5
-    return torch.where(is_right[:, None], r.clamp(0, 0.5), r.clamp(-0.1, 0)) * response_mask
+    return r.clamp(0, 0.5) if is_right else r.clamp(-0.1, 0)
 
 def rlmec_loss(logprobs, old_logprobs, rewards, clip, N):
     """B5: -(1/N) sum_t w_t log pi(a_t | s_t), all (B, T), rewards 0 outside the response, with
@@ -184,12 +184,11 @@ def sequence_reward(model, inputs):
 def edit_ops(a, b):
     """E1: the operations of one optimal path from a to b, [op, i, j] with op in replace, delete,
     insert, i in a, j in b; their number is ED(a, b). The first stands where a and b part."""
-    a, b = np.array([*a]), np.array([*b])
     n = min(len(a), len(b))
-    start = int(np.append(a[:n] != b[:n], True).argmax())  # the common beginning is kept
-    a, b = a[start:], b[start:]
+    start = next((k for k in range(n) if a[k] != b[k]), n)  # the common beginning is kept
+    a, b = np.array([*a[start:]]), np.array([*b[start:]])
     column, differ = np.arange(len(b) + 1), a[:, None] != b
-    D = np.add.outer(np.arange(len(a) + 1), column)
+    D = np.arange(len(a) + 1)[:, None] + column
     # D[i, j] = min(D[i-1, j] + 1, D[i-1, j-1] + [a_i != b_j], D[i, j-1] + 1)
     for i in range(1, len(a) + 1):
         D[i, 1:] = np.minimum(D[i - 1, 1:] + 1, D[i - 1, :-1] + differ[i - 1])
@@ -199,24 +198,25 @@ def edit_ops(a, b):
     while i or j:  # back from the last cell
         op = ("keep" if i and j and not differ[i - 1, j - 1] else
               "delete" if i and D[i, j] == D[i - 1, j] + 1 else
-              "insert" if j and D[i, j] == D[i, j - 1] + 1 else "replace")
+              "insert" if D[i, j] == D[i, j - 1] + 1 else "replace")
         i -= op != "insert"
         j -= op != "delete"
-        ops.append([op, start + i, start + j])
-    return [step for step in reversed(ops) if step[0] != "keep"]
+        if op != "keep":
+            ops.append([op, start + i, start + j])
+    return ops[::-1]
 
 STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")  # a line, a sentence, or up to a ;
 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
-    *marked, tail = re.split(r"(?i)answer is:?|####", text.strip())
+    *marked, tail = re.split(r"(?i)answer is:?|####", text)
     number = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/])"
     found = re.findall(number, tail) or tail.strip().split("\n")
     return re.sub(r"[$,]|\.0*$", "", found[0 if marked else -1].strip())
 
 def wrong_steps(text, ended, problem):
-    """The one rule of right, 0: hits of the rules, or steps unlike the nearest right solution's,
-    place by place, or a wrong answer; 1 more if it did not end. None where nobody knows."""
+    """Errors, 0 is right: hits of the rules, or steps unlike the nearest right solution's at the
+    same place, or a wrong answer; 1 more if it did not end. None where nobody knows."""
     split = lambda text: [step.strip() for step in STEP.findall(text)]
     if problem.get("rules"):
         wrong = sum(len(re.findall(rule, text)) for rule in problem["rules"])
@@ -227,7 +227,7 @@ def wrong_steps(text, ended, problem):
         wrong = final_answer(text) != final_answer(problem["answer"])
     else:
         return None
-    return int(wrong) + (not ended)
+    return wrong + (not ended)
 
 def fail(message):
     """Bad input, or a run that cannot go on: one clear line, exit status 2."""
@@ -239,8 +239,8 @@ def read_jsonl(path, *columns):
     rows = []
     try:
         for line in open(path, encoding="utf-8"):
-            row = {"place": f"{path}, line {len(rows) + 1}", **json.loads(line)}
-            rows.append({**{name: row[name] for name in columns}, **row})
+            row = json.loads(line) | {"place": f"{path}, line {len(rows) + 1}"}
+            rows.append(row | {name: row[name] for name in columns})
     except (OSError, ValueError, TypeError, KeyError) as error:
         fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
@@ -266,7 +266,7 @@ def start_stage(args, stage, later):
             fail(f"{path} would be stale: name another --run, or remove it with --overwrite")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     run.mkdir(parents=True, exist_ok=True)
-    save(run / f"{stage}_args.json", [asdict(args)])
+    save(run / f"{stage}_args.json", [vars(args)])
 
 def batches(rows, size):
     """Slices of `size` rows, the last short one included."""
@@ -276,14 +276,13 @@ def pack(prompts, responses, model):
     """Prompts padded on the left to P, responses on the right to T: the model inputs (B, P + T),
     and response_mask (B, T) from lengths, the only mask of losses and metrics."""
     P, T, pad = max(map(len, prompts)), max(map(len, responses)), [model.config.pad_token_id]
-    ids = [pad * (P - len(p)) + p + r + pad * (T - len(r)) for p, r in zip(prompts, responses)]
-    first = torch.tensor([P - len(p) for p in prompts])[:, None]
-    end = torch.tensor([P + len(r) for r in responses])[:, None]
-    column = torch.arange(P + T)[None]
-    mask = (column >= first) & (column < end)
-    inputs = {"input_ids": torch.tensor(ids), "attention_mask": mask.long(),
-              "position_ids": (column - first).clamp(min=0)}
-    return {name: x.to(model.device) for name, x in inputs.items()}, mask[:, P:].to(model.device)
+    rows = [(P - len(p), p + r, T - len(r)) for p, r in zip(prompts, responses)]
+    ids = [pad * left + row + pad * right for left, row, right in rows]
+    mask = [[0] * left + [1] * len(row) + [0] * right for left, row, right in rows]
+    ids, mask = torch.tensor([ids, mask], device=model.device)
+    position = (mask.cumsum(dim=1) - 1) * mask  # of a token in its row; padding has none
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": position}
+    return inputs, mask[:, P:].bool()
 
 def response_logprobs(model, inputs, response_mask, temperature=1.0):
     """log pi(a_t | s_t) (B, T) of the response tokens, 0 outside: logits at t-1 score token t."""
@@ -296,7 +295,7 @@ def response_logprobs(model, inputs, response_mask, temperature=1.0):
 
 def token_texts(ids, tokenizer):
     """The text that each token adds to the ones before it, spaces included."""
-    texts = tokenizer.batch_decode([ids[:k] for k in range(len(ids) + 1)])
+    texts = tokenizer.decode([ids[:k] for k in range(len(ids) + 1)])
     return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
 
 def steps_of(ids, tokenizer):
@@ -310,7 +309,7 @@ def steps_of(ids, tokenizer):
 INSTRUCTIONS = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
                 "rewrite": "\nCorrected attempt:\n", "locate": "\nFirst wrong step:\n"}
 
-@lru_cache(None)
+@cache
 def words(text, tokenizer):
     """Token ids of fixed words: an instruction, or a step's label, as [3]."""
     return tokenizer(text, add_special_tokens=False).input_ids
@@ -336,41 +335,38 @@ def shard(model, args):
             fully_shard(module, mesh=mesh)
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-    return model
+    return model.to(args.device)
 
 def optimizer_step(optimizer, args):
     """A step on the sum of all processes' gradients, clipped to norm 1 a parameter group."""
-    grads = [p.grad for group in optimizer.param_groups for p in group["params"]]
-    if WORLD > 1 and not args.fsdp:  # else they are summed already
-        flat = parameters_to_vector(grads)
-        dist.all_reduce(flat)
-        vector_to_parameters(flat, grads)
     for group in optimizer.param_groups:
+        for p in group["params"] if WORLD > 1 and not args.fsdp else []:  # else summed already
+            dist.all_reduce(p.grad)
         torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
 def micro_batches(rows, size):
-    """Parts of `size` rows a process, each with this process's share, or a row not to count."""
+    """Parts of `size` rows a process, each with this one's share; if none, a row not to count."""
     for part in batches(rows, size * WORLD):
         yield part, part[RANK::WORLD] or part[:1]
 
 def gather(rows, size):
-    """The rows of all processes, in the order of the `size` rows that they shared."""
+    """Put all processes' shares of `size` rows together again, in order."""
     parts = [rows] * WORLD
     if WORLD > 1:
         dist.all_gather_object(parts, rows)
     return [parts[k % WORLD][k // WORLD] for k in range(size)]
 
 def streams(args, number):
-    """Seeds of an update: the returned generator is equal on all processes, torch's is not."""
+    """Seed an update: the returned generator is equal on all processes, torch's differs."""
     rng = random.Random(f"{args.seed} {number}")
     torch.manual_seed(rng.getrandbits(60) + RANK)
     return rng
 
 # --- A killed run goes on ---
 def read_state(path, args):
-    """What a killed run with the same flags had saved, or {}."""
+    """What a killed run with the same flags had saved, if any."""
     try:
         state = torch.load(path, weights_only=True) if path.exists() else {"args": {}}
     except Exception as error:  # torch raises many kinds
@@ -390,7 +386,7 @@ def save_state(path, args, models, optimizer, **place):
 
 # --- Sampling ---
 @torch.no_grad()
-def sample(model, prompts, tokenizer, args, temperature):
+def sample(model, prompts, args, temperature):
     """Draw a response to each prompt (ids) from pi(a_t | s_t), with its end token; 0: likeliest."""
     drawn = []
     for part, mine in micro_batches(prompts, 8 * args.micro_batch):  # no activations are kept
@@ -402,13 +398,13 @@ def sample(model, prompts, tokenizer, args, temperature):
                            past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits, cache = output.logits[:, -1].float(), output.past_key_values
             tokens = logits.argmax(dim=1)
-            if temperature:  # the token in whose share u falls
+            if temperature:  # the token in whose share of (0, 1) u falls
                 shares = (logits / temperature).softmax(dim=1).cumsum(dim=1)
                 u = torch.rand(len(tokens), 1, device=args.device) * shares[:, -1:]
                 tokens = (shares[:, :-1] <= u).sum(dim=1)
             for row, token in zip(running, tokens.tolist()):
                 row.append(token)
-            going = [k for k, row in enumerate(running) if row[-1] != tokenizer.eos_token_id]
+            going = [k for k, row in enumerate(running) if row[-1] != model.config.eos_token_id]
             if not any(gather([going], WORLD)):  # processes stop together
                 break
             running, kept = [running[k] for k in going], tokens.new_tensor(going or [0])
@@ -443,7 +439,7 @@ def open_model(auto_class, path, args, **options):
     model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
     for name in info["missing_keys"]:
         torch.nn.init.zeros_(model.get_parameter(name))
-    return shard(model.to(args.device), args)
+    return shard(model, args)
 
 def open_models(method, run, args):
     """The policy and pi_ref, and V and r of PPO; all but r start from the SFT policy."""
@@ -455,8 +451,8 @@ def open_models(method, run, args):
     return models
 
 def gradient_step(losses, rows, optimizer, args):
-    """A step on a batch. losses(rows, some of them) yields by name what these add to each loss, a
-    tensor whose activations go before the next one's come, and to each statistic, a number."""
+    """A step on a batch. losses(rows, mine) yields (name, what `mine` add): a loss, run backward at
+    once so that its activations go, or a number to log."""
     total = Counter()
     for part, mine in micro_batches(rows, args.micro_batch):
         for name, x in losses(rows, mine):
@@ -469,10 +465,10 @@ def gradient_step(losses, rows, optimizer, args):
     return {name: sum(column(parts, name)) for name in total}
 
 # --- PPO ---
-def rollout(kind, models, prompts, tokenizer, scale, args):
+def rollout(kind, models, prompts, scale, args):
     """Sample a response to each prompt, and compute what the update needs: statistics, the model
     inputs, and a dictionary of (B, T) tensors."""
-    responses = sample(models["policy"], prompts, tokenizer, args, args.temperature)
+    responses = sample(models["policy"], prompts, args, args.temperature)
     inputs, mask = pack(prompts, responses, models["policy"])
     rows = prompts, responses, args
     logprobs = read(response_logprobs, models["policy"], *rows, args.temperature)
@@ -481,7 +477,7 @@ def rollout(kind, models, prompts, tokenizer, scale, args):
     scores = read(scores_of, models["reward"], *rows, kind, scale)
     rewards = kl_rewards(scores, logprobs, ref_logprobs, args.kappa)  # A7
     advantages, returns = gae(rewards, values, args.lam)  # A8
-    total = scores.sum(dim=1)  # sums a response, means a rollout
+    total = scores.sum(dim=1)  # statistics: sums over T, means over B
     row = {"score": total.mean().item(), "score_std": total.std().item(),
            "reward": rewards.sum(dim=1).mean().item(),
            "kl": (logprobs - ref_logprobs).sum(dim=1).mean().item(),
@@ -507,11 +503,11 @@ def ppo_loss(models, inputs, batch, args, rows, mine):
     yield "approx_kl", ((change - logratio) * mask).sum().item() / N  # Schulman's k3
     yield "clipfrac", ((change.abs() > clip) * mask).sum().item() / N
 
-def ppo(kind, models, optimizer, problems, scale, rng, tokenizer, args):
+def ppo(kind, models, optimizer, problems, scale, rng, args):
     """An update: a rollout, and A9's steps on it; their statistics are averaged."""
     size = args.rollout_batch  # with replacement, the same prompts for both rewards
     prompts = column(rng.choices(problems, k=size), "prompt_ids")
-    row, inputs, batch = rollout(kind, models, prompts, tokenizer, scale, args)
+    row, inputs, batch = rollout(kind, models, prompts, scale, args)
     losses, length = partial(ppo_loss, models, inputs, batch, args), batch["mask"].sum(1).tolist()
     steps = [gradient_step(losses, sorted(rows, key=length.__getitem__), optimizer, args)
              for _ in range(args.ppo_epochs)
@@ -522,14 +518,14 @@ def ppo(kind, models, optimizer, problems, scale, rng, tokenizer, args):
 def rewrite(grm, wrong, tokenizer, args):
     """B4: the GRM locates the first wrong step of each wrong sample, keeps the steps before it and
     writes the rest anew, as `rewrite_ids`; `fate` says what came of it."""
-    labels, located = sample(grm, column(wrong, "locate_prompt"), tokenizer, args, 0.0), []
+    labels, located = sample(grm, column(wrong, "locate_prompt"), args, 0.0), []
     for row, label in zip(wrong, labels):
         steps, row["fate"] = steps_of(row["response_ids"], tokenizer), "the locator names no step"
         for k in range(len(steps)):
             if label[:-1] == words(f"[{k + 1}]", tokenizer):  # its last token is the end
                 located.append((row, sum(steps[:k], [])))
     prompts = [row["rewrite_prompt"] + kept for row, kept in located]
-    for (row, kept), rest in zip(located, sample(grm, prompts, tokenizer, args, 0.0)):
+    for (row, kept), rest in zip(located, sample(grm, prompts, args, 0.0)):
         row["rewrite_ids"] = kept + rest
         good = is_right(kept + rest, row, tokenizer)
         row["fate"] = "rewritten" if good else "the rewrite is wrong"
@@ -538,7 +534,7 @@ def collect(policy, grm, problems, tokenizer, args):
     """B8: one sample a problem, rewarded (B3), rewritten (B4) and aligned (B6) once: `problems`
     with ids as they were sampled, old_logprobs and rewards (T,), gamma (T~,)."""
     prompts, samples = column(problems, "prompt_ids"), []
-    responses = sample(policy, prompts, tokenizer, args, args.temperature)
+    responses = sample(policy, prompts, args, args.temperature)
     for problem, ids in zip(problems, responses):
         fate = "right" if is_right(ids, problem, tokenizer) else "wrong"
         row = {**problem, "response_ids": ids, "rewrite_ids": ids, "fate": fate}
@@ -555,12 +551,11 @@ def collect(policy, grm, problems, tokenizer, args):
         "prompt_ids", "rewrite_prompt", "response_ids"))
     logprobs = read(response_logprobs, policy, prompts, responses, args, args.temperature)
     p = read(response_logprobs, grm, asked, responses, args).exp()
-    right = torch.tensor([row["fate"] == "right" for row in samples], device=args.device)
-    rewards = generative_rewards(p, right, 1)  # B3; padding is cut off below
-    for row, old, r in zip(samples, logprobs, rewards):
-        T = len(row["response_ids"])
+    for row, old, p_t in zip(samples, logprobs, p):
+        T = len(row["response_ids"])  # behind it is padding
+        rewards = generative_rewards(p_t[:T], row["fate"] == "right")  # B3
         gamma = imitation_weights(row["response_ids"], row["rewrite_ids"]).to(args.device)
-        row.update(old_logprobs=old[:T], rewards=r[:T], gamma=gamma)
+        row.update(old_logprobs=old[:T], rewards=rewards, gamma=gamma)
     return samples
 
 def pairs_of(method, reference, run, args):
@@ -568,7 +563,6 @@ def pairs_of(method, reference, run, args):
     count = json.loads((run / "02_args.json").read_text())["pairs"]
     pairs = [row for row in read_jsonl(run / "edits.jsonl", "chosen", "edit_ops")
              if row["split"] == "train" and row["chosen"] is not None and row["edit_ops"]][:count]
-    pairs = pairs or fail(f"{method}: edits.jsonl has no pair of an edit and a preferred response")
     better = "edited_ids" if method == "dpo_edit" else "chosen_token_ids"
     for name, ids in (("better", better), ("worse", "rejected_ids")):
         rows = column(pairs, "prompt_ids"), column(pairs, ids), args
@@ -602,10 +596,8 @@ def offline_loss(method, policy, args, batch, rows):
     M = sum(map(len, column(batch, "rewrite_ids")))
     gamma, old, rewards = (pad_sequence(column(rows, name), True)
                            for name in ("gamma", "old_logprobs", "rewards"))
-    if method == "rejection":  # its rows are right as they are
-        loss = imitation_loss(logprobs("response_ids"), 1.0, M)
-    else:
-        loss = args.imitation_weight * imitation_loss(logprobs("rewrite_ids"), gamma, M)
+    weight, gamma = (1.0, 1.0) if method == "rejection" else (args.imitation_weight, gamma)
+    loss = weight * imitation_loss(logprobs("rewrite_ids"), gamma, M)  # a right one is its own
     if method == "rlmec":
         N = torch.cat(column(batch, "rewards")).count_nonzero().item()
         clip = 0.3 if args.clip is None else args.clip
@@ -616,7 +608,7 @@ def offline_loss(method, policy, args, batch, rows):
 def validate(models, problems, tokenizer, args):
     """KL(policy, reference), the mean of sum_t log pi - log pi_ref; right responses, if known."""
     prompts = column(problems, "prompt_ids")
-    responses = sample(models["policy"], prompts, tokenizer, args, args.temperature)
+    responses = sample(models["policy"], prompts, args, args.temperature)
     rows = prompts, responses, args, args.temperature
     logprobs, ref_logprobs = (read(response_logprobs, models[name], *rows)
                               for name in ("policy", "reference"))
@@ -630,7 +622,8 @@ def train_policy(method, problems, samples, state, tokenizer, run, args):
     """The policy and the log of a method, a row an update; `state` is of a run that was killed."""
     (kind, lr), log, on_policy = METHODS[method], [], method.startswith("ppo")
     train, val = ([row for row in problems if row["split"] == split] for split in ("train", "val"))
-    models, lr = open_models(method, run, args), lr if args.lr is None else args.lr
+    start, lr = time.time(), lr if args.lr is None else args.lr
+    models = open_models(method, run, args)
     trained = torch.nn.ModuleDict({"policy": models["policy"]})
     optimizer = torch.optim.AdamW(trained.parameters(), lr, (0.9, 0.95), weight_decay=0.0)
     if on_policy:
@@ -640,8 +633,8 @@ def train_policy(method, problems, samples, state, tokenizer, run, args):
         plan = range(args.updates)
     else:  # B8: three passes, a batch an update
         rows = rows_of(method, train, samples, models["reference"], tokenizer, run, args)
-        rng, size = streams(args, 0), args.minibatch
-        plan = [x for _ in range(3) for x in batches(rng.sample(rows, len(rows)), size)]
+        rng, losses = streams(args, 0), partial(offline_loss, method, models["policy"], args)
+        plan = [x for _ in range(3) for x in batches(rng.sample(rows, len(rows)), args.minibatch)]
     updates, shape = len(plan), "constant" if on_policy else "cosine"
     schedule = get_scheduler(shape, optimizer, round(0.03 * updates), updates)
     if state.get("method") == method:
@@ -649,20 +642,18 @@ def train_policy(method, problems, samples, state, tokenizer, run, args):
         print(f"{method}: goes on after update {len(log)}; to start again, remove 03_state.pt")
         set_state_dict(trained, optimizer, options=WHOLE,
                        model_state_dict=state["weights"], optim_state_dict=state["moments"])
+    seconds = log[-1]["seconds"] if log else time.time() - start  # B8's one sample is in it
     bar = trange(len(log) + 1, updates + 1, desc=method, disable=RANK > 0)
     for number in bar:
-        start, rng = time.time() - sum(column(log[-1:], "seconds")), streams(args, number)
-        if on_policy:
-            row = ppo(kind, models, optimizer, train, scale, rng, tokenizer, args)
-        else:
-            losses = partial(offline_loss, method, models["policy"], args)
-            row = gradient_step(losses, plan[number - 1], optimizer, args)
+        start, rng = time.time() - seconds, streams(args, number)
+        row = (ppo(kind, models, optimizer, train, scale, rng, args) if on_policy else
+               gradient_step(losses, plan[number - 1], optimizer, args))
         schedule.step()
         episodes = number * args.rollout_batch if on_policy else len(rows)
         row = {"update": number, "episodes": episodes, **row}
         if not np.isfinite(sum(row.values())):
             fail(f"{method}: not finite any more, {row}; lower its learning rate, raise --kappa")
-        row["seconds"] = time.time() - start
+        seconds = row["seconds"] = time.time() - start
         if val and (number % max(1, updates // 8) == 0 or number == updates):
             row.update(validate(models, val, tokenizer, args))
         log.append(row)
@@ -684,7 +675,7 @@ def main(args):
             fail(f"{paths[method]}: its vocabulary is not that of {run}/policy")
     state = read_state(run / "03_state.pt", args)
     if RANK == 0:
-        start_stage(args, "03", "responses.jsonl eval.json *.html")
+        start_stage(args, "03", "responses* eval* *.html")
     for method in there[there.index(state.get("method", there[0])):]:
         policy, log = train_policy(method, problems, samples, state, tokenizer, run, args)
         weights = get_state_dict(policy, [], options=WHOLE)[0] if args.fsdp else None
@@ -704,4 +695,4 @@ if __name__ == "__main__":
         if args.device == "cuda":
             torch.cuda.set_device(RANK % torch.cuda.device_count())
     with torch.autocast(torch.device(args.device).type, torch.bfloat16, args.bf16, False):
-        main(args)  # False: no cache of old weights
+        main(args)  # False: no stale bfloat16 copies

@@ -26,42 +26,42 @@ logging.disable_progress_bar()
 
 @dataclass
 class Args:
-    run: str = HfArg(default="runs/default", help="run folder; with --runs, where to write")
-    runs: list[str] = HfArg(default=None, help="only combine evaluated runs, of several seeds")
+    run: str = HfArg(default="runs/default", help="run folder")
+    runs: list[str] = HfArg(default=None, help="only the mean of evaluated runs, of several seeds")
     seed: int = HfArg(default=1, help="of the responses, the same for every policy")
     temperature: float = HfArg(default=1.0, help="of sampling")
     max_new_tokens: int = HfArg(default=48, help="longest response, in tokens")
     examples: int = HfArg(default=8, help="responses in each part of the report")
     verdicts: str = HfArg(default=None, help="only the win rate of verdicts as AlpacaEval's JSON")
     micro_batch: int = HfArg(default=500, help="rows of a forward pass, at most")
-    device: str = HfArg(default="cuda" if torch.cuda.is_available() else "cpu", help="device")
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 # --- Statistics: None where nothing was measured ---
 def mean(values):
     return float(np.mean(values)) if len(values) else None
 
-def interval(values, seed):
+def interval(values):
     """95 % bootstrap interval of the mean: resampling is a multinomial draw of distinct values."""
     n = len(values)
     if not n:
         return None
     distinct, counts = np.unique(values, return_counts=True)
-    means = np.random.default_rng(seed).multinomial(n, counts / n, 10_000) @ distinct / n
+    means = np.random.default_rng(1).multinomial(n, counts / n, 10_000) @ distinct / n
     return np.percentile(means, [2.5, 97.5]).tolist()
 
-def win_rate(preferences, seed=1):
+def win_rate(preferences):
     """As AlpacaEval counts: the mean of preference - 1 and its standard error. Preferences: 1 the
     opponent, 2 the policy, 1.5 or 0 a tie, anything else no verdict."""
     wins = [(p or 1.5) - 1 for p in preferences
             if type(p) in (int, float) and (p == 0 or 1 <= p <= 2)]
     n = len(wins)
-    return {"win_rate": mean(wins), "win_rate_ci95": interval(wins, seed), "n": n,
+    return {"win_rate": mean(wins), "win_rate_ci95": interval(wins), "n": n,
             "win_rate_se": float(np.std(wins, ddof=n > 1)) / n ** 0.5 if n else None}
 
-def difference(a, b, seed):
+def difference(a, b):
     """Paired difference of two win rates, on prompts with both preferences."""
     gaps = [x - y for x, y in zip(a, b) if None not in (x, y)]
-    return {"difference": mean(gaps), "n": len(gaps), "ci95": interval(gaps, seed)}
+    return {"difference": mean(gaps), "n": len(gaps), "ci95": interval(gaps)}
 
 def first_update(log, level):
     """The first update whose validation accuracy reaches a level, or None."""
@@ -83,14 +83,14 @@ STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")  # a line, a sentence, o
 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
-    *marked, tail = re.split(r"(?i)answer is:?|####", text.strip())
+    *marked, tail = re.split(r"(?i)answer is:?|####", text)
     number = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/])"
     found = re.findall(number, tail) or tail.strip().split("\n")
     return re.sub(r"[$,]|\.0*$", "", found[0 if marked else -1].strip())
 
 def wrong_steps(text, ended, problem):
-    """The one rule of right, 0: hits of the rules, or steps unlike the nearest right solution's,
-    place by place, or a wrong answer; 1 more if it did not end. None where nobody knows."""
+    """Errors, 0 is right: hits of the rules, or steps unlike the nearest right solution's at the
+    same place, or a wrong answer; 1 more if it did not end. None where nobody knows."""
     split = lambda text: [step.strip() for step in STEP.findall(text)]
     if problem.get("rules"):
         wrong = sum(len(re.findall(rule, text)) for rule in problem["rules"])
@@ -101,7 +101,7 @@ def wrong_steps(text, ended, problem):
         wrong = final_answer(text) != final_answer(problem["answer"])
     else:
         return None
-    return int(wrong) + (not ended)
+    return wrong + (not ended)
 
 def fail(message):
     """Bad input, or a run that cannot go on: one clear line, exit status 2."""
@@ -113,8 +113,8 @@ def read_jsonl(path, *columns):
     rows = []
     try:
         for line in open(path, encoding="utf-8"):
-            row = {"place": f"{path}, line {len(rows) + 1}", **json.loads(line)}
-            rows.append({**{name: row[name] for name in columns}, **row})
+            row = json.loads(line) | {"place": f"{path}, line {len(rows) + 1}"}
+            rows.append(row | {name: row[name] for name in columns})
     except (OSError, ValueError, TypeError, KeyError) as error:
         fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
@@ -137,7 +137,7 @@ def batches(rows, size):
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
 def generate(model, tokenizer, prompts, args, temperature=1.0):
-    """A sampled response to each prompt (ids), with its end token; 0: the likeliest tokens."""
+    """A response to each prompt (ids), with its end token; temperature 0: the likeliest tokens."""
     rows, end = [], tokenizer.eos_token_id
     for part in tqdm(batches(prompts, args.micro_batch), desc="sampling", leave=False):
         inputs = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
@@ -150,7 +150,7 @@ def generate(model, tokenizer, prompts, args, temperature=1.0):
     return [row[:row.index(end) + 1] if end in row else row for row in rows]
 
 # --- Evaluation ---
-CONTRASTS = [("ppo_token", "ppo_sequence"), ("rlmec", "rlmec_imitation"), ("dpo", "dpo_edit")]
+CONTRASTS = "ppo_token - ppo_sequence", "rlmec - rlmec_imitation", "dpo - dpo_edit"
 # in nats a response, nats a token in one update, and standard deviations of stage 2's rewards
 LIMITS = {"kl": 20, "val_kl": 20, "approx_kl": 0.1, "score_std": 10, "advantage_rms": 10}
 
@@ -160,7 +160,7 @@ def failure_signatures(models, policies, logs):
         share = row["preference_accuracy"] if row["pair_accuracy"] is None else row["pair_accuracy"]
         if share is not None and share < 0.7:
             yield f"reward accuracy under 70 %: reward_{kind}, {share:.1%}"
-    token, sequence = (policies.get(name, {}).get("win_rate") for name in CONTRASTS[0])
+    token, sequence = (policies.get(name, {}).get("win_rate") for name in CONTRASTS[0].split(" - "))
     if None not in (token, sequence) and token <= sequence:
         yield "win rate not above the baseline: ppo_token is not ahead of ppo_sequence"
     for name, log in logs.items():
@@ -180,23 +180,23 @@ def checks(models, policies, differences, logs):
     each = lambda rows, column, form=".1%": ", ".join(
         f"{name} {show(x[column], form)}" for name, x in rows.items()
         if x[column] is not None) or "–"
-    yield ("Reward models, held-out (edited, original) pairs in order: "
-           f"{each(models, 'pair_accuracy')}.")
-    for row in differences:
-        if row["ci95"] and (row["a"], row["b"]) in CONTRASTS:
+    for better, column in (("edited", "pair_accuracy"), ("preferred", "preference_accuracy")):
+        yield f"Reward models, held-out ({better}, original) in order: {each(models, column)}."
+    for pair, row in differences.items():
+        if row["ci95"] and pair in CONTRASTS:
             gap, low, high = (show(x, "+.1%") for x in (row["difference"], *row["ci95"]))
-            yield f"Win rate, {row['a']} minus {row['b']}: {gap} (95 % interval {low} to {high})."
+            yield f"Win rate, {pair}: {gap} (95 % interval {low} to {high})."
     yield f"Updates to 95 % of the own final accuracy: {each(policies, 'updates_to_95', 'd')}."
     best = policies.get("ppo_sequence", {}).get("best_accuracy")
     if best is not None and "ppo_token" in logs:
         update = first_update(logs["ppo_token"], best)
-        yield f"ppo_token passes the best of ppo_sequence, {show(best)}, at update {update}."
+        yield f"ppo_token reaches {show(best)}, ppo_sequence's best, at update {show(update, 'd')}."
     yield f"Steadiness, largest drop after the best: {each(policies, 'largest_drop')}."
 
 def compare(run, logs, args):
     """All of eval.json, and rows of responses.jsonl."""
-    problems = [row for row in read_jsonl(run / "problems.jsonl", "split", "prompt_ids")
-                if row["split"] == "test"] or fail(f"{run}: no test prompt")
+    problems = read_jsonl(run / "problems.jsonl", "id", "split", "prompt", "prompt_ids")
+    problems = [row for row in problems if row["split"] == "test"] or fail(f"{run}: no test prompt")
     prompts = [row["prompt_ids"] for row in problems]
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
     start = {"update": 0, "episodes": 0, "seconds": 0, "val_kl": 0.0}
@@ -211,9 +211,9 @@ def compare(run, logs, args):
             wrong[name].append(wrong_steps(row[name], ids[-1] == tokenizer.eos_token_id, row))
         preferred[name] = [None if a is None else 1.5 + ((a < b) - (a > b)) / 2
                            for a, b in zip(wrong[name], wrong["sft"])]
-        policies[name] = win_rate(preferred[name], args.seed) | measure(wrong[name], log)
-    differences = [{"a": a, "b": b, **difference(preferred[a], preferred[b], args.seed)}
-                   for a, b in combinations(logs, 2)]
+        policies[name] = win_rate(preferred[name]) | measure(wrong[name], log)
+    differences = {f"{a} - {b}": difference(preferred[a], preferred[b])
+                   for a, b in combinations(logs, 2)}
     models = json.loads((run / "reward_metrics.json").read_text())
     rows = [{name: row[name] for name in ("id", "prompt", *policies)} for row in problems]
     return {"policies": policies, "differences": differences, "reward_models": models,
@@ -225,7 +225,7 @@ def verdicts(args):
     try:
         rows = json.loads(Path(args.verdicts).read_text("utf-8"))
         found = win_rate([1.5 if "output_1" in row and row["output_1"] == row["output_2"]
-                          else row["preference"] for row in rows], args.seed)
+                          else row["preference"] for row in rows])
         print(f"win_rate {100 * found['win_rate']:.3f}\nstandard_error "
               f"{100 * found['win_rate_se']:.3f}\nn {found['n']}")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -239,18 +239,14 @@ def flat(value, name=""):
 
 def combine(args):
     """Mean and standard deviation over runs of every number in their eval.json."""
-    runs, combined = [], {}
+    runs = []
     for path in [Path(run) / "eval.json" for run in args.runs]:
         result = json.loads(path.read_text()) if path.exists() else fail(f"{path} is missing")
-        gaps = {f"{row['a']} - {row['b']}": row["difference"] for row in result["differences"]}
-        runs.append(flat(result | {"differences": gaps}))
+        runs.append(flat(result))
     for name in sorted(set.intersection(*map(set, runs))):
         values = [run[name] for run in runs]
-        sd = float(np.std(values, ddof=len(values) > 1))
-        combined[name] = {"mean": mean(values), "sd": sd, "values": values}
-        print(f"{name:60s} {mean(values):9.3f} ± {sd:.3f}")
-    Path(args.run).mkdir(parents=True, exist_ok=True)
-    save(Path(args.run) / "combined.json", json.dumps(combined, indent=1) + "\n")
+        sd = np.std(values, ddof=len(values) > 1)
+        print(f"{name:60s} {mean(values):9.3f} ± {sd:.3f}  {values}")
 
 # --- The report: one file of HTML and SVG ---
 STYLE = """:root{color-scheme:light dark}pre{overflow-x:auto}code{white-space:pre-wrap}
@@ -333,8 +329,8 @@ def main(args):
         return combine(args) if args.runs else verdicts(args)
     run = Path(args.run)
     logs = {name: [{k: float(v) for k, v in row.items() if v}
-                   for row in csv.DictReader(open(run / f"{name}.csv"))]
-            for name in COLOURS if (run / f"{name}.csv").exists()}
+                   for row in csv.DictReader(open(path))]
+            for name in COLOURS for path in run.glob(f"{name}.csv")}
     logs = logs or fail(f"{run}: no policy to evaluate; 03_ppo.py makes them")
     result, rows = compare(run, logs, args)
     save(run / "04_args.json", [vars(args)])
