@@ -273,8 +273,6 @@ def fine_tune(model, tokenizer, problems, args):
     pairs = [(p["prompt_ids"], p.get("demonstration_ids", p["solution_ids"]))
              for p in problems if "solution" in p]
     steps = args.sft_steps if args.sft_steps is not None else 0 if args.data else 500
-    if steps and not pairs:
-        fail("--sft_steps: the data has no column `solution` to learn from")
     optimizer = torch.optim.AdamW(model.parameters(), args.sft_lr, (0.9, 0.95), weight_decay=0.0)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
     rng, collate = random.Random(args.seed), DataCollatorForSeq2Seq(tokenizer)
@@ -461,8 +459,10 @@ def main(args):
     fit = ([problem for problem in problems if encode_problem(problem, tokenizer) <= context]
            or fail(f"no problem fits the model's context of {context} tokens"))
     drop["problem: longer than the model's context"] = len(problems) - len(fit)
-    start_stage(args, "01", "reward_* ppo_* rlmec* rejection* dpo* 03_state.pt responses* "
-                            "eval* *.html")
+    if args.sft_steps and not any("solution" in problem for problem in fit):
+        fail("--sft_steps: the data has no column `solution` to learn from")
+    start_stage(args, "01", "reward_* ppo_* rlmec* rejection* dpo* 03_state.pt responses* eval* "
+                            "*.html")
     train = [problem for problem in fit if problem["split"] == "train"]
     fine_tune(model, tokenizer, train, args)
     save(run / "policy", model, tokenizer)

@@ -269,13 +269,15 @@ TSV = {"editor": "rules:rules"}
     ([GOOD | {"prompt": [{"role": "user", "content": "a"}]}], {}, "line 1: .*chat template"),
     ([GOOD], {"model": None}, "needs --model"), ([GOOD], {"editor": "oracle"}, "oracle: .*human"),
     ([PAIR], {"editor": "nearest"}, "fits is .'human'"), (None, {"editor": "human"}, "oracle"),
-    ([GOOD], {"editor": "magic"}, "magic"), ([GOOD], TSV | {"rules": "a b"}, "tab and"),
-    ([GOOD], TSV | {"rules": "(a\tb"}, "regular"), ([GOOD], TSV | {"rules": "a\t\\1"}, "regular")])
+    ([GOOD], {"editor": "magic"}, "magic"), ([GOOD], {"sft_steps": 1}, "no column `solution`"),
+    *(([GOOD], TSV | {"rules": text}, "a tab and") for text in ("a b", "(a\tb", "a\t\\1"))])
 def test_bad_input(stage, fails, data, flags, message):
     fails(message, stage, data, **flags)
     assert not Path("new").exists()
 
 def test_stale_outputs_stop_the_stage_or_are_removed(stage, fails, run):
+    for other in (two, three):
+        fails("--overwrite\n$", other.main, other.Args(run=str(run)))
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     fails("^error: .*reward_.*--overwrite\n$", stage, run=str(run))
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}

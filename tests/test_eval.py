@@ -12,11 +12,11 @@ def test_win_rate_as_alpacaeval_counts_it_and_intervals():
     assert four.win_rate([None, 7])["win_rate"] is None
     values = np.random.default_rng(0).choice([0, 0.5, 1], 20_000, p=[0.2, 0.3, 0.5])
     half = 1.96 * values.std(ddof=1) / len(values) ** 0.5      # the normal one, for large n
-    low, high = four.interval(values, 1)
+    low, high = four.interval(values)
     assert (low + half, high - half) == pytest.approx([values.mean()] * 2, abs=0.04 * half)
-    paired = four.difference([2, 1, None, 1.5, 2], [1, 1, 2, 1, None], 1)
+    paired = four.difference([2, 1, None, 1.5, 2], [1, 1, 2, 1, None])
     assert paired["difference"] == pytest.approx(0.5) and paired["n"] == 3
-    assert four.difference(values, values, 1)["ci95"] == [0, 0]           # paired
+    assert four.difference(values, values)["ci95"] == [0, 0]           # paired
 
 def test_measure_by_hand():
     log = [{"update": k, "episodes": 10 * k, "seconds": k / 2, "val_kl": 0.3} for k in range(1, 9)]
@@ -28,6 +28,9 @@ def test_measure_by_hand():
         "updates_to_95": 4})                                   # 0.9 >= 0.95 x 0.8
     assert [four.first_update(log, level) for level in (0.5, 0.51, 0.95)] == [2, 4, None]
     assert four.measure([None, 1], log)["accuracy"] is None
+    policies = {"ppo_sequence": four.measure([], log) | {"best_accuracy": 0.95}}
+    *_, said, _ = four.checks({}, policies, {}, {"ppo_token": log})
+    assert said.endswith("reaches 95.0 %, ppo_sequence's best, at update –.")   # it never came
 
 @pytest.mark.parametrize("reward, token, row, needle", [
     ({}, {}, {}, None), ({"pair_accuracy": 0.7}, {}, {"kl": -20.0}, None),
@@ -47,8 +50,10 @@ def test_failure_signatures(reward, token, row, needle):
     warnings = [*four.failure_signatures(models, policies, logs)]
     assert len(warnings) == (needle is not None) and (not needle or needle in warnings[0])
 
-def test_files_of_the_stage(run):
+def test_files_of_the_stage(run, monkeypatch):
     """Of the SFT policy as ppo_sequence, a KL of 91 in a CSV, and prompts of HTML."""
+    wrong = iter([2] * 40 + [0] * 40 + [2] * 40)               # sft, ppo_token, ppo_sequence
+    monkeypatch.setattr(four, "wrong_steps", lambda *_: next(wrong))
     shutil.copytree(run / "policy", run / "ppo_sequence", dirs_exist_ok=True)
     (run / "ppo_token.csv").write_text(
         "update,episodes,seconds,kl,val_kl,accuracy\n1,32,0.5,91,,\n2,64,1.0,2,0.3,0.5\n")
@@ -57,37 +62,36 @@ def test_files_of_the_stage(run):
             '"prompt": "', '"prompt": "<script>alert(1)</script>&'))
     four.main(four.Args(run=str(run), examples=4))
     result, rows = json.loads((run / "eval.json").read_text()), rows_of(run / "responses.jsonl")
-    policies, (gap,) = result["policies"], result["differences"]
+    policies, gap = result["policies"], result["differences"]["ppo_token - ppo_sequence"]
     assert set(policies) == {"sft", "ppo_token", "ppo_sequence"}
     assert all({"win_rate_ci95", "n", "episodes"} <= {*row} for row in policies.values())
     assert set(result["reward_models"]) == {"token", "sequence", "generative"}
     assert any("ppo_token reached a kl of 91, over 20" in text for text in result["warnings"])
     token, same = policies["ppo_token"], policies["ppo_sequence"]     # same: SFT against itself
-    assert (gap["a"], gap["b"], same["win_rate"], same["win_rate_se"]) == (*[*policies][1:], 0.5, 0)
-    assert gap["difference"] == pytest.approx(token["win_rate"] - 0.5)
+    assert (token["win_rate"], token["accuracy"], gap["difference"], gap["n"]) == (1, 1, 0.5, 40)
+    assert (same["win_rate"], same["win_rate_se"], same["wrong_steps_per_response"]) == (0.5, 0, 2)
     assert [row["prompt"] for row in rows] == [
         row["prompt"] for row in rows_of(run / "problems.jsonl") if row["split"] == "test"]
-    for row in rows:
-        assert set(row) == {"id", "prompt", *policies} and row["sft"] == row["ppo_sequence"]
+    assert all({*row} == {"id", "prompt", *policies} for row in rows)
+    assert all(row["sft"] == row["ppo_sequence"] for row in rows)
     text = (run / "report.html").read_text(encoding="utf-8")
     assert text.count("<polyline") == 2 and ';outline:1.5px solid"' in text    # curves, heat map
     assert "<ins>" in text and "<del>" in text and "reached a kl of 91" in text
     assert "<script" not in text and text.count("&lt;script&gt;alert(1)&lt;/script&gt;&amp;") == 8
     assert not any(word in text for word in ("http", "url(", "@import", " src=", " href="))
 
-def test_combine_several_runs(tmp_path):
+def test_combine_several_runs(tmp_path, capsys):
     runs = [tmp_path / name for name in "abc"]
     for run, win in zip(runs, (0.5, 0.6, 0.9)):
         run.mkdir()
         (run / "eval.json").write_text(json.dumps({
             "policies": {"ppo_token": {"win_rate": win, "accuracy": None}},
-            "differences": [{"a": "x", "b": "y", "difference": win / 2, "ci95": [0, 1]}]}))
-    four.main(four.Args(run=str(tmp_path), runs=[*map(str, runs)]))
-    table = json.loads((tmp_path / "combined.json").read_text())
-    assert set(table) == {"policies ppo_token win_rate", "differences x - y"}
-    assert table["policies ppo_token win_rate"] == {           # variance: 0.08667 / (3 - 1)
-        "mean": pytest.approx(2 / 3), "sd": pytest.approx((0.13 / 3) ** 0.5),
-        "values": [0.5, 0.6, 0.9]}
+            "differences": {"x - y": {"difference": win / 2, "ci95": [0, 1]}}}))
+    four.main(four.Args(runs=[*map(str, runs)]))
+    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
+    assert [[text.strip() for text in row if text] for row in rows] == [
+        ["differences x - y difference", "0.333 ± 0.104", "[0.25, 0.3, 0.45]"],
+        ["policies ppo_token win_rate", "0.667 ± 0.208", "[0.5, 0.6, 0.9]"]]   # sd²: 0.0867 / 2
 
 def test_verdicts_of_alpacaeval(tmp_path, capsys, fails):
     path = tmp_path / "annotations.json"

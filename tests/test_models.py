@@ -4,8 +4,7 @@ import json
 import pytest, torch
 from conftest import four, one, rows_of, three, two
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
-from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoModelForTokenClassification, AutoTokenizer, PreTrainedTokenizerFast)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 NAMES = ["Ada", "Bob", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jane", "Kit", "Lena"]
 TEXTS = [f"What does {name} make? {name} makes bread.\nThe answer is 1." for name in NAMES]
@@ -66,8 +65,8 @@ def check_plain_forward(run, end, pad):
     responses = [[50, 51, end], [52, 53, 54, 55, pad], [56, pad, 57, end]]
     policy = AutoModelForCausalLM.from_pretrained(run / "ppo_token")
     inputs, mask = three.pack(prompts, responses, policy)
-    token = AutoModelForTokenClassification.from_pretrained(run / "reward_token")
-    sequence = AutoModelForSequenceClassification.from_pretrained(run / "reward_sequence")
+    token, sequence = (two.KINDS[kind].from_pretrained(run / f"reward_{kind}")
+                       for kind in ("token", "sequence"))
     for head in (getattr(token, "classifier", None) or token.score, sequence.score):
         torch.nn.init.normal_(head.weight)                     # trained ones are next to nothing
     logprobs = three.response_logprobs(policy, inputs, mask, 0.7)
@@ -96,7 +95,8 @@ def test_all_stages(tmp_path, monkeypatch, name, shape):
         row.update(rewrite_ids=row["solution_ids"], fate="rewritten") for row in wrong])
     model, data, run = make_model(name, tmp_path / "model"), tmp_path / "data", tmp_path / "run"
     data.write_text("".join(json.dumps(row) + "\n" for row in data_rows(shape)))
-    one.main(one.Args(run=str(run), data=str(data), model=model, sft_steps=2, sft_lr=1e-4))
+    one.main(one.Args(run=str(run), data=str(data), model=model, sft_lr=1e-4,
+                      sft_steps=2 * (shape in ("solved", "wrong"))))
     two.main(two.Args(run=str(run), epochs=1, sequence_epochs=1, locate_epochs=1))
     three.main(three.Args(run=str(run), updates=1, rollout_batch=8, minibatch=4, ppo_epochs=1,
                           max_new_tokens=6))

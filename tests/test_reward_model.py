@@ -99,6 +99,11 @@ def test_pairs_limit_the_models_of_a_and_not_the_grm(new_model, tokenizer, tiny_
         assert fewer == training if kind == "generative" else fewer == training[:10]
         assert (kind == "generative") == any(row["chosen"] is None for row in training)
 
+def test_examples_keep_the_rewards_of_an_earlier_run(run, tokenizer):
+    before = rows_of(path := run / "reward_examples.jsonl")
+    two.save_examples(path, rows_of(run / "edits.jsonl"), tokenizer)
+    assert before == rows_of(path) and all(before[0][kind] is not None for kind in two.KINDS)
+
 def test_auroc_order_and_localisation():
     assert two.auroc([3.0, 1.0], [2.0, 0.0]) == 0.75 and two.auroc([], [1.0]) is None
     positive, negative = torch.randint(9, (40,)).tolist(), torch.randint(7, (60,)).tolist()

@@ -25,7 +25,7 @@ def reward_models(tokenizer, fsdp):
         rows, _ = two.rows_for(kind, rows_of(run / "edits.jsonl"), model, tokenizer, args)
         two.train(kind, two.shard(model, args), rows[:7], args)
 
-def policies(tokenizer, fsdp):
+def policies(fsdp):
     """A9 on a given rollout of 7 responses, B7 where only rank 0 has tokens with r_t != 0, C1."""
     args = three.Args(micro_batch=2, minibatch=7, fsdp=fsdp, device="cpu", temperature=0.7)
     edits = three.read_jsonl(run / "edits.jsonl")[:7]
@@ -33,7 +33,7 @@ def policies(tokenizer, fsdp):
     scale, models = {"mean": 0.0, "std": 1.0}, three.open_models("ppo_token", run, args)
     groups = [{"params": [*models[name].parameters()]} for name in ("policy", "value")]
     three.sample = lambda *_: responses
-    row, inputs, batch = three.rollout("token", models, prompts, tokenizer, scale, args)
+    row, inputs, batch = three.rollout("token", models, prompts, scale, args)
     losses = three.partial(three.ppo_loss, models, inputs, batch, args)
     step = three.gradient_step(losses, range(7), torch.optim.SGD(groups, 0.0), args)
     grads.append(torch.tensor([*row.values(), *step.values(), *batch["advantages"].flatten()]))
@@ -63,9 +63,9 @@ if mode == "kill":
     began = time.time()
     assert os.waitpid(start("whole"), 0)[1] == 0
     seconds = time.time() - began
-    for _ in range(5):
+    for k in range(5):
         pid = start("killed")
-        time.sleep(random.uniform(0, seconds / 3))
+        time.sleep(random.uniform(0, seconds / 3) if k else seconds / 2)   # the first has a state
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     assert os.waitpid(start("killed"), 0)[1] == 0
@@ -77,7 +77,7 @@ if mode == "die" and three.RANK == 1:
 torch.nn.utils.clip_grad_norm_ = keep
 tokenizer = three.AutoTokenizer.from_pretrained(run / "policy")
 reward_models(tokenizer, "--fsdp" in sys.argv)
-policies(tokenizer, "--fsdp" in sys.argv)
+policies("--fsdp" in sys.argv)
 if three.RANK == 0:
     torch.save(grads, sys.argv[3])
 _ = three.WORLD > 1 and torch.distributed.barrier()
