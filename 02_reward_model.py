@@ -43,6 +43,8 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 KINDS = {"token": AutoModelForTokenClassification, "sequence": AutoModelForSequenceClassification,
          "generative": AutoModelForCausalLM}
+TRAINING = {"token": (8, 64, 1.5e-3), "sequence": (12, 32, 1e-3),  # epochs, batch, learning rate
+            "generative": (1, 16, 1.5e-3)}
 
 @dataclass
 class Args:
@@ -55,15 +57,10 @@ class Args:
     beta: float = HfArg(default=1.0, help="A5: weight of equal rewards on kept tokens")
     zero: float = HfArg(default=5.0, help="ours: weight of their squared reward")
     response_reward: Literal["sum", "mean"] = HfArg(default="sum", help="A3: R of a response")
-    epochs: int = HfArg(default=8, help="A5: epochs")
-    batch: int = HfArg(default=64, help="A5: pairs an optimiser step")
-    lr: float = HfArg(default=1.5e-3, help="A5: learning rate; all: cosine, 3 %% warm-up")
-    sequence_epochs: int = HfArg(default=12, help="A6: epochs")
-    sequence_batch: int = HfArg(default=32, help="A6: pairs an optimiser step")
-    sequence_lr: float = HfArg(default=1e-3, help="A6: learning rate")
-    locate_epochs: int = HfArg(default=5, help="B2: epochs of `locate`; `rewrite` has one")
-    grm_batch: int = HfArg(default=16, help="B2: examples an optimiser step")
-    grm_lr: float = HfArg(default=1.5e-3, help="B2: learning rate")
+    epochs: int = HfArg(default=None, help="epochs (B2: of `rewrite`); default: see TRAINING")
+    locate_epochs: int = HfArg(default=5, help="B2: epochs of `locate`")
+    batch: int = HfArg(default=None, help="rows an optimiser step; default: see TRAINING")
+    lr: float = HfArg(default=None, help="cosine, 3 %% warm-up; default: see TRAINING")
     micro_batch: int = HfArg(default=256, help="rows of a forward pass, at most")
     bf16: bool = HfArg(default=False, help="autocast to bfloat16; weights stay float32")
     fsdp: bool = HfArg(default=False, help="shard the models over torchrun's processes")
@@ -267,15 +264,13 @@ def examples_of(row, problem, tokenizer):
 
 def train(kind, model, rows, args):
     """Each epoch in a new order; a batch of the GRM has one of its two tasks, in any order."""
-    if kind == "token":
-        size, lr, epochs = args.batch, args.lr, [rows] * args.epochs
-    elif kind == "sequence":
-        size, lr, epochs = args.sequence_batch, args.sequence_lr, [rows] * args.sequence_epochs
-    else:
+    settings = zip((args.epochs, args.batch, args.lr), TRAINING[kind])
+    count, size, lr = (default if given is None else given for given, default in settings)
+    epochs, rng = [rows] * count, random.Random(args.seed)
+    if kind == "generative":
         rewrites = [row["rewrite"] for row in rows]
         locates = [row["locate"] for row in rows if row["edit_ops"]]  # a wrong step is there
-        size, lr, epochs = args.grm_batch, args.grm_lr, [rewrites] + [locates] * args.locate_epochs
-    rng = random.Random(args.seed)
+        epochs = [rewrites] * count + [locates] * args.locate_epochs
     plan = [batch for epoch in epochs for batch in batches(rng.sample(epoch, len(epoch)), size)]
     if kind == "generative":
         rng.shuffle(plan)

@@ -28,7 +28,7 @@ def tiny_run(tmp_path_factory):
     run = str(tmp_path_factory.mktemp("runs") / "tiny")
     one.main(one.Args(run=run, task="qa", train_prompts=60, test_prompts=40, sft_steps=60,
                       hidden_size=32, max_edit_share=1.0))
-    two.main(two.Args(run=run, epochs=1, sequence_epochs=1, locate_epochs=1))
+    two.main(two.Args(run=run, epochs=1, locate_epochs=1))
     for method in ("ppo_token", "ppo_sequence"):
         three.main(three.Args(run=run, method=method, updates=2, rollout_batch=32, minibatch=16))
     four.main(four.Args(run=run))

@@ -97,7 +97,7 @@ def test_all_stages(tmp_path, monkeypatch, name, shape):
     data.write_text("".join(json.dumps(row) + "\n" for row in data_rows(shape)))
     one.main(one.Args(run=str(run), data=str(data), model=model, sft_lr=1e-4,
                       sft_steps=2 * (shape in ("solved", "wrong"))))
-    two.main(two.Args(run=str(run), epochs=1, sequence_epochs=1, locate_epochs=1))
+    two.main(two.Args(run=str(run), epochs=1, locate_epochs=1))
     three.main(three.Args(run=str(run), updates=1, rollout_batch=8, minibatch=4, ppo_epochs=1,
                           max_new_tokens=6))
     four.main(four.Args(run=str(run), max_new_tokens=6))

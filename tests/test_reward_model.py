@@ -54,7 +54,7 @@ def test_micro_batches_give_the_gradient(new_model, tiny_run, tokenizer, kind, m
     edits[0].update(edited_ids=edits[0]["rejected_ids"], edit_ops=[], first_wrong_step=None)
     monkeypatch.setattr(two, "loss_of", lambda *call: calls.append(call[2:4]) or loss_of(*call))
     for n in (256, 3):
-        args = two.Args(str(tiny_run), epochs=1, sequence_epochs=1, locate_epochs=1, micro_batch=n)
+        args = two.Args(str(tiny_run), epochs=1, locate_epochs=1, micro_batch=n)
         rows, _ = two.rows_for(kind, edits, model, tokenizer, args)
         two.train(kind, copy.deepcopy(model), rows[:7], args)
     steps = len(grads) // 2                                        # of each of the two runs

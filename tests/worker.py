@@ -15,8 +15,8 @@ def keep(parameters, _):
 
 def reward_models(tokenizer, fsdp):
     """A5, A6 and B2 of a batch of 7 in micro-batches of 2, so that one rank has no last row."""
-    args = two.Args(str(run), epochs=1, batch=7, sequence_epochs=1, sequence_batch=7, grm_batch=7,
-                    locate_epochs=0, micro_batch=2, fsdp=fsdp, device="cpu")
+    args = two.Args(str(run), epochs=1, locate_epochs=0, batch=7, micro_batch=2, fsdp=fsdp,
+                    device="cpu")
     for kind in two.KINDS:
         torch.manual_seed(0)
         model = two.open_reward_model(kind, run / "policy", tokenizer, args)
