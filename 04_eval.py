@@ -252,7 +252,7 @@ def combine(args):
 STYLE = """:root{color-scheme:light dark}pre{overflow-x:auto}code{white-space:pre-wrap}
 body{margin:auto;padding:1rem;max-width:56rem;font:16px/1.5 system-ui}del{color:#d55e00}
 div{background:#8882;border-radius:.5rem;padding:.3rem .8rem;margin:.7rem 0}
-p{margin:.3rem 0;overflow-wrap:anywhere}b{display:inline-block;min-width:9rem}
+p{margin:.3rem 0;overflow-wrap:anywhere}b{display:inline-block;min-width:10rem}
 svg{max-width:40rem;font-size:12px;fill:none}text{fill:currentColor}path{stroke:currentColor}
 polyline{stroke-width:3}ins{color:#0a84d0;font-weight:bold;text-decoration:none}"""
 COLOURS = {"ppo_token": "#0072b2", "ppo_sequence": "#d55e00", "rlmec": "#009e73",
