@@ -432,6 +432,7 @@ def main(args):
             continue
         train(kind, model, training, args)
         metrics[kind] = evaluate(kind, model, held_out, tokenizer, args)
+        metrics[kind]["training_rows"] = len(training)
         metrics[kind]["seconds"] = round(time.time() - start, 1)
         print(f"reward_{kind}: {json.dumps(metrics[kind])}")
         state = get_model_state_dict(model, options=WHOLE) if args.fsdp else None

@@ -21,8 +21,7 @@ Simplified against the papers:
      sequence reward is centred first, because A6 knows it only up to a constant.
   4. B8: one sample a problem, where RLMEC's code draws five at temperature 0.7; rewrites are the
      GRM's likeliest. What is right, `wrong_steps` says, never the locator.
-Reads RUN/policy, problems.jsonl, edits.jsonl, reward_*, 02_args.json.
-Writes a policy and a CSV for each method.
+Reads RUN/policy, problems.jsonl, edits.jsonl, reward_*. Writes a policy and a CSV for each method.
 """
 
 import atexit, json, os, random, re, shutil, sys, time
@@ -559,8 +558,8 @@ def collect(policy, grm, problems, tokenizer, args):
     return samples
 
 def pairs_of(method, reference, run, args):
-    """C1: stage 2's pairs, y+ the preferred sibling or the edit; log pi_ref is computed once."""
-    count = json.loads((run / "02_args.json").read_text())["pairs"]
+    """C1: A5's pairs, y+ the preferred sibling or the edit; log pi_ref is computed once."""
+    count = json.loads((run / "reward_metrics.json").read_text())["token"]["training_rows"]
     pairs = [row for row in read_jsonl(run / "edits.jsonl", "chosen", "edit_ops")
              if row["split"] == "train" and row["chosen"] is not None and row["edit_ops"]][:count]
     better = "edited_ids" if method == "dpo_edit" else "chosen_token_ids"
