@@ -246,7 +246,7 @@ def combine(args):
     for name in sorted(set.intersection(*map(set, runs))):
         values = [run[name] for run in runs]
         sd = np.std(values, ddof=len(values) > 1)
-        print(f"{name:60s} {mean(values):9.3f} ± {sd:.3f}  {values}")
+        print(f"{name:60s} {mean(values):9.3f} ± {sd:.3f} ", *(f"{x:.3f}" for x in values))
 
 # --- The report: one file of HTML and SVG ---
 STYLE = """:root{color-scheme:light dark}pre{overflow-x:auto}code{white-space:pre-wrap}

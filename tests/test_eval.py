@@ -90,8 +90,8 @@ def test_combine_several_runs(tmp_path, capsys):
     four.main(four.Args(runs=[*map(str, runs)]))
     rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
     assert [[text.strip() for text in row if text] for row in rows] == [
-        ["differences x - y difference", "0.333 ± 0.104", "[0.25, 0.3, 0.45]"],
-        ["policies ppo_token win_rate", "0.667 ± 0.208", "[0.5, 0.6, 0.9]"]]   # sd²: 0.0867 / 2
+        ["differences x - y difference", "0.333 ± 0.104", "0.250 0.300 0.450"],
+        ["policies ppo_token win_rate", "0.667 ± 0.208", "0.500 0.600 0.900"]]   # sd²: 0.0867 / 2
 
 def test_verdicts_of_alpacaeval(tmp_path, capsys, fails):
     path = tmp_path / "annotations.json"
