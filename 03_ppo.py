@@ -22,6 +22,7 @@ Simplified against the papers:
   4. B8: one sample a problem, where RLMEC's code draws five at temperature 0.7; rewrites are the
      GRM's likeliest. What is right, `wrong_steps` says, never the locator.
 Reads RUN/policy, problems.jsonl, edits.jsonl, reward_*. Writes a policy and a CSV for each method.
+Command: python 03_ppo.py (a minute and a half on two CPU cores)
 """
 
 import atexit, json, os, random, re, shutil, sys, time
@@ -164,7 +165,7 @@ def imitation_loss(logprobs, gamma, M):
     return -(gamma * logprobs).sum() / M
 
 def dpo_loss(logprob_w, logprob_l, ref_w, ref_l, beta, N):
-    """C1: -(1/N) sum of log sigmoid(b [log pi / pi_ref (y+) - log pi / pi_ref (y-)]) over these of
+    """C1: -(1/N) sum of log sigmoid(b [log pi / pi_ref (y+) - log pi / pi_ref (y-)]) over some of
     N pairs; all (B,): y+ is w, y- is l, sums over the response tokens."""
     return -F.logsigmoid(beta * ((logprob_w - ref_w) - (logprob_l - ref_l))).sum() / N
 
@@ -434,7 +435,7 @@ def is_right(ids, problem, tokenizer):
 
 # --- Training ---
 def open_model(auto_class, path, args, **options):
-    """A model of an earlier stage, on the device; a new head, which is the value model's, is 0."""
+    """A model of an earlier stage, on the device; weights missing there (the value head) are 0."""
     model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
     for name in info["missing_keys"]:
         torch.nn.init.zeros_(model.get_parameter(name))

@@ -5,6 +5,7 @@ fine-grained against ordinary PPO; of paper B (arXiv 2401.06081): right response
 steadiness of RLMEC beside imitation alone. Simplified: the oracle of the built-in tasks, or the
 final answer, judges against the SFT policy where A simulates people; --verdicts reads any judge's.
 Reads what stages 1 to 3 wrote. Writes RUN/responses.jsonl, eval.json and report.html.
+Command: python 04_eval.py (ten seconds on two CPU cores)
 """
 
 import csv, json, re, shutil, sys

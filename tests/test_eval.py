@@ -6,8 +6,7 @@ import pytest
 from conftest import four, rows_of
 
 def test_win_rate_as_alpacaeval_counts_it_and_intervals():
-    # wins 1, 0, 1/2 and, for 0, 1/2 again; the others are no verdicts
-    result = four.win_rate([2, 1, 1.5, 0, None, 3, 0.5, -1, "2", True, float("nan")])
+    result = four.win_rate([2, 1, 1.5, 0, None, 3, 0.5, -1, "2", True, float("nan")])  # four count
     assert result["n"] == 4 and result["win_rate"] == 0.5
     assert four.win_rate([None, 7])["win_rate"] is None
     values = np.random.default_rng(0).choice([0, 0.5, 1], 20_000, p=[0.2, 0.3, 0.5])
@@ -66,17 +65,15 @@ def test_files_of_the_stage(run, monkeypatch):
     assert set(policies) == {"sft", "ppo_token", "ppo_sequence"}
     assert all({"win_rate_ci95", "n", "episodes"} <= {*row} for row in policies.values())
     assert set(result["reward_models"]) == {"token", "sequence", "generative"}
-    assert any("ppo_token reached a kl of 91, over 20" in text for text in result["warnings"])
-    token, same = policies["ppo_token"], policies["ppo_sequence"]     # same: SFT against itself
-    assert (token["win_rate"], token["accuracy"], gap["difference"], gap["n"]) == (1, 1, 0.5, 40)
-    assert (same["win_rate"], same["win_rate_se"], same["wrong_steps_per_response"]) == (0.5, 0, 2)
+    seen = [[row[x] for x in ("win_rate", "win_rate_se", "accuracy")] for row in policies.values()]
+    assert seen == [[0.5, 0, 0], [1, 0, 1], [0.5, 0, 0]] and gap["difference"] == 0.5
     assert [row["prompt"] for row in rows] == [
         row["prompt"] for row in rows_of(run / "problems.jsonl") if row["split"] == "test"]
     assert all({*row} == {"id", "prompt", *policies} for row in rows)
     assert all(row["sft"] == row["ppo_sequence"] for row in rows)
     text = (run / "report.html").read_text(encoding="utf-8")
     assert text.count("<polyline") == 2 and ';outline:1.5px solid"' in text    # curves, heat map
-    assert "<ins>" in text and "<del>" in text and "reached a kl of 91" in text
+    assert "<ins>" in text and "<del>" in text and "reached a kl of 91, over 20" in text
     assert "<script" not in text and text.count("&lt;script&gt;alert(1)&lt;/script&gt;&amp;") == 8
     assert not any(word in text for word in ("http", "url(", "@import", " src=", " href="))
 
