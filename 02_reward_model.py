@@ -432,9 +432,8 @@ def main(args):
             print(f"reward_{kind}: skipped, edits.jsonl has no rows for training, or for testing")
             continue
         train(kind, model, training, args)
-        metrics[kind] = evaluate(kind, model, held_out, tokenizer, args)
-        metrics[kind]["training_rows"] = len(training)
-        metrics[kind]["seconds"] = round(time.time() - start, 1)
+        metrics[kind] = evaluate(kind, model, held_out, tokenizer, args) | {
+            "training_rows": len(training), "seconds": round(time.time() - start, 1)}
         print(f"reward_{kind}: {json.dumps(metrics[kind])}")
         state = get_model_state_dict(model, options=WHOLE) if args.fsdp else None
         if RANK == 0:

@@ -240,10 +240,9 @@ def flat(value, name=""):
 
 def combine(args):
     """Mean and standard deviation over runs of every number in their eval.json."""
-    runs = []
-    for path in [Path(run) / "eval.json" for run in args.runs]:
-        result = json.loads(path.read_text()) if path.exists() else fail(f"{path} is missing")
-        runs.append(flat(result))
+    paths = [Path(run) / "eval.json" for run in args.runs]
+    runs = [flat(json.loads(path.read_text())) if path.exists() else fail(f"{path} is missing")
+            for path in paths]
     for name in sorted(set.intersection(*map(set, runs))):
         values = [run[name] for run in runs]
         sd = np.std(values, ddof=len(values) > 1)
