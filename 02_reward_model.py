@@ -58,7 +58,7 @@ class Args:
     beta: float = HfArg(default=1.0, help="A5: weight of equal rewards on kept tokens")
     zero: float = HfArg(default=5.0, help="ours: weight of their squared reward")
     response_reward: Literal["sum", "mean"] = HfArg(default="sum", help="A3: R of a response")
-    epochs: int = HfArg(default=None, help="epochs (B2: of `rewrite`); default: see TRAINING")
+    epochs: int = HfArg(default=None, help="of each --kind (B2: `rewrite`); default: see TRAINING")
     locate_epochs: int = HfArg(default=5, help="B2: epochs of `locate`")
     batch: int = HfArg(default=None, help="rows an optimiser step; default: see TRAINING")
     lr: float = HfArg(default=None, help="cosine, 3 %% warm-up; default: see TRAINING")
@@ -164,7 +164,7 @@ def save(path, *contents, **options):
 def start_stage(args, stage, later):
     """Make the run folder. Later stages' outputs stop it, or go with --overwrite."""
     run = Path(args.run)
-    for path in [path for pattern in later.split() for path in run.glob(pattern)]:
+    for path in sorted({path for pattern in later.split() for path in run.glob(pattern)}):
         if not args.overwrite:
             fail(f"{path} would be stale: name another --run, or remove it with --overwrite")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
