@@ -196,7 +196,7 @@ def save(path, *contents, **options):
 def start_stage(args, stage, later):
     """Make the run folder. Later stages' outputs stop it, or go with --overwrite."""
     run = Path(args.run)
-    for path in sorted({path for pattern in later.split() for path in run.glob(pattern)}):
+    for path in dict.fromkeys(path for pattern in later.split() for path in run.glob(pattern)):
         if not args.overwrite:
             fail(f"{path} would be stale: name another --run, or remove it with --overwrite")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -394,7 +394,7 @@ def edit_row(problem, response, texts, kind, args, tokenizer):
     if ops and wrong and wrong_steps(edited, ended, problem) >= wrong:
         return "gate: the edit is not better"
     chat = isinstance(problem["prompt"], list)
-    message = lambda text: [{"role": "assistant", "content": text}] if chat and text is not None else text
+    message = lambda x: [{"role": "assistant", "content": x}] if chat and x is not None else x
     op, first, _ = ops[0] if ops else ["insert", 0, 0]
     before = tokenizer.decode([token for token in ids[:first + 1] if token != end])
     return {**{column: problem[column] for column in ("id", "split", "prompt", "prompt_ids")},

@@ -164,7 +164,7 @@ def save(path, *contents, **options):
 def start_stage(args, stage, later):
     """Make the run folder. Later stages' outputs stop it, or go with --overwrite."""
     run = Path(args.run)
-    for path in sorted({path for pattern in later.split() for path in run.glob(pattern)}):
+    for path in dict.fromkeys(path for pattern in later.split() for path in run.glob(pattern)):
         if not args.overwrite:
             fail(f"{path} would be stale: name another --run, or remove it with --overwrite")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
