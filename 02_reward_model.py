@@ -13,7 +13,7 @@ Simplified against the papers:
   3. A batch of the GRM has one task; `locate` is the harder one and takes more epochs.
 Reads RUN/policy, problems.jsonl, edits.jsonl. Writes RUN/reward_token, reward_sequence,
 reward_generative, reward_metrics.json, reward_examples.jsonl.
-Command: python 02_reward_model.py (four to six minutes on two CPU cores)
+Command: python 02_reward_model.py (five to seven minutes on two CPU cores)
 """
 
 import atexit, json, os, random, re, shutil, sys, time
