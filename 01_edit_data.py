@@ -1,9 +1,9 @@
 """Stage 1: a policy, its problems, and its wrong responses with their minimal edits.
 
-Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, arXiv 2401.06081): E1 (minimum
+Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, 2401.06081): E1 (minimum
 edit), A1 (data), B1 (editing task). Simplified against the papers:
-  1. The oracle editor knows all right solutions; edits of people or an LLM are read from --data.
-  2. The policy is a small Llama, fine-tuned on demonstrations with errors; --model takes another.
+  1. An oracle edits, which knows all right solutions; --data has edits of people or an LLM.
+  2. The policy is a small Llama, fine-tuned on demonstrations with errors; or --model.
   3. Fewer wrong steps are preferred; paper B, and --data with `answer`, see the answer alone.
   4. Two samples a problem at temperature 1; RLMEC's code draws five at 0.7, without duplicates.
 Reads --data FILE, or nothing. Writes RUN/policy, problems.jsonl and edits.jsonl.
@@ -13,7 +13,7 @@ Command: python 01_edit_data.py (a minute on two CPU cores)
 import json, random, re, shutil, sys
 from collections import Counter
 from dataclasses import dataclass
-from itertools import accumulate, zip_longest
+from itertools import accumulate, pairwise, zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -76,24 +76,23 @@ def edit_ops(a, b):
     return ops[::-1]
 
 # --- Right and wrong ---
-STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")  # a line, a sentence, or up to a ;
+STEP = re.compile(r"(?m)[^\s;][^\n;]*?(?:;|\.(?=\s)|$)")  # a line, a sentence, or up to a ;
 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
     *marked, tail = re.split(r"(?i)answer is:?|####", text)
     number = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/])"
     found = re.findall(number, tail) or tail.strip().split("\n")
-    return re.sub(r"[$,]|\.0*$", "", found[0 if marked else -1].strip())
+    return re.sub(r"[$,]|(\.\d*?)0*$", r"\1", found[0 if marked else -1].strip()).rstrip(".")
 
 def wrong_steps(text, ended, problem):
     """Errors, 0 is right: hits of the rules, or steps unlike the nearest right solution's at the
     same place, or a wrong answer; 1 more if it did not end. None where nobody knows."""
-    split = lambda text: [step.strip() for step in STEP.findall(text)]
     if problem.get("rules"):
         wrong = sum(len(re.findall(rule, text)) for rule in problem["rules"])
     elif problem.get("solutions"):
-        wrong = min(sum(a != b for a, b in zip_longest(split(text), split(solution)))
-                    for solution in problem["solutions"])
+        wrong = min(sum(a != b for a, b in zip_longest(STEP.findall(text), STEP.findall(right)))
+                    for right in problem["solutions"])
     elif problem.get("answer"):
         wrong = final_answer(text) != final_answer(problem["answer"])
     else:
@@ -148,33 +147,32 @@ def qa_problem(rng, makes, home):
             "solutions": solutions, "answer": answers[0], "demonstration": " " + " ".join(steps)}
 
 def make_problems(args):
-    """Distinct problems with a demonstration; the prompts of the splits are disjoint."""
+    """Distinct problems with a demonstration, each in one split."""
     rng, problems = random.Random(args.seed), {}
     splits = ["train"] * args.train_prompts + ["test"] * args.test_prompts
     splits += ["val"] * (args.test_prompts // 4)
     world = [{person: rng.choice(names) for person in PEOPLE} for names in (GOODS, TOWNS)]
     for _ in range(20 * len(splits)):
         problem = math_problem(rng) if args.task == "math" else qa_problem(rng, *world)
-        if problem["prompt"] not in problems:
-            problems[problem["prompt"]] = {
-                "id": f"{args.task}-{len(problems)}", "split": splits[len(problems)],
-                "solution": problem["solutions"][0], "responses": [], **problem}
+        problems.setdefault(problem["prompt"], {
+            "id": f"{args.task}-{len(problems)}", "split": splits[len(problems)],
+            "solution": problem["solutions"][0], "responses": [], **problem})
         if len(problems) == len(splits):
             return [*problems.values()]
     fail(f"--task {args.task} has only {len(problems)} prompts: lower --train_prompts")
 
-# --- Helpers that stand in several scripts, letter for letter ---
+# --- Helpers, the same in several scripts ---
 def fail(message):
-    """Bad input, or a run that cannot go on: one clear line, exit status 2."""
+    """Bad input, or no way to go on: one clear line, exit status 2."""
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 def read_jsonl(path, *columns):
-    """Rows of a JSONL file with their `place`; a fault is named by file, line and column."""
+    """Rows of a JSONL file; a fault is named by file, line and column."""
     rows = []
     try:
         for line in open(path, encoding="utf-8"):
-            row = json.loads(line) | {"place": f"{path}, line {len(rows) + 1}"}
+            row = json.loads(line)
             rows.append(row | {name: row[name] for name in columns})
     except (OSError, ValueError, TypeError, KeyError) as error:
         fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
@@ -196,7 +194,7 @@ def save(path, *contents, **options):
 def start_stage(args, stage, later):
     """Make the run folder. Later stages' outputs stop it, or go with --overwrite."""
     run = Path(args.run)
-    for path in dict.fromkeys(path for pattern in later.split() for path in run.glob(pattern)):
+    for path in [path for pattern in later.split() for path in run.glob(pattern)]:
         if not args.overwrite:
             fail(f"{path} would be stale: name another --run, or remove it with --overwrite")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -212,20 +210,20 @@ def generate(model, tokenizer, prompts, args, temperature=1.0):
     rows, end = [], tokenizer.eos_token_id
     for part in tqdm(batches(prompts, args.micro_batch), desc="sampling", leave=False):
         inputs = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
-        P = inputs["input_ids"].shape[1]
+        P = inputs.input_ids.shape[1]
         model.generation_config = GenerationConfig(
-            do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, eos_token_id=end,
+            do_sample=temperature > 0, temperature=temperature, top_k=0, eos_token_id=end,
             max_new_tokens=min(args.max_new_tokens, model.config.max_position_embeddings - P),
             pad_token_id=tokenizer.pad_token_id)
         rows += model.generate(**inputs.to(args.device))[:, P:].tolist()
     return [row[:row.index(end) + 1] if end in row else row for row in rows]
 
 def token_texts(ids, tokenizer):
-    """The text that each token adds to the ones before it, spaces included."""
+    """The text that each token adds to those before it."""
     texts = tokenizer.decode([ids[:k] for k in range(len(ids) + 1)])
-    return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
+    return [longer[len(shorter):] for shorter, longer in pairwise(texts)]
 
-# B2: the fixed words in the prompts of the generative model; a small policy has a token for each
+# B2: fixed words in the generative model's prompts
 INSTRUCTIONS = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
                 "rewrite": "\nCorrected attempt:\n", "locate": "\nFirst wrong step:\n"}
 
@@ -257,7 +255,7 @@ def open_policy(args):
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
     except Exception as error:  # transformers raises many kinds
-        fail(f"{args.model}: no causal LM to open ({str(error).splitlines()[0]})")
+        fail(f"{args.model}: no causal LM to open ({error!r:.150})")
     end, config = tokenizer.eos_token, model.config
     if end is None:
         fail(f"{args.model}: the tokenizer has no end token, so no response could end")
@@ -307,8 +305,9 @@ def read_data(args, rules, drop):
     rows, problems = read_jsonl(args.data, "prompt", *columns), {}
     alone = len({str(row["prompt"]) for row in rows}) < 20  # then each row is a problem
     for k, row in enumerate(rows):
-        problem = {"id": f"row-{k}", "prompt": row["prompt"], "place": row["place"],
-                   "rules": [*rules], "responses": []}
+        place = row["place"] = f"{args.data}, line {k + 1}"
+        problem = {"id": f"row-{k}", "prompt": row["prompt"], "place": place, "rules": [*rules],
+                   "responses": []}
         if "answer" in columns:
             problem.update(solution=plain(row, "solution"), answer=str(row["answer"]))
             if wrong_steps(problem["solution"], True, problem) != 0:
@@ -335,24 +334,25 @@ def encode(text, ended, tokenizer):
 
 def encode_problem(problem, tokenizer):
     """Add the ids of its texts, the chat template applied; returns the longest sequence."""
-    prompt, chat, longest = plain(problem, "prompt"), problem["prompt"], 1
+    prompt, longest = problem["prompt"], 1
     try:
-        ids = tokenizer(prompt).input_ids if prompt == chat else (
-            tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False))
+        ids = tokenizer(prompt).input_ids if prompt == plain(problem, "prompt") else (
+            tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
     except Exception as error:  # there may be none, or it refuses
         fail(f"{problem['place']}: the model's chat template does not take the prompt ({error})")
     problem["prompt_ids"] = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
     for row in [problem, *problem["responses"]]:
         for name in ("solution", "demonstration", "rejected", "chosen", "edited"):
             if row.get(name) is not None:
-                row[f"{name}_ids"] = encode(row[name], True, tokenizer)
-                longest = max(longest, len(row[f"{name}_ids"]))
+                text_ids = row[f"{name}_ids"] = encode(row[name], True, tokenizer)
+                longest = max(longest, len(text_ids))
     return len(ids) + longest
 
 # --- A1, B1: responses, editors, gates ---
 def add_responses(problems, model, tokenizer, args):
     """B1: samples, each with its wrong steps, where the data has no response."""
     jobs = [p for p in problems if not p["responses"] for _ in range(args.samples)]
+    jobs.sort(key=lambda problem: len(problem["prompt_ids"]))  # a part's longest limits it
     samples = generate(model, tokenizer, [problem["prompt_ids"] for problem in jobs], args)
     for problem, ids in zip(jobs, samples):
         text, ended = tokenizer.decode(ids, True), ids[-1] == tokenizer.eos_token_id
@@ -376,12 +376,12 @@ def editor(kind, problem, response, rules):
 
 def edit_row(problem, response, texts, kind, args, tokenizer):
     """A row of edits.jsonl with the nearest of the texts (B1's argmin), or why there is none."""
-    ids, wrong, end = response["rejected_ids"], response["wrong"], tokenizer.eos_token_id
+    ids, wrong = response["rejected_ids"], response["wrong"]
     chosen, chosen_ids = response.get("chosen"), response.get("chosen_ids")
     best = min(problem["responses"], key=lambda r: r["wrong"] or 0)
     if wrong and best["wrong"] < wrong:  # A1
         chosen, chosen_ids = best["rejected"], best["rejected_ids"]
-    ended = kind != "rules" or ids[-1:] == [end]  # a rule ends no response
+    ended = kind != "rules" or ids[-1:] == [tokenizer.eos_token_id]  # a rule ends no response
     edits = ((edit_ops(ids, b), text, b)
              for text in texts for b in [encode(text, ended, tokenizer)])
     ops, edited, edited_ids = min(edits, key=lambda edit: len(edit[0]), default=[None] * 3)
@@ -396,10 +396,10 @@ def edit_row(problem, response, texts, kind, args, tokenizer):
     chat = isinstance(problem["prompt"], list)
     message = lambda x: [{"role": "assistant", "content": x}] if chat and x is not None else x
     op, first, _ = ops[0] if ops else ["insert", 0, 0]
-    before = tokenizer.decode([token for token in ids[:first + 1] if token != end])
+    before = tokenizer.decode(ids[:first + 1], skip_special_tokens=True)
     return {**{column: problem[column] for column in ("id", "split", "prompt", "prompt_ids")},
             "chosen": message(chosen), "rejected": message(response["rejected"]),
-            "edited": message(edited), "editor": response.get("editor") or kind,
+            "edited": message(edited), "editor": kind == "human" and response["editor"] or kind,
             "rejected_ids": ids, "edited_ids": edited_ids, "edit_ops": ops,
             "edit_distance": None if ops is None else len(ops), "chosen_token_ids": chosen_ids,
             "first_error": None if op == "insert" else first,  # what is missing stands nowhere
@@ -462,8 +462,8 @@ def main(args):
     drop["problem: longer than the model's context"] = len(problems) - len(fit)
     if args.sft_steps and not any("solution" in problem for problem in fit):
         fail("--sft_steps: the data has no column `solution` to learn from")
-    start_stage(args, "01", "reward_* ppo_* rlmec* rejection* dpo* 03_state.pt responses* eval* "
-                            "*.html")
+    start_stage(
+        args, "01", "reward_* ppo_* rlmec* rejection* dpo* 03_state.pt responses* eval* report*")
     train = [problem for problem in fit if problem["split"] == "train"]
     fine_tune(model, tokenizer, train, args)
     save(run / "policy", model, tokenizer)

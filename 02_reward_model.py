@@ -5,23 +5,20 @@ Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, 2401.06081):
     x, y*          prompt_ids, solution_ids          prompt and reference solution
     tau^w, tau^l   edited_ids, rejected_ids          a response after and before its minimal edit
     y_w, y_l       chosen_token_ids, rejected_ids    the ordinary preference pair (A6)
-    r_t, R(tau)    rewards, response_reward(...)     (B, T), (B,)
-    U_0            kept                              pairs (i in rejected, j in edited)
 Simplified against the papers:
   1. A3 and A5 are our reading: R is a sum; --response_reward mean wants a larger --alpha.
   2. --zero, ours, pulls rewards of kept tokens to 0: A5 alone leaves a heat map speckled.
   3. A batch of the GRM has one task; `locate` is the harder one and takes more epochs.
-Reads RUN/policy, problems.jsonl, edits.jsonl. Writes RUN/reward_token, reward_sequence,
-reward_generative, reward_metrics.json, reward_examples.jsonl.
+Reads RUN/policy, problems.jsonl, edits.jsonl. Writes RUN/reward_*: models, metrics, examples.
 Command: python 02_reward_model.py (five to seven minutes on two CPU cores)
 """
 
 import atexit, json, os, random, re, shutil, sys, time
-from bisect import bisect_right
+from bisect import bisect
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, pairwise, repeat
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -62,6 +59,7 @@ class Args:
     locate_epochs: int = HfArg(default=5, help="B2: epochs of `locate`")
     batch: int = HfArg(default=None, help="rows an optimiser step; default: see TRAINING")
     lr: float = HfArg(default=None, help="cosine, 3 %% warm-up; default: see TRAINING")
+    weight_decay: float = HfArg(default=0.0, help="AdamW's")
     micro_batch: int = HfArg(default=256, help="rows of a forward pass, at most")
     bf16: bool = HfArg(default=False, help="autocast to bfloat16; weights stay float32")
     fsdp: bool = HfArg(default=False, help="shard the models over torchrun's processes")
@@ -74,9 +72,9 @@ def token_rewards(model, inputs, response_mask):
     return model(**inputs, use_cache=False).logits[:, -T:, 0].float() * response_mask
 
 def sequence_reward(model, inputs):
-    """A6: R_phi(x, y) (B,), read at the last token of the response, whatever that token is."""
+    """A6: R_phi(x, y) (B,), read at the response's last token, whatever that is."""
     hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
-    last = inputs["attention_mask"].cumsum(dim=1).argmax(dim=1)
+    last = inputs["position_ids"].argmax(dim=1)
     return model.score(hidden[range(len(last)), last])[:, 0].float()
 
 def response_reward(rewards, response_mask, how):
@@ -112,7 +110,7 @@ def generative_loss(logprobs, N):
     """B2: -(1/N) sum of the log-probs (B, T) of these rows' output tokens; N: all the batch's."""
     return -logprobs.sum() / N
 
-# --- Helpers that stand in several scripts, letter for letter ---
+# --- Helpers, the same in several scripts ---
 INSTRUCTIONS = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
                 "rewrite": "\nCorrected attempt:\n", "locate": "\nFirst wrong step:\n"}
 
@@ -123,7 +121,7 @@ def words(text, tokenizer):
 
 def grm_prompt(task, problem, response_ids, tokenizer):
     """B2: ids of (x, y*, y^) for `rewrite`; for `locate` with a label before every step."""
-    ids = list(problem["prompt_ids"])
+    ids = [*problem["prompt_ids"]]
     for part, text in (("solution", problem["solution_ids"]), ("attempt", response_ids)):
         ids += words(INSTRUCTIONS[part], tokenizer)
         if task == "rewrite":
@@ -133,16 +131,16 @@ def grm_prompt(task, problem, response_ids, tokenizer):
     return ids + words(INSTRUCTIONS[task], tokenizer)
 
 def fail(message):
-    """Bad input, or a run that cannot go on: one clear line, exit status 2."""
+    """Bad input, or no way to go on: one clear line, exit status 2."""
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 def read_jsonl(path, *columns):
-    """Rows of a JSONL file with their `place`; a fault is named by file, line and column."""
+    """Rows of a JSONL file; a fault is named by file, line and column."""
     rows = []
     try:
         for line in open(path, encoding="utf-8"):
-            row = json.loads(line) | {"place": f"{path}, line {len(rows) + 1}"}
+            row = json.loads(line)
             rows.append(row | {name: row[name] for name in columns})
     except (OSError, ValueError, TypeError, KeyError) as error:
         fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
@@ -164,7 +162,7 @@ def save(path, *contents, **options):
 def start_stage(args, stage, later):
     """Make the run folder. Later stages' outputs stop it, or go with --overwrite."""
     run = Path(args.run)
-    for path in dict.fromkeys(path for pattern in later.split() for path in run.glob(pattern)):
+    for path in [path for pattern in later.split() for path in run.glob(pattern)]:
         if not args.overwrite:
             fail(f"{path} would be stale: name another --run, or remove it with --overwrite")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -196,19 +194,18 @@ def response_logprobs(model, inputs, response_mask, temperature=1.0):
     losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
     return -losses.view(tokens.shape) * response_mask
 
-STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")  # a line, a sentence, or up to a ;
+STEP = re.compile(r"(?m)[^\s;][^\n;]*?(?:;|\.(?=\s)|$)")  # a line, a sentence, or up to a ;
 
 def token_texts(ids, tokenizer):
-    """The text that each token adds to the ones before it, spaces included."""
+    """The text that each token adds to those before it."""
     texts = tokenizer.decode([ids[:k] for k in range(len(ids) + 1)])
-    return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
+    return [longer[len(shorter):] for shorter, longer in pairwise(texts)]
 
 def steps_of(ids, tokenizer):
     """The steps of a response, each a list of ids, without the end token."""
     ids = [token for token in ids if token != tokenizer.eos_token_id]
-    texts = token_texts(ids, tokenizer)
-    ends = list(accumulate(map(len, texts)))
-    starts = [bisect_right(ends, step.start()) for step in STEP.finditer("".join(texts))]
+    *texts, text = tokenizer.decode([ids[:k] for k in range(len(ids) + 1)])
+    starts = [bisect(texts, step.start(), key=len) - 1 for step in STEP.finditer(text)]
     return [ids[a:b] for a, b in pairwise([0, *starts[1:], len(ids)])]
 
 # --- Over several processes ---
@@ -216,7 +213,7 @@ def shard(model, args):
     """--fsdp: every process keeps a part of each weight; gradients are sums, as N is global."""
     if args.fsdp and WORLD > 1:
         mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))
-        layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+        layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
         for module in [*layers, model]:
             fully_shard(module, mesh=mesh)
             module.set_force_sum_reduction_for_comms(True)
@@ -264,7 +261,7 @@ def examples_of(row, problem, tokenizer):
             for task, output in (("rewrite", row["edited_ids"]), ("locate", label))}
 
 def train(kind, model, rows, args):
-    """Each epoch in a new order; a batch of the GRM has one of its two tasks, in any order."""
+    """Each epoch in a new order; for the GRM, batches of its two tasks in any order."""
     settings = zip((args.epochs, args.batch, args.lr), TRAINING[kind])
     count, size, lr = (default if given is None else given for given, default in settings)
     epochs, rng = [rows] * count, random.Random(args.seed)
@@ -275,7 +272,7 @@ def train(kind, model, rows, args):
     plan = [batch for epoch in epochs for batch in batches(rng.sample(epoch, len(epoch)), size)]
     if kind == "generative":
         rng.shuffle(plan)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), 1e-8, args.weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * len(plan)), len(plan))
     for batch in tqdm(plan, desc=f"reward_{kind}", disable=RANK > 0):
         N = sum(len(row[1]) for row in batch) if kind == "generative" else len(batch)
@@ -294,8 +291,8 @@ def mean(values):
 
 def auroc(positive, negative):
     """Area under the ROC curve: the chance that a positive is above a negative, ties one half."""
-    chances = [mean(np.heaviside(np.subtract(p, negative), 0.5)) for p in positive]
-    return mean(chances) if len(negative) else None
+    return mean([mean(np.heaviside(np.subtract(p, negative), 0.5))
+                 for p in positive if len(negative)])
 
 def score_all(kind, model, rows, column, args):
     """A list of rewards for every row's response."""
@@ -368,20 +365,18 @@ def evaluate(kind, model, rows, tokenizer, args):
                                 "located": exact("locate", model, edited, args)}
     return metrics
 
-def save_examples(path, rows, tokenizer):
-    """Held-out edited responses with the rewards of all models, of this run or an earlier one."""
-    pairs = [row for row in rows
-             if row["split"] != "train" and row["chosen"] is not None and row["edit_ops"]]
-    earlier = map(json.loads, open(path)) if path.exists() else repeat({})
+def save_examples(path, pairs, tokenizer):
+    """Held-out pairs' rejected with the rewards of all models, of this run or an earlier one."""
+    earlier = map(json.loads, open(path)) if path.exists() else [{}] * len(pairs)
     save(path, [{
         "id": row["id"], "prompt": row["prompt"],
         "tokens": token_texts(row["rejected_ids"], tokenizer),
         "wrong": [i for op, i, j in row["edit_ops"] if op != "insert"],
         **{kind: row.get(kind, old.get(kind)) for kind in KINDS}}
-        for row, old in zip(pairs[:200], earlier)])
+        for row, old in zip(pairs, earlier)])
 
 # --- The stage ---
-def open_reward_model(kind, path, tokenizer, args):
+def open_reward_model(kind, path, tokenizer):
     """A2, A6: the policy with one output and a head of zeros: r = 0; B2: the policy itself, where
     embeddings of B2's words are drawn anew: SFT, which never saw them, pushed all to one place."""
     if kind != "generative":  # regression: a pipeline shows R
@@ -391,7 +386,7 @@ def open_reward_model(kind, path, tokenizer, args):
         return model
     model = KINDS[kind].from_pretrained(path)
     texts = [*INSTRUCTIONS.values(), *(f"[{k}]" for k in range(1, 10))]
-    new = [ids[0] for ids in (words(text, tokenizer) for text in texts) if len(ids) == 1]
+    new = [ids[0] for text in texts if len(ids := words(text, tokenizer)) == 1]
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         weight = layer.weight.data
         weight[new] = weight.std() * torch.randn_like(weight[new])
@@ -419,14 +414,14 @@ def main(args):
     run = Path(args.run)
     rows = read_jsonl(run / "edits.jsonl", "id", "split", "chosen", "rejected_ids", "edit_ops")
     if RANK == 0:
-        start_stage(args, "02", "ppo_* rlmec* rejection* dpo* 03_state.pt responses* eval* *.html")
+        start_stage(args, "02", "ppo_* rlmec* rejection* dpo* 03_state.pt responses* eval* report*")
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
     path = run / "reward_metrics.json"
     metrics = json.loads(path.read_text()) if path.exists() else {}
     for kind in KINDS if args.kind == "all" else [args.kind]:
         start = time.time()
         torch.manual_seed(args.seed)
-        model = shard(open_reward_model(kind, run / "policy", tokenizer, args), args)
+        model = shard(open_reward_model(kind, run / "policy", tokenizer), args)
         training, held_out = rows_for(kind, rows, model, tokenizer, args)
         if not training or not held_out:
             print(f"reward_{kind}: skipped, edits.jsonl has no rows for training, or for testing")
@@ -439,7 +434,8 @@ def main(args):
         if RANK == 0:
             save(run / f"reward_{kind}", model, tokenizer, state_dict=state)
             save(path, json.dumps(metrics, indent=1) + "\n")
-            save_examples(run / "reward_examples.jsonl", rows, tokenizer)
+            pairs = rows_for("token", rows, model, tokenizer, args)[1][:200]
+            save_examples(run / "reward_examples.jsonl", pairs, tokenizer)
 
 if __name__ == "__main__":
     args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]

@@ -2,35 +2,35 @@
 
 Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, 2401.06081): A7 to A9, B3 to
 B8, E1; C1 (DPO, Rafailov et al., 2023), C2 (rejection sampling).
-    symbol        variable                     shape
-    a_t           input_ids[:, -T:]            (B, T)   response tokens, the end token included
-    pi, pi_old    logprobs, old_logprobs       (B, T)   log pi(a_t | s_t)
-    pi_ref        ref_logprobs                 (B, T)   the frozen SFT policy
-    r_t, r^_t     scores, rewards              (B, T)   of the reward model; minus the KL penalty
-    V(s_t), A^_t  values, advantages           (B, T)
-    p_t           probabilities                (B, T)   of the generative reward model (GRM)
-    y~, gamma_t   rewrite_ids, gamma           (B, T~)  its correction, the imitation weights
-One index convention, for a prompt p1 p2 and a response a1 a2 a3, all in columns -T: of the batch:
+    symbol        variable                shape
+    a_t           input_ids[:, -T:]       (B, T)   response tokens, the end token included
+    pi, pi_old    logprobs, old_logprobs  (B, T)   log pi(a_t | s_t)
+    pi_ref        ref_logprobs            (B, T)   the frozen SFT policy
+    r_t, r^_t     scores, rewards         (B, T)   of the reward model; minus the KL penalty
+    V(s_t), A^_t  values, advantages      (B, T)
+    p_t           probabilities           (T,)     of the generative reward model (GRM)
+    y~, gamma_t   rewrite_ids, gamma      (B, T~)  its correction, the imitation weights
+One index convention, for a prompt p1 p2 and a response a1 a2 a3, in columns -T: of the batch:
     input_ids      <pad>  p1   p2   a1   a2   a3      logits at t-1 score token t, so
     logits of             .    a1   a2   a3   .       log-prob and value of a1 are read at p2,
     reward of                       a1   a2   a3      its reward is read at a1 itself.
 Simplified against the papers:
   1. GAE is kept with token rewards, our reading; a response that did not end counts as terminal.
-  2. The value model is a second model, started from the SFT policy, for both kinds of reward.
-  3. Rewards are divided by the standard deviation of a response's total reward (stage 2); the
-     sequence reward is centred first, because A6 knows it only up to a constant.
-  4. B8: one sample a problem, where RLMEC's code draws five at temperature 0.7; rewrites are the
-     GRM's likeliest. What is right, `wrong_steps` says, never the locator.
+  2. The value model is a second model, started from the SFT policy.
+  3. Rewards are divided by the standard deviation of a response's total (stage 2); the sequence
+     reward is centred first, because A6 knows it only up to a constant.
+  4. B8: one sample a problem (RLMEC's code: five at temperature 0.7) and the GRM's likeliest
+     rewrite. What is right, `wrong_steps` says, never the locator.
 Reads RUN/policy, problems.jsonl, edits.jsonl, reward_*. Writes a policy and a CSV for each method.
 Command: python 03_ppo.py (a minute and a half on two CPU cores)
 """
 
 import atexit, json, os, random, re, shutil, sys, time
-from bisect import bisect_right
+from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import accumulate, pairwise, zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -86,7 +86,7 @@ class Args:
 # --- The equations ---
 def scores_of(reward_model, inputs, response_mask, kind, scale):
     """A7, the one place where the two runs differ: scores (B, T), in standard deviations.
-    token: r_phi(s_t, a_t) on every token. sequence: 1[t = T] R_phi(x, y), all on the last."""
+    token: r_phi(s_t, a_t) on every token. sequence: 1[t = T] R_phi(x, y)."""
     if kind == "token":
         return token_rewards(reward_model, inputs, response_mask) / scale["std"]
     reward = (sequence_reward(reward_model, inputs) - scale["mean"]) / scale["std"]
@@ -107,23 +107,21 @@ def gae(rewards, values, lam, gamma=1.0):
     """A8: advantages and returns (B, T). delta_t = r^_t + gamma V(s_{t+1}) - V(s_t); rewards and
     values are 0 after the last token, so V(s_{T+1}) = 0, and advantages are 0 there as well."""
     advantages = torch.zeros_like(rewards)
-    advantage = next_value = torch.zeros_like(rewards[:, 0])
+    advantage = next_value = 0.0
     for t in reversed(range(rewards.shape[1])):
         delta = rewards[:, t] + gamma * next_value - values[:, t]
-        advantage = delta + gamma * lam * advantage
+        advantages[:, t] = advantage = delta + gamma * lam * advantage
         next_value = values[:, t]
-        advantages[:, t] = advantage
     return advantages, advantages + values
 
 def masked_mean(x, mask):
-    """Mean of x where mask is true; padding never counts."""
+    """Mean of x over the tokens of the mask."""
     return (x * mask).sum() / mask.sum()
 
 def masked_whiten(x, mask):
     """x with mean 0 and standard deviation 1 over the tokens of the mask; 0 elsewhere."""
-    mean = masked_mean(x, mask)
-    variance = masked_mean((x - mean) ** 2, mask)
-    return (x - mean) * torch.rsqrt(variance + 1e-8) * mask
+    x = x - masked_mean(x, mask)
+    return x * torch.rsqrt(masked_mean(x ** 2, mask) + 1e-8) * mask
 
 def policy_loss(logprobs, old_logprobs, advantages, response_mask, clip, N):
     """A9: -(1/N) sum_t min(rho_t A^_t, clip(rho_t, 1-eps, 1+eps) A^_t), all (B, T); N: response
@@ -169,16 +167,16 @@ def dpo_loss(logprob_w, logprob_l, ref_w, ref_l, beta, N):
     N pairs; all (B,): y+ is w, y- is l, sums over the response tokens."""
     return -F.logsigmoid(beta * ((logprob_w - ref_w) - (logprob_l - ref_l))).sum() / N
 
-# --- Helpers that stand in several scripts, letter for letter ---
+# --- Helpers, the same in several scripts ---
 def token_rewards(model, inputs, response_mask):
     """A2: r_t = r_phi(s_t, a_t) (B, T), read at the position of token t; 0 outside."""
     T = response_mask.shape[1]
     return model(**inputs, use_cache=False).logits[:, -T:, 0].float() * response_mask
 
 def sequence_reward(model, inputs):
-    """A6: R_phi(x, y) (B,), read at the last token of the response, whatever that token is."""
+    """A6: R_phi(x, y) (B,), read at the response's last token, whatever that is."""
     hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
-    last = inputs["attention_mask"].cumsum(dim=1).argmax(dim=1)
+    last = inputs["position_ids"].argmax(dim=1)
     return model.score(hidden[range(len(last)), last])[:, 0].float()
 
 def edit_ops(a, b):
@@ -205,24 +203,23 @@ def edit_ops(a, b):
             ops.append([op, start + i, start + j])
     return ops[::-1]
 
-STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")  # a line, a sentence, or up to a ;
+STEP = re.compile(r"(?m)[^\s;][^\n;]*?(?:;|\.(?=\s)|$)")  # a line, a sentence, or up to a ;
 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
     *marked, tail = re.split(r"(?i)answer is:?|####", text)
     number = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/])"
     found = re.findall(number, tail) or tail.strip().split("\n")
-    return re.sub(r"[$,]|\.0*$", "", found[0 if marked else -1].strip())
+    return re.sub(r"[$,]|(\.\d*?)0*$", r"\1", found[0 if marked else -1].strip()).rstrip(".")
 
 def wrong_steps(text, ended, problem):
     """Errors, 0 is right: hits of the rules, or steps unlike the nearest right solution's at the
     same place, or a wrong answer; 1 more if it did not end. None where nobody knows."""
-    split = lambda text: [step.strip() for step in STEP.findall(text)]
     if problem.get("rules"):
         wrong = sum(len(re.findall(rule, text)) for rule in problem["rules"])
     elif problem.get("solutions"):
-        wrong = min(sum(a != b for a, b in zip_longest(split(text), split(solution)))
-                    for solution in problem["solutions"])
+        wrong = min(sum(a != b for a, b in zip_longest(STEP.findall(text), STEP.findall(right)))
+                    for right in problem["solutions"])
     elif problem.get("answer"):
         wrong = final_answer(text) != final_answer(problem["answer"])
     else:
@@ -230,16 +227,16 @@ def wrong_steps(text, ended, problem):
     return wrong + (not ended)
 
 def fail(message):
-    """Bad input, or a run that cannot go on: one clear line, exit status 2."""
+    """Bad input, or no way to go on: one clear line, exit status 2."""
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 def read_jsonl(path, *columns):
-    """Rows of a JSONL file with their `place`; a fault is named by file, line and column."""
+    """Rows of a JSONL file; a fault is named by file, line and column."""
     rows = []
     try:
         for line in open(path, encoding="utf-8"):
-            row = json.loads(line) | {"place": f"{path}, line {len(rows) + 1}"}
+            row = json.loads(line)
             rows.append(row | {name: row[name] for name in columns})
     except (OSError, ValueError, TypeError, KeyError) as error:
         fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
@@ -261,7 +258,7 @@ def save(path, *contents, **options):
 def start_stage(args, stage, later):
     """Make the run folder. Later stages' outputs stop it, or go with --overwrite."""
     run = Path(args.run)
-    for path in dict.fromkeys(path for pattern in later.split() for path in run.glob(pattern)):
+    for path in [path for pattern in later.split() for path in run.glob(pattern)]:
         if not args.overwrite:
             fail(f"{path} would be stale: name another --run, or remove it with --overwrite")
         shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -293,17 +290,11 @@ def response_logprobs(model, inputs, response_mask, temperature=1.0):
     losses = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
     return -losses.view(tokens.shape) * response_mask
 
-def token_texts(ids, tokenizer):
-    """The text that each token adds to the ones before it, spaces included."""
-    texts = tokenizer.decode([ids[:k] for k in range(len(ids) + 1)])
-    return [longer[len(shorter):] for shorter, longer in zip(texts, texts[1:])]
-
 def steps_of(ids, tokenizer):
     """The steps of a response, each a list of ids, without the end token."""
     ids = [token for token in ids if token != tokenizer.eos_token_id]
-    texts = token_texts(ids, tokenizer)
-    ends = list(accumulate(map(len, texts)))
-    starts = [bisect_right(ends, step.start()) for step in STEP.finditer("".join(texts))]
+    *texts, text = tokenizer.decode([ids[:k] for k in range(len(ids) + 1)])
+    starts = [bisect(texts, step.start(), key=len) - 1 for step in STEP.finditer(text)]
     return [ids[a:b] for a, b in pairwise([0, *starts[1:], len(ids)])]
 
 INSTRUCTIONS = {"solution": "\nReference solution:\n", "attempt": "\nAttempt:\n",
@@ -316,7 +307,7 @@ def words(text, tokenizer):
 
 def grm_prompt(task, problem, response_ids, tokenizer):
     """B2: ids of (x, y*, y^) for `rewrite`; for `locate` with a label before every step."""
-    ids = list(problem["prompt_ids"])
+    ids = [*problem["prompt_ids"]]
     for part, text in (("solution", problem["solution_ids"]), ("attempt", response_ids)):
         ids += words(INSTRUCTIONS[part], tokenizer)
         if task == "rewrite":
@@ -330,7 +321,7 @@ def shard(model, args):
     """--fsdp: every process keeps a part of each weight; gradients are sums, as N is global."""
     if args.fsdp and WORLD > 1:
         mesh = dist.init_device_mesh(torch.device(args.device).type, (WORLD,))
-        layers = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
+        layers = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]
         for module in [*layers, model]:
             fully_shard(module, mesh=mesh)
             module.set_force_sum_reduction_for_comms(True)
@@ -388,12 +379,12 @@ def save_state(path, args, models, optimizer, **place):
 @torch.no_grad()
 def sample(model, prompts, args, temperature):
     """Draw a response to each prompt (ids) from pi(a_t | s_t), with its end token; 0: likeliest."""
-    drawn = []
+    drawn, end, context = [], model.config.eos_token_id, model.config.max_position_embeddings
     for part, mine in micro_batches(prompts, 8 * args.micro_batch):  # no activations are kept
         responses, cache = [[] for _ in mine], None
-        running, limit = responses, model.config.max_position_embeddings - max(map(len, part))
+        running = responses
         ids, mask, position = pack(mine, responses, model)[0].values()
-        for _ in range(min(args.max_new_tokens, limit)):
+        for _ in range(args.max_new_tokens):
             output = model(input_ids=ids, attention_mask=mask, position_ids=position,
                            past_key_values=cache, use_cache=True, logits_to_keep=1)
             logits, cache = output.logits[:, -1].float(), output.past_key_values
@@ -404,13 +395,14 @@ def sample(model, prompts, args, temperature):
                 tokens = (shares[:, :-1] <= u).sum(dim=1)
             for row, token in zip(running, tokens.tolist()):
                 row.append(token)
-            going = [k for k, row in enumerate(running) if row[-1] != model.config.eos_token_id]
+            room = (position[:, -1] + 2 < context).tolist()
+            going = [k for k, row in enumerate(running) if room[k] and row[-1] != end]
             if not any(gather([going], WORLD)):  # processes stop together
                 break
             running, kept = [running[k] for k in going], tokens.new_tensor(going or [0])
             if len(kept) < len(tokens):  # who has ended leaves the batch
                 cache.batch_select_indices(kept)
-            ids, position = tokens[kept, None], position[kept, -1:] + 1
+            ids, position = tokens[kept, None], (position[kept, -1:] + 1).clamp(max=context - 1)
             mask = torch.cat([mask[kept], torch.ones_like(ids)], dim=1)
         drawn += gather(responses, len(part))
     return drawn
@@ -423,13 +415,12 @@ def read(function, model, prompts, responses, args, *more):
         inputs, mask = pack([prompts[k] for k in mine], [responses[k] for k in mine], model)
         values = function(model, inputs, mask, *more)
         rows.update(zip(part, gather([x[m].cpu() for x, m in zip(values, mask)], len(part))))
-    return pad_sequence([rows[k] for k in range(len(rows))], True).to(args.device)
+    return pad_sequence([rows[k] for k in sorted(rows)], True).to(args.device)
 
 def column(rows, name):
     return [row[name] for row in rows]
 
 def is_right(ids, problem, tokenizer):
-    """Is a response to a problem right?"""
     text = tokenizer.decode(ids, skip_special_tokens=True)
     return wrong_steps(text, ids[-1:] == [tokenizer.eos_token_id], problem) == 0
 
@@ -446,7 +437,7 @@ def open_models(method, run, args):
     kind, sft = METHODS[method][0], run / "policy"
     models = {name: open_model(AutoModelForCausalLM, sft, args) for name in ("policy", "reference")}
     if method.startswith("ppo"):
-        models["value"] = open_model(AutoModelForTokenClassification, sft, args, num_labels=1)
+        models["value"] = open_model(KINDS["token"], sft, args, num_labels=1)
         models["reward"] = open_model(KINDS[kind], run / f"reward_{kind}", args)
     return models
 
@@ -456,18 +447,18 @@ def gradient_step(losses, rows, optimizer, args):
     total = Counter()
     for part, mine in micro_batches(rows, args.micro_batch):
         for name, x in losses(rows, mine):
+            x = x * (RANK < len(part))
             if torch.is_tensor(x):
-                (x * (RANK < len(part))).backward()
+                x.backward()
                 x = x.item()
-            total[name] += x * (RANK < len(part))
+            total[name] += x
     optimizer_step(optimizer, args)
     parts = gather([total], WORLD)
     return {name: sum(column(parts, name)) for name in total}
 
 # --- PPO ---
 def rollout(kind, models, prompts, scale, args):
-    """Sample a response to each prompt, and compute what the update needs: statistics, the model
-    inputs, and a dictionary of (B, T) tensors."""
+    """A response to each prompt: statistics, the model inputs, a dictionary of (B, T) tensors."""
     responses = sample(models["policy"], prompts, args, args.temperature)
     inputs, mask = pack(prompts, responses, models["policy"])
     rows = prompts, responses, args
@@ -481,7 +472,7 @@ def rollout(kind, models, prompts, scale, args):
     row = {"score": total.mean().item(), "score_std": total.std().item(),
            "reward": rewards.sum(dim=1).mean().item(),
            "kl": (logprobs - ref_logprobs).sum(dim=1).mean().item(),
-           "entropy": -masked_mean(logprobs, mask).item(),  # estimated by the sample itself
+           "entropy": -masked_mean(logprobs, mask).item(),  # of the sample
            "advantage_rms": masked_mean(advantages ** 2, mask).sqrt().item(),
            "length": mask.sum().item() / len(mask)}
     return row, inputs, {"mask": mask, "old_logprobs": logprobs, "old_values": values,
@@ -505,8 +496,8 @@ def ppo_loss(models, inputs, batch, args, rows, mine):
 
 def ppo(kind, models, optimizer, problems, scale, rng, args):
     """An update: a rollout, and A9's steps on it; their statistics are averaged."""
-    size = args.rollout_batch  # with replacement, the same prompts for both rewards
-    prompts = column(rng.choices(problems, k=size), "prompt_ids")
+    size = args.rollout_batch
+    prompts = column(rng.choices(problems, k=size), "prompt_ids")  # the same for both rewards
     row, inputs, batch = rollout(kind, models, prompts, scale, args)
     losses, length = partial(ppo_loss, models, inputs, batch, args), batch["mask"].sum(1).tolist()
     steps = [gradient_step(losses, sorted(rows, key=length.__getitem__), optimizer, args)
@@ -518,13 +509,13 @@ def ppo(kind, models, optimizer, problems, scale, rng, args):
 def rewrite(grm, wrong, tokenizer, args):
     """B4: the GRM locates the first wrong step of each wrong sample, keeps the steps before it and
     writes the rest anew, as `rewrite_ids`; `fate` says what came of it."""
-    labels, located = sample(grm, column(wrong, "locate_prompt"), args, 0.0), []
-    for row, label in zip(wrong, labels):
+    located = []
+    for row, label in zip(wrong, sample(grm, column(wrong, "locate"), args, 0.0)):
         steps, row["fate"] = steps_of(row["response_ids"], tokenizer), "the locator names no step"
         for k in range(len(steps)):
             if label[:-1] == words(f"[{k + 1}]", tokenizer):  # its last token is the end
                 located.append((row, sum(steps[:k], [])))
-    prompts = [row["rewrite_prompt"] + kept for row, kept in located]
+    prompts = [row["rewrite"] + kept for row, kept in located]
     for (row, kept), rest in zip(located, sample(grm, prompts, args, 0.0)):
         row["rewrite_ids"] = kept + rest
         good = is_right(kept + rest, row, tokenizer)
@@ -533,24 +524,22 @@ def rewrite(grm, wrong, tokenizer, args):
 def collect(policy, grm, problems, tokenizer, args):
     """B8: one sample a problem, rewarded (B3), rewritten (B4) and aligned (B6) once: `problems`
     with ids as they were sampled, old_logprobs and rewards (T,), gamma (T~,)."""
-    prompts, samples = column(problems, "prompt_ids"), []
-    responses = sample(policy, prompts, args, args.temperature)
-    for problem, ids in zip(problems, responses):
+    samples, prompts = [], column(problems, "prompt_ids")
+    for problem, ids in zip(problems, sample(policy, prompts, args, args.temperature)):
         fate = "right" if is_right(ids, problem, tokenizer) else "wrong"
         row = {**problem, "response_ids": ids, "rewrite_ids": ids, "fate": fate}
         for task in ("rewrite", "locate") if fate == "wrong" else ("rewrite",):
-            row[f"{task}_prompt"] = grm_prompt(task, problem, ids, tokenizer)
-            if len(row[f"{task}_prompt"] + ids) > grm.config.max_position_embeddings:
+            row[task] = grm_prompt(task, problem, ids, tokenizer)
+            if len(row[task] + ids) > grm.config.max_position_embeddings:
                 row["fate"] = "beyond the GRM's context"
         samples.append(row)
     rewrite(grm, [row for row in samples if row["fate"] == "wrong"], tokenizer, args)
     print("samples:", dict(Counter(column(samples, "fate"))))
-    samples = [row for fate in ("right", "rewritten") for row in samples if row["fate"] == fate]
-    samples = samples or fail("the GRM could rewrite no sample; train it longer")
-    prompts, asked, responses = (column(samples, name) for name in (
-        "prompt_ids", "rewrite_prompt", "response_ids"))
+    samples = ([row for fate in ("right", "rewritten") for row in samples if row["fate"] == fate]
+               or fail("the GRM could rewrite no sample; train it longer"))
+    prompts, responses = column(samples, "prompt_ids"), column(samples, "response_ids")
     logprobs = read(response_logprobs, policy, prompts, responses, args, args.temperature)
-    p = read(response_logprobs, grm, asked, responses, args).exp()
+    p = read(response_logprobs, grm, column(samples, "rewrite"), responses, args).exp()
     for row, old, p_t in zip(samples, logprobs, p):
         T = len(row["response_ids"])  # behind it is padding
         rewards = generative_rewards(p_t[:T], row["fate"] == "right")  # B3
@@ -560,7 +549,7 @@ def collect(policy, grm, problems, tokenizer, args):
 
 def pairs_of(method, reference, run, args):
     """C1: A5's pairs, y+ the preferred sibling or the edit; log pi_ref is computed once."""
-    count = json.loads((run / "reward_metrics.json").read_text())["token"]["training_rows"]
+    count = json.load(open(run / "reward_metrics.json"))["token"]["training_rows"]
     pairs = [row for row in read_jsonl(run / "edits.jsonl", "chosen", "edit_ops")
              if row["split"] == "train" and row["chosen"] is not None and row["edit_ops"]][:count]
     better = "edited_ids" if method == "dpo_edit" else "chosen_token_ids"
@@ -597,7 +586,7 @@ def offline_loss(method, policy, args, batch, rows):
     gamma, old, rewards = (pad_sequence(column(rows, name), True)
                            for name in ("gamma", "old_logprobs", "rewards"))
     weight, gamma = (1.0, 1.0) if method == "rejection" else (args.imitation_weight, gamma)
-    loss = weight * imitation_loss(logprobs("rewrite_ids"), gamma, M)  # a right one is its own
+    loss = weight * imitation_loss(logprobs("rewrite_ids"), gamma, M)
     if method == "rlmec":
         N = torch.cat(column(batch, "rewards")).count_nonzero().item()
         clip = 0.3 if args.clip is None else args.clip
@@ -629,7 +618,7 @@ def train_policy(method, problems, samples, state, tokenizer, run, args):
     if on_policy:
         trained["value"] = models["value"]
         optimizer.add_param_group({"params": models["value"].parameters(), "lr": args.value_lr})
-        scale = json.loads((run / "reward_metrics.json").read_text())[kind]["scale"]
+        scale = json.load(open(run / "reward_metrics.json"))[kind]["scale"]
         plan = range(args.updates)
     else:  # B8: three passes, a batch an update
         rows = rows_of(method, train, samples, models["reference"], tokenizer, run, args)
@@ -675,7 +664,7 @@ def main(args):
             fail(f"{paths[method]}: its vocabulary is not that of {run}/policy")
     state = read_state(run / "03_state.pt", args)
     if RANK == 0:
-        start_stage(args, "03", "responses* eval* *.html")
+        start_stage(args, "03", "responses* eval* report*")
     for method in there[there.index(state.get("method", there[0])):]:
         policy, log = train_policy(method, problems, samples, state, tokenizer, run, args)
         weights = get_state_dict(policy, [], options=WHOLE)[0] if args.fsdp else None

@@ -79,25 +79,24 @@ def measure(wrong, log):
             "updates_to_95": first_update(log, 0.95 * curve[-1]) if curve else None,
             "largest_drop": max(curve) - min(curve[np.argmax(curve):]) if curve else None}
 
-# --- Helpers that stand in several scripts, letter for letter ---
-STEP = re.compile(r"[^\s;][^\n;]*?(?:;|\n|\.(?=\s)|$)")  # a line, a sentence, or up to a ;
+# --- Helpers, the same in several scripts ---
+STEP = re.compile(r"(?m)[^\s;][^\n;]*?(?:;|\.(?=\s)|$)")  # a line, a sentence, or up to a ;
 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
     *marked, tail = re.split(r"(?i)answer is:?|####", text)
     number = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/])"
     found = re.findall(number, tail) or tail.strip().split("\n")
-    return re.sub(r"[$,]|\.0*$", "", found[0 if marked else -1].strip())
+    return re.sub(r"[$,]|(\.\d*?)0*$", r"\1", found[0 if marked else -1].strip()).rstrip(".")
 
 def wrong_steps(text, ended, problem):
     """Errors, 0 is right: hits of the rules, or steps unlike the nearest right solution's at the
     same place, or a wrong answer; 1 more if it did not end. None where nobody knows."""
-    split = lambda text: [step.strip() for step in STEP.findall(text)]
     if problem.get("rules"):
         wrong = sum(len(re.findall(rule, text)) for rule in problem["rules"])
     elif problem.get("solutions"):
-        wrong = min(sum(a != b for a, b in zip_longest(split(text), split(solution)))
-                    for solution in problem["solutions"])
+        wrong = min(sum(a != b for a, b in zip_longest(STEP.findall(text), STEP.findall(right)))
+                    for right in problem["solutions"])
     elif problem.get("answer"):
         wrong = final_answer(text) != final_answer(problem["answer"])
     else:
@@ -105,16 +104,16 @@ def wrong_steps(text, ended, problem):
     return wrong + (not ended)
 
 def fail(message):
-    """Bad input, or a run that cannot go on: one clear line, exit status 2."""
+    """Bad input, or no way to go on: one clear line, exit status 2."""
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 def read_jsonl(path, *columns):
-    """Rows of a JSONL file with their `place`; a fault is named by file, line and column."""
+    """Rows of a JSONL file; a fault is named by file, line and column."""
     rows = []
     try:
         for line in open(path, encoding="utf-8"):
-            row = json.loads(line) | {"place": f"{path}, line {len(rows) + 1}"}
+            row = json.loads(line)
             rows.append(row | {name: row[name] for name in columns})
     except (OSError, ValueError, TypeError, KeyError) as error:
         fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
@@ -142,9 +141,9 @@ def generate(model, tokenizer, prompts, args, temperature=1.0):
     rows, end = [], tokenizer.eos_token_id
     for part in tqdm(batches(prompts, args.micro_batch), desc="sampling", leave=False):
         inputs = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
-        P = inputs["input_ids"].shape[1]
+        P = inputs.input_ids.shape[1]
         model.generation_config = GenerationConfig(
-            do_sample=temperature > 0, temperature=temperature or 1.0, top_k=0, eos_token_id=end,
+            do_sample=temperature > 0, temperature=temperature, top_k=0, eos_token_id=end,
             max_new_tokens=min(args.max_new_tokens, model.config.max_position_embeddings - P),
             pad_token_id=tokenizer.pad_token_id)
         rows += model.generate(**inputs.to(args.device))[:, P:].tolist()
@@ -155,14 +154,14 @@ CONTRASTS = "ppo_token - ppo_sequence", "rlmec - rlmec_imitation", "dpo - dpo_ed
 # in nats a response, nats a token in one update, and standard deviations of stage 2's rewards
 LIMITS = {"kl": 20, "val_kl": 20, "approx_kl": 0.1, "score_std": 10, "advantage_rms": 10}
 
-def failure_signatures(models, policies, logs):
+def failure_signatures(models, policies, differences, logs):
     """Paper A's: reward accuracy under 70 %, win rate not above the baseline, and unstable PPO."""
     for kind, row in models.items():
         share = row["preference_accuracy"] if row["pair_accuracy"] is None else row["pair_accuracy"]
         if share is not None and share < 0.7:
             yield f"reward accuracy under 70 %: reward_{kind}, {share:.1%}"
-    token, sequence = (policies.get(name, {}).get("win_rate") for name in CONTRASTS[0].split(" - "))
-    if None not in (token, sequence) and token <= sequence:
+    gap = differences.get(CONTRASTS[0], {}).get("difference")
+    if gap is not None and gap <= 0:
         yield "win rate not above the baseline: ppo_token is not ahead of ppo_sequence"
     for name, log in logs.items():
         for column, limit in LIMITS.items():
@@ -198,13 +197,14 @@ def compare(run, logs, args):
     """All of eval.json, and rows of responses.jsonl."""
     problems = read_jsonl(run / "problems.jsonl", "id", "split", "prompt", "prompt_ids")
     problems = [row for row in problems if row["split"] == "test"] or fail(f"{run}: no test prompt")
+    problems.sort(key=lambda row: len(row["prompt_ids"]))  # a part's longest limits it
     prompts = [row["prompt_ids"] for row in problems]
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
     start = {"update": 0, "episodes": 0, "seconds": 0, "val_kl": 0.0}
     wrong, preferred, policies = {}, {}, {}
     for name, log in {"sft": [start], **logs}.items():
-        folder = "policy" if name == "sft" else name
-        model = AutoModelForCausalLM.from_pretrained(run / folder).to(args.device)
+        path = run / ("policy" if name == "sft" else name)
+        model = AutoModelForCausalLM.from_pretrained(path).to(args.device)
         torch.manual_seed(args.seed)  # the same for every policy
         wrong[name] = []
         for row, ids in zip(problems, generate(model, tokenizer, prompts, args, args.temperature)):
@@ -215,11 +215,11 @@ def compare(run, logs, args):
         policies[name] = win_rate(preferred[name]) | measure(wrong[name], log)
     differences = {f"{a} - {b}": difference(preferred[a], preferred[b])
                    for a, b in combinations(logs, 2)}
-    models = json.loads((run / "reward_metrics.json").read_text())
+    models = json.load(open(run / "reward_metrics.json"))
     rows = [{name: row[name] for name in ("id", "prompt", *policies)} for row in problems]
+    found = models, policies, differences, logs
     return {"policies": policies, "differences": differences, "reward_models": models,
-            "warnings": [*failure_signatures(models, policies, logs)],
-            "checks": [*checks(models, policies, differences, logs)]}, rows
+            "warnings": [*failure_signatures(*found)], "checks": [*checks(*found)]}, rows
 
 def verdicts(args):
     """The win rate of a JSON list of verdicts as AlpacaEval writes it; equal outputs tie."""
@@ -336,8 +336,7 @@ def main(args):
     save(run / "04_args.json", [vars(args)])
     save(run / "eval.json", json.dumps(result, indent=1) + "\n")
     save(run / "responses.jsonl", rows)
-    path = run / "reward_examples.jsonl"
-    held_out = read_jsonl(path) if path.stat().st_size else []
+    held_out = [*map(json.loads, open(run / "reward_examples.jsonl"))]
     held_out = held_out[:: max(1, len(held_out) // max(1, args.examples))][:args.examples]
     numbers = table(result["policies"])
     said = result["checks"] + [f"WARNING: {text}" for text in result["warnings"]]

@@ -35,18 +35,18 @@ def test_measure_by_hand():
     ({}, {}, {}, None), ({"pair_accuracy": 0.7}, {}, {"kl": -20.0}, None),
     ({"pair_accuracy": 0.69}, {}, {}, "reward accuracy under 70 %: reward_token"),
     ({"pair_accuracy": 0.0}, {}, {}, "reward accuracy"),
-    ({}, {"win_rate": 0.5}, {}, "win rate not above the baseline"),
+    ({}, {"difference": 0.0}, {}, "win rate not above the baseline"),
     ({}, {}, {"val_kl": 20.5}, "ppo_token reached a val_kl of 20.5, over 20"),
     ({}, {"largest_drop": 0.21}, {}, "ppo_token lost 21% accuracy"),
     ({}, {}, {"kl": -91.0}, "kl of 91,"), ({}, {}, {"approx_kl": 0.11}, "approx_kl of 0.11,"),
     ({}, {}, {"advantage_rms": float("nan")}, "advantage_rms of nan, over 10")])
 def test_failure_signatures(reward, token, row, needle):
     good = {"pair_accuracy": 0.9, "preference_accuracy": 0.9}
-    policies = {"ppo_token": {"win_rate": 0.6, "largest_drop": 0.1, **token},
-                "ppo_sequence": {"win_rate": 0.5, "largest_drop": 0.1}}
+    token = {"difference": 0.1, "largest_drop": 0.1, **token}
+    policies = {"ppo_token": token, "ppo_sequence": {"largest_drop": 0.1}}
     models = {"sequence": good, "token": {**good, **reward}, "generative": good}
     logs = {"ppo_token": [{"kl": 2.0}, row], "ppo_sequence": [{"kl": 2.0}]}
-    warnings = [*four.failure_signatures(models, policies, logs)]
+    warnings = [*four.failure_signatures(models, policies, {four.CONTRASTS[0]: token}, logs)]
     assert len(warnings) == (needle is not None) and (not needle or needle in warnings[0])
 
 def test_files_of_the_stage(run, monkeypatch):

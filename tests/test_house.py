@@ -5,14 +5,13 @@ import pytest
 from conftest import ROOT, STAGES, three
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SCRIPT_LINES = 1980                        # these only ever go down; the plan: 2,050
-SCRIPT_CHARACTERS = 112180                 # the plan: 95,000
+SCRIPT_LINES = 1964                        # these only ever go down; the plan: 2,050
+SCRIPT_CHARACTERS = 110459                 # the plan: 95,000
 README_LINES = 220
 TEST_LINES = 1200                          # the plan: 1,200
 OPTIONS = 22
 FUNCTION_LINES = 45
 COLUMNS = 100
-
 PACKAGES = {"torch", "transformers", "numpy", "tqdm", "huggingface_hub", "tokenizers",
             "safetensors", *sys.stdlib_module_names}
 QUIET = {"logging.set_verbosity_error()", "logging.disable_progress_bar()"}

@@ -120,12 +120,12 @@ def test_samples_fit_the_context_and_teacher_forcing_agrees(policy):
     prompts = [[5, 6], [4, 9, 3, 7, 8], [3] * 20] * 20
     args = three.Args(device="cpu", micro_batch=25)
     responses = three.sample(policy, prompts, args, 1.0)
-    assert max(map(len, responses)) == 4 and any(row[-1] == 2 for row in responses)
-    assert all(2 not in row[:-1] and (row[-1] == 2 or len(row) == 4) for row in responses)
+    assert all(y[-1] == 2 or len(x + y) == 24 for x, y in zip(prompts, responses))  # its own room
+    assert any(y[-1] == 2 for y in responses) and not any(2 in y[:-1] for y in responses)
     rows = three.read(three.response_logprobs, policy, prompts, responses, args, 0.5)
     for row, x, y in zip(rows, prompts, responses, strict=True):
         plain = plain_logprobs(policy, x, y, 0.5).tolist()
-        assert row.tolist() == pytest.approx(plain + [0] * (4 - len(y)), abs=1e-5)
+        assert row.tolist() == pytest.approx(plain + [0] * (len(row) - len(y)), abs=1e-5)
 
 def test_b3_b5_b6_and_c1_by_hand():
     r = [three.generative_rewards(torch.tensor([0.9, 0.6, 0.3, 0.45]), right).tolist()
@@ -214,7 +214,7 @@ def test_collect_keeps_ids_and_the_steps_before_the_error(tokenizer, collect, mo
     monkeypatch.setattr(three, "generative_rewards", lambda p, right: p)
     rows = collect_of([wrong, right], [tokenizer("[3]").input_ids + [2]], [solution[start:]])
     assert seen[1] == [three.grm_prompt("locate", problems[0], wrong, tokenizer)]
-    assert seen[2] == [rows[1]["rewrite_prompt"] + solution[:start]]   # B4
+    assert seen[2] == [rows[1]["rewrite"] + solution[:start]]   # B4
     assert [(row["fate"], row["response_ids"], row["rewrite_ids"]) for row in rows] == [
         ("right", right, right), ("rewritten", wrong, solution)]
     for row, problem in zip(rows, problems[::-1]):

@@ -10,7 +10,7 @@ from conftest import rows_of, two
 def new_model(tiny_run, tokenizer):
     """Stage 2's new model; its head of zeros is made random, so that it rewards something."""
     def call(kind):
-        model = two.open_reward_model(kind, tiny_run / "policy", tokenizer, two.Args(device="cpu"))
+        model = two.open_reward_model(kind, tiny_run / "policy", tokenizer)
         if kind != "generative":
             assert not model.score.weight.any()
             torch.nn.init.normal_(model.score.weight, std=0.3)
@@ -101,7 +101,8 @@ def test_pairs_limit_the_models_of_a_and_not_the_grm(new_model, tokenizer, tiny_
 
 def test_examples_keep_the_rewards_of_an_earlier_run(run, tokenizer):
     before = rows_of(path := run / "reward_examples.jsonl")
-    two.save_examples(path, rows_of(run / "edits.jsonl"), tokenizer)
+    pairs = two.rows_for("token", rows_of(run / "edits.jsonl"), None, None, two.Args())[1]
+    two.save_examples(path, pairs, tokenizer)
     assert before == rows_of(path) and all(before[0][kind] is not None for kind in two.KINDS)
 
 def test_auroc_order_and_localisation():

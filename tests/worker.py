@@ -19,7 +19,7 @@ def reward_models(tokenizer, fsdp):
                     device="cpu")
     for kind in two.KINDS:
         torch.manual_seed(0)
-        model = two.open_reward_model(kind, run / "policy", tokenizer, args)
+        model = two.open_reward_model(kind, run / "policy", tokenizer)
         if kind != "generative":
             torch.nn.init.normal_(model.score.weight)
         rows, _ = two.rows_for(kind, rows_of(run / "edits.jsonl"), model, tokenizer, args)
