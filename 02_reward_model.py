@@ -59,7 +59,7 @@ class Args:
     locate_epochs: int = HfArg(default=5, help="B2: epochs of `locate`")
     batch: int = HfArg(default=None, help="rows an optimiser step; default: see TRAINING")
     lr: float = HfArg(default=None, help="cosine, 3 %% warm-up; default: see TRAINING")
-    weight_decay: float = HfArg(default=0.0, help="AdamW's")
+    weight_decay: float = HfArg(default=0.0, help="of AdamW")
     micro_batch: int = HfArg(default=256, help="rows of a forward pass, at most")
     bf16: bool = HfArg(default=False, help="autocast to bfloat16; weights stay float32")
     fsdp: bool = HfArg(default=False, help="shard the models over torchrun's processes")
