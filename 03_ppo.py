@@ -22,7 +22,7 @@ Simplified against the papers:
   4. B8: one sample a problem (RLMEC's code: five at temperature 0.7) and the GRM's likeliest
      rewrite. What is right, `wrong_steps` says, never the locator.
 Reads RUN/policy, problems.jsonl, edits.jsonl, reward_*. Writes a policy and a CSV for each method.
-Command: python 03_ppo.py (a minute and a half on two CPU cores)
+Command: python 03_ppo.py (two minutes on two CPU cores)
 """
 
 import atexit, json, os, random, re, shutil, sys, time

@@ -213,7 +213,8 @@ def test_rules_edit_samples_of_prompts_alone(stage):
     ({"chosen": " tea", "rejected": " soap", "answer": "5"}, "human", " tea", None),
     ({"response": " soap", "edited": " salt"}, "human", " salt", " salt"),
     ({"response": " soap", "edited": " salt", "editor": "some LLM"}, "some LLM", " salt", " salt"),
-    ({"solution": " It tea", "answer": "It tea", "response": " soap"}, "nearest", None, " It tea")])
+    ({"solution": " tea", "answer": "tea", "response": " a", "edited": " b", "editor": "some LLM"},
+     "nearest", " b", " tea")])
 def test_shapes_of_data(stage, tiny_run, tokenizer, chat, columns, editor, chosen, edited):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\nA:{% endfor %}"
     tokenizer.save_pretrained(shutil.copytree(tiny_run / "policy", "model"))
@@ -233,8 +234,8 @@ def test_shapes_of_data(stage, tiny_run, tokenizer, chat, columns, editor, chose
         assert edited or row["edit_ops"] is row["edited_ids"] is row["edit_distance"] is None
 
 def test_nearest_on_gsm8k(stage, shared):
-    data = [r | {"editor": "LLM"} for r in rows_of(shared / "data/gsm8k_model_solutions.jsonl")
-            if len(r["prompt"] + max(r["solution"], r["response"], key=len)) < 300][:80]
+    data = [row for row in rows_of(shared / "data/gsm8k_model_solutions.jsonl")
+            if len(row["prompt"] + max(row["solution"], row["response"], key=len)) < 300][:80]
     model = str(shared / "models" / "stories260K")
     rows, shown = stage([*data, {**data[0], "answer": "no such"}], model=model)
     assert "'row: its solution does not end in its answer': 1" in shown

@@ -49,19 +49,20 @@ def test_a5_a6_and_b2_of_rows_count_all_of_the_batch(new_model, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["token", "sequence", "generative"])
 def test_micro_batches_give_the_gradient(new_model, tiny_run, tokenizer, kind, monkeypatch, grads):
-    model, calls, loss_of = new_model(kind), [], two.loss_of
+    model, calls, made, loss_of, AdamW = new_model(kind), [], [], two.loss_of, torch.optim.AdamW
+    monkeypatch.setattr(torch.optim, "AdamW", lambda *call: made.append(call) or AdamW(*call))
     edits = rows_of(tiny_run / "edits.jsonl")                      # the first: right, not located
     edits[0].update(edited_ids=edits[0]["rejected_ids"], edit_ops=[], first_wrong_step=None)
     monkeypatch.setattr(two, "loss_of", lambda *call: calls.append(call[2:4]) or loss_of(*call))
     for n in (256, 3):
-        args = two.Args(str(tiny_run), epochs=1, locate_epochs=1, micro_batch=n)
+        args = two.Args(str(tiny_run), epochs=1, locate_epochs=1, micro_batch=n, weight_decay=0.5)
         rows, _ = two.rows_for(kind, edits, model, tokenizer, args)
         two.train(kind, copy.deepcopy(model), rows[:7], args)
     steps = len(grads) // 2                                        # of each of the two runs
     for batch, N in calls[:steps]:
         assert N == (sum(len(y) for _, y in batch) if kind == "generative" else len(batch))
     assert sum(len(batch) for batch, _ in calls[:steps]) == (13 if kind == "generative" else 7)
-    assert (grads[0] - grads[steps]).norm() < 1e-5 * grads[0].norm()
+    assert (grads[0] - grads[steps]).norm() < 1e-5 * grads[0].norm() and made[0][4] == 0.5
 
 def test_prompts_and_examples_of_the_grm_carry_the_ids_as_they_are(tokenizer, tiny_run, new_model):
     words = lambda text: tokenizer(text, add_special_tokens=False).input_ids
