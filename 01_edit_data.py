@@ -19,35 +19,34 @@ from typing import Literal
 
 import numpy as np
 import torch
+import transformers as hf
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm, trange
-from transformers import (AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq,
-                          GenerationConfig, HfArgumentParser, LlamaConfig, LlamaForCausalLM,
-                          PreTrainedTokenizerFast, get_cosine_schedule_with_warmup, logging)
-from transformers.hf_argparser import HfArg
 
-logging.set_verbosity_error()
-logging.disable_progress_bar()
+hf.logging.set_verbosity_error()
+hf.logging.disable_progress_bar()
+
+arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
 
 @dataclass
 class Args:
-    run: str = HfArg(default="runs/default", help="run folder")
-    seed: int = HfArg(default=1, help="of task, policy and samples")
-    overwrite: bool = HfArg(default=False, help="remove what later stages made")
-    task: Literal["math", "qa"] = HfArg(default="math", help="built-in task")
-    data: str = HfArg(default=None, help="JSONL of your own, in place of a task")
-    model: str = HfArg(default=None, help="causal LM (name or path)")
-    editor: str = HfArg(default=None, help="oracle, nearest, human or rules:FILE")
-    max_edit_share: float = HfArg(default=0.8, help="gate: edit distance over length")
-    train_prompts: int = HfArg(default=16000, help="of a task")
-    edit_prompts: int = HfArg(default=11000, help="those whose responses are edited")
-    test_prompts: int = HfArg(default=1000, help="and a fourth as many to validate")
-    sft_steps: int = HfArg(default=None, help="of 128 rows; default 500, --data 0")
-    sft_lr: float = HfArg(default=3e-3, help="AdamW, cosine")
-    hidden_size: int = HfArg(default=64, help="of the small policy, 16 n")
-    samples: int = HfArg(default=2, help="responses a prompt")
-    max_new_tokens: int = HfArg(default=48, help="longest sample")
-    micro_batch: int = HfArg(default=500, help="rows of a forward pass")
+    run: str = arg("runs/default", "run folder")
+    seed: int = arg(1, "of task, policy and samples")
+    overwrite: bool = arg(False, "remove what later stages made")
+    task: Literal["math", "qa"] = arg("math", "built-in task")
+    data: str = arg(None, "JSONL of your own, in place of a task")
+    model: str = arg(None, "causal LM (name or path)")
+    editor: str = arg(None, "oracle, nearest, human or rules:FILE")
+    max_edit_share: float = arg(0.8, "gate: edit distance over length")
+    train_prompts: int = arg(16000, "of a task")
+    edit_prompts: int = arg(11000, "those whose responses are edited")
+    test_prompts: int = arg(1000, "and a fourth as many to validate")
+    sft_steps: int = arg(None, "of 128 rows; default 500, --data 0")
+    sft_lr: float = arg(3e-3, "AdamW, cosine")
+    hidden_size: int = arg(64, "of the small policy, 16 n")
+    samples: int = arg(2, "responses a prompt")
+    max_new_tokens: int = arg(48, "longest sample")
+    micro_batch: int = arg(500, "rows of a forward pass")
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 # --- E1: the minimum edit ---
@@ -211,7 +210,7 @@ def generate(model, tokenizer, prompts, args, temperature=1.0):
     for part in tqdm(batches(prompts, args.micro_batch), desc="sampling", leave=False):
         inputs = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
         P = inputs.input_ids.shape[1]
-        model.generation_config = GenerationConfig(
+        model.generation_config = hf.GenerationConfig(
             do_sample=temperature > 0, temperature=temperature, top_k=0, eos_token_id=end,
             max_new_tokens=min(args.max_new_tokens, model.config.max_position_embeddings - P),
             pad_token_id=tokenizer.pad_token_id)
@@ -237,23 +236,23 @@ def small_policy(problems, args):
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     backend.decoder = decoders.Fuse()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>",
-                                        unk_token="<unk>", eos_token="</s>")
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>",
+                                           unk_token="<unk>", eos_token="</s>")
     tokenizer.add_tokens([*INSTRUCTIONS.values(), *(f"[{k}]" for k in range(1, 10))])
     # the usual initializer_range of 0.02 and theta of 1e4 learn slower in models this small
-    config = LlamaConfig(
+    config = hf.LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=args.hidden_size, num_hidden_layers=3,
         intermediate_size=2 * args.hidden_size, num_attention_heads=args.hidden_size // 16,
         tie_word_embeddings=True, initializer_range=0.08, rope_theta=100.0,
         max_position_embeddings=256, bos_token_id=None, eos_token_id=2, pad_token_id=0)
-    return LlamaForCausalLM(config), tokenizer
+    return hf.LlamaForCausalLM(config), tokenizer
 
 def open_policy(args):
     """--model, made fit for all stages: with a pad token that is not the end token, no embedding
     without a token (it would be sampled), and its end and its context in the config."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = hf.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        tokenizer = hf.AutoTokenizer.from_pretrained(args.model)
     except Exception as error:  # transformers raises many kinds
         fail(f"{args.model}: no causal LM to open ({error!r:.150})")
     end, config = tokenizer.eos_token, model.config
@@ -273,8 +272,8 @@ def fine_tune(model, tokenizer, problems, args):
              for p in problems if "solution" in p]
     steps = args.sft_steps if args.sft_steps is not None else 0 if args.data else 500
     optimizer = torch.optim.AdamW(model.parameters(), args.sft_lr, (0.9, 0.95), weight_decay=0.0)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * steps), steps)
-    rng, collate = random.Random(args.seed), DataCollatorForSeq2Seq(tokenizer)
+    schedule = hf.get_scheduler("cosine", optimizer, round(0.03 * steps), steps)
+    rng, collate = random.Random(args.seed), hf.DataCollatorForSeq2Seq(tokenizer)
     for _ in trange(steps, desc="SFT"):
         batch = rng.sample(pairs, min(128, len(pairs)))
         N = sum(len(y) for x, y in batch)
@@ -478,4 +477,4 @@ def main(args):
     report(rows, drop, tokenizer)
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Args).parse_args_into_dataclasses()[0])
+    main(hf.HfArgumentParser(Args).parse_args_into_dataclasses()[0])

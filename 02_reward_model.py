@@ -26,43 +26,42 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers as hf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoModelForTokenClassification, AutoTokenizer, HfArgumentParser,
-                          get_cosine_schedule_with_warmup, logging)
-from transformers.hf_argparser import HfArg
 
-logging.set_verbosity_error()
-logging.disable_progress_bar()
+hf.logging.set_verbosity_error()
+hf.logging.disable_progress_bar()
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-KINDS = {"token": AutoModelForTokenClassification, "sequence": AutoModelForSequenceClassification,
-         "generative": AutoModelForCausalLM}
+KINDS = {"token": hf.AutoModelForTokenClassification,
+         "sequence": hf.AutoModelForSequenceClassification, "generative": hf.AutoModelForCausalLM}
 TRAINING = {"token": (8, 64, 1.5e-3), "sequence": (12, 32, 1e-3),  # epochs, batch, learning rate
             "generative": (1, 16, 1.5e-3)}
 
+arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
+
 @dataclass
 class Args:
-    run: str = HfArg(default="runs/default", help="run folder")
-    seed: int = HfArg(default=1, help="seed of the order of the rows")
-    overwrite: bool = HfArg(default=False, help="remove what later stages made")
-    kind: Literal[("all", *KINDS)] = HfArg(default="all", help="model to train")
-    pairs: int = HfArg(default=7500, help="A1: preference pairs for A5 and A6, at most")
-    alpha: float = HfArg(default=2.0, help="A5: scale of the preference, alpha")
-    beta: float = HfArg(default=1.0, help="A5: weight of equal rewards on kept tokens")
-    zero: float = HfArg(default=5.0, help="ours: weight of their squared reward")
-    response_reward: Literal["sum", "mean"] = HfArg(default="sum", help="A3: R of a response")
-    epochs: int = HfArg(default=None, help="of each --kind (B2: `rewrite`); default: see TRAINING")
-    locate_epochs: int = HfArg(default=5, help="B2: epochs of `locate`")
-    batch: int = HfArg(default=None, help="rows an optimiser step; default: see TRAINING")
-    lr: float = HfArg(default=None, help="cosine, 3 %% warm-up; default: see TRAINING")
-    weight_decay: float = HfArg(default=0.0, help="of AdamW")
-    micro_batch: int = HfArg(default=256, help="rows of a forward pass, at most")
-    bf16: bool = HfArg(default=False, help="autocast to bfloat16; weights stay float32")
-    fsdp: bool = HfArg(default=False, help="shard the models over torchrun's processes")
+    run: str = arg("runs/default", "run folder")
+    seed: int = arg(1, "seed of the order of the rows")
+    overwrite: bool = arg(False, "remove what later stages made")
+    kind: Literal[("all", *KINDS)] = arg("all", "model to train")
+    pairs: int = arg(7500, "A1: preference pairs for A5 and A6, at most")
+    alpha: float = arg(2.0, "A5: scale of the preference, alpha")
+    beta: float = arg(1.0, "A5: weight of equal rewards on kept tokens")
+    zero: float = arg(5.0, "ours: weight of their squared reward")
+    response_reward: Literal["sum", "mean"] = arg("sum", "A3: R of a response")
+    epochs: int = arg(None, "of each --kind (B2: `rewrite`); default: see TRAINING")
+    locate_epochs: int = arg(5, "B2: epochs of `locate`")
+    batch: int = arg(None, "rows an optimiser step; default: see TRAINING")
+    lr: float = arg(None, "cosine, 3 %% warm-up; default: see TRAINING")
+    weight_decay: float = arg(0.0, "of AdamW")
+    micro_batch: int = arg(256, "rows of a forward pass, at most")
+    bf16: bool = arg(False, "autocast to bfloat16; weights stay float32")
+    fsdp: bool = arg(False, "shard the models over torchrun's processes")
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 # --- The equations ---
@@ -273,7 +272,7 @@ def train(kind, model, rows, args):
     if kind == "generative":
         rng.shuffle(plan)
     optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.95), 1e-8, args.weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, round(0.03 * len(plan)), len(plan))
+    schedule = hf.get_scheduler("cosine", optimizer, round(0.03 * len(plan)), len(plan))
     for batch in tqdm(plan, desc=f"reward_{kind}", disable=RANK > 0):
         N = sum(len(row[1]) for row in batch) if kind == "generative" else len(batch)
         for part in batches(batch, args.micro_batch * WORLD):
@@ -415,7 +414,7 @@ def main(args):
     rows = read_jsonl(run / "edits.jsonl", "id", "split", "chosen", "rejected_ids", "edit_ops")
     if RANK == 0:
         start_stage(args, "02", "ppo_* rlmec* rejection* dpo* 03_state.pt responses* eval* report*")
-    tokenizer = AutoTokenizer.from_pretrained(run / "policy")
+    tokenizer = hf.AutoTokenizer.from_pretrained(run / "policy")
     path = run / "reward_metrics.json"
     metrics = json.loads(path.read_text()) if path.exists() else {}
     for kind in KINDS if args.kind == "all" else [args.kind]:
@@ -438,7 +437,7 @@ def main(args):
             save_examples(run / "reward_examples.jsonl", pairs, tokenizer)
 
 if __name__ == "__main__":
-    args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]
+    args = hf.HfArgumentParser(Args).parse_args_into_dataclasses()[0]
     if WORLD > 1:  # under torchrun
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)

@@ -38,49 +38,48 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers as hf
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm, trange
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification,
-                          AutoModelForTokenClassification, AutoTokenizer, HfArgumentParser,
-                          get_scheduler, logging)
-from transformers.hf_argparser import HfArg
 
-logging.set_verbosity_error()
-logging.disable_progress_bar()
+hf.logging.set_verbosity_error()
+hf.logging.disable_progress_bar()
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-KINDS = {"token": AutoModelForTokenClassification, "sequence": AutoModelForSequenceClassification,
-         "generative": AutoModelForCausalLM}
+KINDS = {"token": hf.AutoModelForTokenClassification,
+         "sequence": hf.AutoModelForSequenceClassification, "generative": hf.AutoModelForCausalLM}
 METHODS = {"ppo_token": ("token", 1e-4), "ppo_sequence": ("sequence", 1e-4),  # kind, learning rate
            "rlmec": ("generative", 1e-3), "rlmec_imitation": ("generative", 1e-3),
            "rejection": ("generative", 1e-3), "dpo": ("token", 3e-5), "dpo_edit": ("token", 3e-5)}
 
+arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
+
 @dataclass
 class Args:
-    run: str = HfArg(default="runs/default", help="run folder")
-    seed: int = HfArg(default=1, help="seed of prompts and samples")
-    overwrite: bool = HfArg(default=False, help="remove stage 4's outputs")
-    method: Literal[("all", "all_baselines", *METHODS)] = HfArg(default="all", help="to train")
-    updates: int = HfArg(default=20, help="rollouts; off-line: drawn at once")
-    rollout_batch: int = HfArg(default=256, help="responses sampled an update")
-    ppo_epochs: int = HfArg(default=2, help="A9: passes over a rollout")
-    minibatch: int = HfArg(default=64, help="responses an optimiser step")
-    lr: float = HfArg(default=None, help="policy's learning rate; default: see METHODS")
-    value_lr: float = HfArg(default=1e-3, help="A9: learning rate of the value model")
-    kappa: float = HfArg(default=0.1, help="A7: KL coefficient, kappa, in reward per nat")
-    lam: float = HfArg(default=0.95, help="A8: lambda of GAE")
-    clip: float = HfArg(default=None, help="clip range, epsilon; default: A9 0.2, B5 0.3")
-    imitation_weight: float = HfArg(default=1.0, help="B7: weight of L_IR, lambda")
-    dpo_beta: float = HfArg(default=1.0, help="C1: b")
-    temperature: float = HfArg(default=1.0, help="of samples and of A7, A9, B5")
-    max_new_tokens: int = HfArg(default=48, help="longest response, in tokens")
-    micro_batch: int = HfArg(default=32, help="rows of a pass; a draw has 8 times as many")
-    bf16: bool = HfArg(default=False, help="autocast; the weights stay float32")
-    save_every: int = HfArg(default=10, help="updates between saved states")
-    fsdp: bool = HfArg(default=False, help="shard the models over torchrun's processes")
+    run: str = arg("runs/default", "run folder")
+    seed: int = arg(1, "seed of prompts and samples")
+    overwrite: bool = arg(False, "remove stage 4's outputs")
+    method: Literal[("all", "all_baselines", *METHODS)] = arg("all", "to train")
+    updates: int = arg(20, "rollouts; off-line: drawn at once")
+    rollout_batch: int = arg(256, "responses sampled an update")
+    ppo_epochs: int = arg(2, "A9: passes over a rollout")
+    minibatch: int = arg(64, "responses an optimiser step")
+    lr: float = arg(None, "policy's learning rate; default: see METHODS")
+    value_lr: float = arg(1e-3, "A9: learning rate of the value model")
+    kappa: float = arg(0.1, "A7: KL coefficient, kappa, in reward per nat")
+    lam: float = arg(0.95, "A8: lambda of GAE")
+    clip: float = arg(None, "clip range, epsilon; default: A9 0.2, B5 0.3")
+    imitation_weight: float = arg(1.0, "B7: weight of L_IR, lambda")
+    dpo_beta: float = arg(1.0, "C1: b")
+    temperature: float = arg(1.0, "of samples and of A7, A9, B5")
+    max_new_tokens: int = arg(48, "longest response, in tokens")
+    micro_batch: int = arg(32, "rows of a pass; a draw has 8 times as many")
+    bf16: bool = arg(False, "autocast; the weights stay float32")
+    save_every: int = arg(10, "updates between saved states")
+    fsdp: bool = arg(False, "shard the models over torchrun's processes")
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 # --- The equations ---
@@ -435,7 +434,8 @@ def open_model(auto_class, path, args, **options):
 def open_models(method, run, args):
     """The policy and pi_ref, and V and r of PPO; all but r start from the SFT policy."""
     kind, sft = METHODS[method][0], run / "policy"
-    models = {name: open_model(AutoModelForCausalLM, sft, args) for name in ("policy", "reference")}
+    models = {name: open_model(hf.AutoModelForCausalLM, sft, args)
+              for name in ("policy", "reference")}
     if method.startswith("ppo"):
         models["value"] = open_model(KINDS["token"], sft, args, num_labels=1)
         models["reward"] = open_model(KINDS[kind], run / f"reward_{kind}", args)
@@ -564,7 +564,7 @@ def rows_of(method, problems, samples, reference, tokenizer, run, args):
     if method.startswith("dpo"):
         return pairs_of(method, reference, run, args)
     if not samples:
-        grm = open_model(AutoModelForCausalLM, run / "reward_generative", args)
+        grm = open_model(hf.AutoModelForCausalLM, run / "reward_generative", args)
         solved, rng = [row for row in problems if "solution_ids" in row], streams(args, 0)
         drawn = rng.sample(solved, min(len(solved), args.updates * args.rollout_batch))
         samples += collect(reference, grm, drawn, tokenizer, args)
@@ -625,7 +625,7 @@ def train_policy(method, problems, samples, state, tokenizer, run, args):
         rng, losses = streams(args, 0), partial(offline_loss, method, models["policy"], args)
         plan = [x for _ in range(3) for x in batches(rng.sample(rows, len(rows)), args.minibatch)]
     updates, shape = len(plan), "constant" if on_policy else "cosine"
-    schedule = get_scheduler(shape, optimizer, round(0.03 * updates), updates)
+    schedule = hf.get_scheduler(shape, optimizer, round(0.03 * updates), updates)
     if state.get("method") == method:
         log, schedule.last_epoch = state["log"], len(state["log"])
         print(f"{method}: goes on after update {len(log)}; to start again, remove 03_state.pt")
@@ -654,13 +654,13 @@ def train_policy(method, problems, samples, state, tokenizer, run, args):
 def main(args):
     run, samples = Path(args.run), []
     problems = read_jsonl(run / "problems.jsonl", "id", "split", "prompt_ids")
-    tokenizer = AutoTokenizer.from_pretrained(run / "policy")
+    tokenizer = hf.AutoTokenizer.from_pretrained(run / "policy")
     methods = {"all": [*METHODS][:4], "all_baselines": METHODS}.get(args.method, [args.method])
     paths = {method: run / f"reward_{METHODS[method][0]}" for method in methods}
     there = [method for method, path in paths.items() if path.is_dir()]
     print("without a reward model of stage 2:", sorted({*methods} - {*there}) or "none")
     for method in there or fail(f"{run}: no reward model for {args.method}; 02_reward_model.py"):
-        if AutoTokenizer.from_pretrained(paths[method]).get_vocab() != tokenizer.get_vocab():
+        if hf.AutoTokenizer.from_pretrained(paths[method]).get_vocab() != tokenizer.get_vocab():
             fail(f"{paths[method]}: its vocabulary is not that of {run}/policy")
     state = read_state(run / "03_state.pt", args)
     if RANK == 0:
@@ -676,7 +676,7 @@ def main(args):
         (run / "03_state.pt").unlink(missing_ok=True)
 
 if __name__ == "__main__":
-    args = HfArgumentParser(Args).parse_args_into_dataclasses()[0]
+    args = hf.HfArgumentParser(Args).parse_args_into_dataclasses()[0]
     if WORLD > 1:  # under torchrun
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)

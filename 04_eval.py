@@ -17,24 +17,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers as hf
 from tqdm import tqdm
-from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig, HfArgumentParser,
-                          logging)
-from transformers.hf_argparser import HfArg
 
-logging.set_verbosity_error()
-logging.disable_progress_bar()
+hf.logging.set_verbosity_error()
+hf.logging.disable_progress_bar()
+
+arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
 
 @dataclass
 class Args:
-    run: str = HfArg(default="runs/default", help="run folder")
-    runs: list[str] = HfArg(default=None, help="only the mean of evaluated runs, of several seeds")
-    seed: int = HfArg(default=1, help="of the responses, the same for every policy")
-    temperature: float = HfArg(default=1.0, help="of sampling")
-    max_new_tokens: int = HfArg(default=48, help="longest response, in tokens")
-    examples: int = HfArg(default=8, help="responses in each part of the report")
-    verdicts: str = HfArg(default=None, help="only the win rate of verdicts as AlpacaEval's JSON")
-    micro_batch: int = HfArg(default=500, help="rows of a forward pass, at most")
+    run: str = arg("runs/default", "run folder")
+    runs: list[str] = arg(None, "only the mean of evaluated runs, of several seeds")
+    seed: int = arg(1, "of the responses, the same for every policy")
+    temperature: float = arg(1.0, "of sampling")
+    max_new_tokens: int = arg(48, "longest response, in tokens")
+    examples: int = arg(8, "responses in each part of the report")
+    verdicts: str = arg(None, "only the win rate of verdicts as AlpacaEval's JSON")
+    micro_batch: int = arg(500, "rows of a forward pass, at most")
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 # --- Statistics: None where nothing was measured ---
@@ -142,7 +142,7 @@ def generate(model, tokenizer, prompts, args, temperature=1.0):
     for part in tqdm(batches(prompts, args.micro_batch), desc="sampling", leave=False):
         inputs = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
         P = inputs.input_ids.shape[1]
-        model.generation_config = GenerationConfig(
+        model.generation_config = hf.GenerationConfig(
             do_sample=temperature > 0, temperature=temperature, top_k=0, eos_token_id=end,
             max_new_tokens=min(args.max_new_tokens, model.config.max_position_embeddings - P),
             pad_token_id=tokenizer.pad_token_id)
@@ -199,12 +199,12 @@ def compare(run, logs, args):
     problems = [row for row in problems if row["split"] == "test"] or fail(f"{run}: no test prompt")
     problems.sort(key=lambda row: len(row["prompt_ids"]))  # a part's longest limits it
     prompts = [row["prompt_ids"] for row in problems]
-    tokenizer = AutoTokenizer.from_pretrained(run / "policy")
+    tokenizer = hf.AutoTokenizer.from_pretrained(run / "policy")
     start = {"update": 0, "episodes": 0, "seconds": 0, "val_kl": 0.0}
     wrong, preferred, policies = {}, {}, {}
     for name, log in {"sft": [start], **logs}.items():
         path = run / ("policy" if name == "sft" else name)
-        model = AutoModelForCausalLM.from_pretrained(path).to(args.device)
+        model = hf.AutoModelForCausalLM.from_pretrained(path).to(args.device)
         torch.manual_seed(args.seed)  # the same for every policy
         wrong[name] = []
         for row, ids in zip(problems, generate(model, tokenizer, prompts, args, args.temperature)):
@@ -344,4 +344,4 @@ def main(args):
     print(numbers, *said, f"{run}/report.html", sep="\n")
 
 if __name__ == "__main__":
-    main(HfArgumentParser(Args).parse_args_into_dataclasses()[0])
+    main(hf.HfArgumentParser(Args).parse_args_into_dataclasses()[0])

@@ -242,7 +242,7 @@ def test_nearest_on_gsm8k(stage, shared):
     right = {row["prompt"]: [row["solution"]] for row in data}
     for row in data:
         right[row["prompt"]] += [row["response"]] * row["is_correct"]
-    tokenizer = one.AutoTokenizer.from_pretrained(model)
+    tokenizer = one.hf.AutoTokenizer.from_pretrained(model)
     for row in rows:
         check_row(row, tokenizer)
         texts = right[row["prompt"]]

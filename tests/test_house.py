@@ -5,14 +5,14 @@ import pytest
 from conftest import ROOT, STAGES, three
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SCRIPT_LINES = 1964                        # these only ever go down; the plan: 2,050
-SCRIPT_CHARACTERS = 110452                 # the plan: 95,000
+SCRIPT_LINES = 1962                        # these only ever go down; the plan: 2,050
+SCRIPT_CHARACTERS = 108983                 # the plan: 95,000
 README_LINES, TEST_LINES = 220, 1200       # as in the plan
 OPTIONS = 22
 FUNCTION_LINES, COLUMNS = 45, 100
 PACKAGES = {"torch", "transformers", "numpy", "tqdm", "huggingface_hub", "tokenizers",
             "safetensors", *sys.stdlib_module_names}
-QUIET = {"logging.set_verbosity_error()", "logging.disable_progress_bar()"}
+QUIET = {"hf.logging.set_verbosity_error()", "hf.logging.disable_progress_bar()"}
 
 def read(path):
     return path.read_text(encoding="utf-8")

@@ -181,7 +181,7 @@ def test_b7_and_c2_of_single_rows(policy, tokenizer, method, tiny_run, monkeypat
 @pytest.mark.parametrize("method, name", [("dpo", "chosen_token_ids"), ("dpo_edit", "edited_ids")])
 def test_c1_starts_at_log_2_widens_the_gap_and_lowers_the_worse(tiny_run, method, name):
     args = three.Args(device="cpu", run=str(tiny_run))
-    policy = three.open_model(three.AutoModelForCausalLM, tiny_run / "policy", args)
+    policy = three.open_model(three.hf.AutoModelForCausalLM, tiny_run / "policy", args)
     rows = three.pairs_of(method, policy, tiny_run, args)
     assert [row["better"] for row in rows] == [
         row[name] for row in rows_of(tiny_run / "edits.jsonl")
@@ -199,7 +199,7 @@ def test_c1_starts_at_log_2_widens_the_gap_and_lowers_the_worse(tiny_run, method
 def collect(tiny_run, tokenizer, monkeypatch):
     """B8 on two problems: `collect` with a `sample` that gives these responses, call after call."""
     args = three.Args(device="cpu", temperature=0.7)
-    grm = three.open_model(three.AutoModelForCausalLM, tiny_run / "policy", args)
+    grm = three.open_model(three.hf.AutoModelForCausalLM, tiny_run / "policy", args)
     problems, seen = three.read_jsonl(tiny_run / "problems.jsonl")[:2], []
     def collect_of(*answers):
         monkeypatch.setattr(three, "sample", lambda model, prompts, *_: (

@@ -79,7 +79,7 @@ def test_prompts_and_examples_of_the_grm_carry_the_ids_as_they_are(tokenizer, ti
             "rewrite": (rewrite, [7, 2]), "locate": (locate, second + [end])}
     weight = new_model("generative").lm_head.weight                # the labels are told apart
     assert F.cosine_similarity(*weight[first + second], dim=0).abs() < 0.7
-    policy = two.AutoModelForCausalLM.from_pretrained(tiny_run / "policy").lm_head.weight
+    policy = two.hf.AutoModelForCausalLM.from_pretrained(tiny_run / "policy").lm_head.weight
     assert weight[:9].equal(policy[:9]) and not weight[first].equal(policy[first])
 
 def test_exact_is_what_greedy_decoding_writes(new_model):

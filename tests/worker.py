@@ -75,7 +75,7 @@ if three.WORLD > 1:
 if mode == "die" and three.RANK == 1:
     raise SystemExit("this rank dies")
 torch.nn.utils.clip_grad_norm_ = keep
-tokenizer = three.AutoTokenizer.from_pretrained(run / "policy")
+tokenizer = three.hf.AutoTokenizer.from_pretrained(run / "policy")
 reward_models(tokenizer, "--fsdp" in sys.argv)
 policies("--fsdp" in sys.argv)
 if three.RANK == 0:
