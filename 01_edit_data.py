@@ -25,7 +25,6 @@ from tqdm import tqdm, trange
 
 hf.logging.set_verbosity_error()
 hf.logging.disable_progress_bar()
-
 arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
 
 @dataclass
@@ -80,7 +79,7 @@ STEP = re.compile(r"(?m)[^\s;][^\n;]*?(?:;|\.(?=\s)|$)")  # a line, a sentence, 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
     *marked, tail = re.split(r"(?i)answer is:?|####", text)
-    number = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/])"
+    number = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/]|[.,]\d)"
     found = re.findall(number, tail) or tail.strip().split("\n")
     return re.sub(r"[$,]|(\.\d*?)0*$", r"\1", found[0 if marked else -1].strip()).rstrip(".")
 
@@ -162,7 +161,7 @@ def make_problems(args):
 
 # --- Helpers, the same in several scripts ---
 def fail(message):
-    """Bad input, or no way to go on: one clear line, exit status 2."""
+    """End with one clear line and exit status 2."""
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -173,7 +172,7 @@ def read_jsonl(path, *columns):
         for line in open(path, encoding="utf-8"):
             row = json.loads(line)
             rows.append(row | {name: row[name] for name in columns})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:
         fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
 
@@ -201,7 +200,7 @@ def start_stage(args, stage, later):
     save(run / f"{stage}_args.json", [vars(args)])
 
 def batches(rows, size):
-    """Slices of `size` rows, the last short one included."""
+    """Slices of `size` rows; the last may be short."""
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
 def generate(model, tokenizer, prompts, args, temperature=1.0):
@@ -218,8 +217,9 @@ def generate(model, tokenizer, prompts, args, temperature=1.0):
     return [row[:row.index(end) + 1] if end in row else row for row in rows]
 
 def token_texts(ids, tokenizer):
-    """The text that each token adds to those before it."""
+    """The text that each token adds to those before it; a character stands at its last token."""
     texts = tokenizer.decode([ids[:k] for k in range(len(ids) + 1)])
+    texts = accumulate(texts, lambda whole, text: whole if text.endswith("\ufffd") else text)
     return [longer[len(shorter):] for shorter, longer in pairwise(texts)]
 
 # B2: fixed words in the generative model's prompts
@@ -328,23 +328,25 @@ def read_data(args, rules, drop):
     return problems or fail(f"{args.data}: no row is left, {dict(drop)}")
 
 def encode(text, ended, tokenizer):
-    """Token ids of a response; the end token is one of them where it ended."""
-    return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] * ended
+    """Token ids of a response; the end token is one of them, once, where it ended."""
+    ids, end = tokenizer(text, add_special_tokens=False).input_ids, [tokenizer.eos_token_id]
+    return ids + end * (ended and ids[-1:] != end)
 
-def encode_problem(problem, tokenizer):
-    """Add the ids of its texts, the chat template applied; returns the longest sequence."""
-    prompt, longest = problem["prompt"], 1
+def encode_problem(problem, tokenizer, longest):
+    """Add the ids of its texts, the chat template applied; returns the longest length."""
+    prompt, end = problem["prompt"], [tokenizer.eos_token_id]
     try:
         ids = tokenizer(prompt).input_ids if prompt == plain(problem, "prompt") else (
             tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False))
-    except Exception as error:  # there may be none, or it refuses
-        fail(f"{problem['place']}: the model's chat template does not take the prompt ({error})")
-    problem["prompt_ids"] = ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids
-    for row in [problem, *problem["responses"]]:
-        for name in ("solution", "demonstration", "rejected", "chosen", "edited"):
-            if row.get(name) is not None:
-                text_ids = row[f"{name}_ids"] = encode(row[name], True, tokenizer)
-                longest = max(longest, len(text_ids))
+        # a tokenizer adds an end token: off; a template's stays
+        problem["prompt_ids"] = ids[:-1] if ids[-1:] == end == tokenizer("").input_ids[-1:] else ids
+        for row in [problem, *problem["responses"]]:
+            for name in ("solution", "demonstration", "rejected", "chosen", "edited"):
+                if row.get(name) is not None:
+                    text_ids = row[f"{name}_ids"] = encode(row[name], True, tokenizer)
+                    longest = max(longest, len(text_ids))
+    except Exception as error:  # no template, or a broken character
+        fail(f"{problem['place']}: the tokenizer or chat template does not take it ({error})")
     return len(ids) + longest
 
 # --- A1, B1: responses, editors, gates ---
@@ -434,9 +436,10 @@ def report(rows, drop, tokenizer):
 def read_rules(path):
     """Regular expression -> replacement, of the lines of a file, parted by a tab."""
     try:
-        rules = dict(line.split("\t") for line in Path(path).read_text("utf-8").split("\n") if line)
+        lines = Path(path).read_text("utf-8-sig").split("\n")
+        rules = dict(line.split("\t") for line in lines if line)
         [re.sub(*rule, "") for rule in rules.items()]
-    except (OSError, ValueError, IndexError, re.error) as error:
+    except Exception as error:
         fail(f"{path}: lines of a regular expression, a tab and its replacement ({error})")
     return rules or fail(f"{path}: has no rules")
 
@@ -456,13 +459,15 @@ def main(args):
         fail(f"--editor {kind}: what fits is {kinds}")
     model, tokenizer = open_policy(args) if args.model else small_policy(problems, args)
     model, context = model.to(args.device), model.config.max_position_embeddings
-    fit = ([problem for problem in problems if encode_problem(problem, tokenizer) <= context]
-           or fail(f"no problem fits the model's context of {context} tokens"))
+    fit = ([problem for problem in problems
+            if encode_problem(problem, tokenizer, args.max_new_tokens) <= context]
+           or fail(f"no problem, with --max_new_tokens, fits the context of {context} tokens"))
     drop["problem: longer than the model's context"] = len(problems) - len(fit)
     if args.sft_steps and not any("solution" in problem for problem in fit):
         fail("--sft_steps: the data has no column `solution` to learn from")
     start_stage(
         args, "01", "reward_* ppo_* rlmec* rejection* dpo* 03_state.pt responses* eval* report*")
+    (run / "edits.jsonl").unlink(True)  # of another policy
     train = [problem for problem in fit if problem["split"] == "train"]
     fine_tune(model, tokenizer, train, args)
     save(run / "policy", model, tokenizer)

@@ -18,7 +18,7 @@ from bisect import bisect
 from collections import defaultdict
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -40,7 +40,6 @@ KINDS = {"token": hf.AutoModelForTokenClassification,
          "sequence": hf.AutoModelForSequenceClassification, "generative": hf.AutoModelForCausalLM}
 TRAINING = {"token": (8, 64, 1.5e-3), "sequence": (12, 32, 1e-3),  # epochs, batch, learning rate
             "generative": (1, 16, 1.5e-3)}
-
 arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
 
 @dataclass
@@ -54,12 +53,12 @@ class Args:
     beta: float = arg(1.0, "A5: weight of equal rewards on kept tokens")
     zero: float = arg(5.0, "ours: weight of their squared reward")
     response_reward: Literal["sum", "mean"] = arg("sum", "A3: R of a response")
-    epochs: int = arg(None, "of each --kind (B2: `rewrite`); default: see TRAINING")
+    epochs: int = arg(None, "of each --kind (B2: `rewrite`); default: TRAINING")
     locate_epochs: int = arg(5, "B2: epochs of `locate`")
-    batch: int = arg(None, "rows an optimiser step; default: see TRAINING")
-    lr: float = arg(None, "cosine, 3 %% warm-up; default: see TRAINING")
+    batch: int = arg(None, "rows an optimiser step; default: TRAINING")
+    lr: float = arg(None, "cosine, 3 %% warm-up; default: TRAINING")
     weight_decay: float = arg(0.0, "of AdamW")
-    micro_batch: int = arg(256, "rows of a forward pass, at most")
+    micro_batch: int = arg(256, "rows of a forward pass")
     bf16: bool = arg(False, "autocast to bfloat16; weights stay float32")
     fsdp: bool = arg(False, "shard the models over torchrun's processes")
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,7 +129,7 @@ def grm_prompt(task, problem, response_ids, tokenizer):
     return ids + words(INSTRUCTIONS[task], tokenizer)
 
 def fail(message):
-    """Bad input, or no way to go on: one clear line, exit status 2."""
+    """End with one clear line and exit status 2."""
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -141,7 +140,7 @@ def read_jsonl(path, *columns):
         for line in open(path, encoding="utf-8"):
             row = json.loads(line)
             rows.append(row | {name: row[name] for name in columns})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:
         fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
 
@@ -169,7 +168,7 @@ def start_stage(args, stage, later):
     save(run / f"{stage}_args.json", [vars(args)])
 
 def batches(rows, size):
-    """Slices of `size` rows, the last short one included."""
+    """Slices of `size` rows; the last may be short."""
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
 def pack(prompts, responses, model):
@@ -196,8 +195,9 @@ def response_logprobs(model, inputs, response_mask, temperature=1.0):
 STEP = re.compile(r"(?m)[^\s;][^\n;]*?(?:;|\.(?=\s)|$)")  # a line, a sentence, or up to a ;
 
 def token_texts(ids, tokenizer):
-    """The text that each token adds to those before it."""
+    """The text that each token adds to those before it; a character stands at its last token."""
     texts = tokenizer.decode([ids[:k] for k in range(len(ids) + 1)])
+    texts = accumulate(texts, lambda whole, text: whole if text.endswith("\ufffd") else text)
     return [longer[len(shorter):] for shorter, longer in pairwise(texts)]
 
 def steps_of(ids, tokenizer):
@@ -358,9 +358,7 @@ def evaluate(kind, model, rows, tokenizer, args):
                                  + f"({r:.1f})" * (r < -0.25)
                                  for t, (text, r) in enumerate(zip(texts, row[kind]))).strip())
     if kind == "generative":
-        right = [row for row in rows if not row["edit_ops"]]
         metrics["rewriting"] = {"rewritten": exact("rewrite", model, edited, args),
-                                "copied": exact("rewrite", model, right, args),
                                 "located": exact("locate", model, edited, args)}
     return metrics
 

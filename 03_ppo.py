@@ -54,7 +54,6 @@ KINDS = {"token": hf.AutoModelForTokenClassification,
 METHODS = {"ppo_token": ("token", 1e-4), "ppo_sequence": ("sequence", 1e-4),  # kind, learning rate
            "rlmec": ("generative", 1e-3), "rlmec_imitation": ("generative", 1e-3),
            "rejection": ("generative", 1e-3), "dpo": ("token", 3e-5), "dpo_edit": ("token", 3e-5)}
-
 arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
 
 @dataclass
@@ -67,7 +66,7 @@ class Args:
     rollout_batch: int = arg(256, "responses sampled an update")
     ppo_epochs: int = arg(2, "A9: passes over a rollout")
     minibatch: int = arg(64, "responses an optimiser step")
-    lr: float = arg(None, "policy's learning rate; default: see METHODS")
+    lr: float = arg(None, "policy's learning rate; default: METHODS")
     value_lr: float = arg(1e-3, "A9: learning rate of the value model")
     kappa: float = arg(0.1, "A7: KL coefficient, kappa, in reward per nat")
     lam: float = arg(0.95, "A8: lambda of GAE")
@@ -75,7 +74,7 @@ class Args:
     imitation_weight: float = arg(1.0, "B7: weight of L_IR, lambda")
     dpo_beta: float = arg(1.0, "C1: b")
     temperature: float = arg(1.0, "of samples and of A7, A9, B5")
-    max_new_tokens: int = arg(48, "longest response, in tokens")
+    max_new_tokens: int = arg(48, "longest response")
     micro_batch: int = arg(32, "rows of a pass; a draw has 8 times as many")
     bf16: bool = arg(False, "autocast; the weights stay float32")
     save_every: int = arg(10, "updates between saved states")
@@ -207,7 +206,7 @@ STEP = re.compile(r"(?m)[^\s;][^\n;]*?(?:;|\.(?=\s)|$)")  # a line, a sentence, 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
     *marked, tail = re.split(r"(?i)answer is:?|####", text)
-    number = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/])"
+    number = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/]|[.,]\d)"
     found = re.findall(number, tail) or tail.strip().split("\n")
     return re.sub(r"[$,]|(\.\d*?)0*$", r"\1", found[0 if marked else -1].strip()).rstrip(".")
 
@@ -226,7 +225,7 @@ def wrong_steps(text, ended, problem):
     return wrong + (not ended)
 
 def fail(message):
-    """Bad input, or no way to go on: one clear line, exit status 2."""
+    """End with one clear line and exit status 2."""
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -237,7 +236,7 @@ def read_jsonl(path, *columns):
         for line in open(path, encoding="utf-8"):
             row = json.loads(line)
             rows.append(row | {name: row[name] for name in columns})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:
         fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
 
@@ -265,7 +264,7 @@ def start_stage(args, stage, later):
     save(run / f"{stage}_args.json", [vars(args)])
 
 def batches(rows, size):
-    """Slices of `size` rows, the last short one included."""
+    """Slices of `size` rows; the last may be short."""
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
 def pack(prompts, responses, model):
@@ -400,7 +399,7 @@ def sample(model, prompts, args, temperature):
                 break
             running, kept = [running[k] for k in going], tokens.new_tensor(going or [0])
             if len(kept) < len(tokens):  # who has ended leaves the batch
-                cache.batch_select_indices(kept)
+                cache.reorder_cache(kept)
             ids, position = tokens[kept, None], (position[kept, -1:] + 1).clamp(max=context - 1)
             mask = torch.cat([mask[kept], torch.ones_like(ids)], dim=1)
         drawn += gather(responses, len(part))
@@ -469,7 +468,7 @@ def rollout(kind, models, prompts, scale, args):
     rewards = kl_rewards(scores, logprobs, ref_logprobs, args.kappa)  # A7
     advantages, returns = gae(rewards, values, args.lam)  # A8
     total = scores.sum(dim=1)  # statistics: sums over T, means over B
-    row = {"score": total.mean().item(), "score_std": total.std().item(),
+    row = {"score": total.mean().item(), "score_std": total.std(correction=0).item(),
            "reward": rewards.sum(dim=1).mean().item(),
            "kl": (logprobs - ref_logprobs).sum(dim=1).mean().item(),
            "entropy": -masked_mean(logprobs, mask).item(),  # of the sample
@@ -536,7 +535,7 @@ def collect(policy, grm, problems, tokenizer, args):
     rewrite(grm, [row for row in samples if row["fate"] == "wrong"], tokenizer, args)
     print("samples:", dict(Counter(column(samples, "fate"))))
     samples = ([row for fate in ("right", "rewritten") for row in samples if row["fate"] == fate]
-               or fail("the GRM could rewrite no sample; train it longer"))
+               or fail("no sample is right or rewritten"))
     prompts, responses = column(samples, "prompt_ids"), column(samples, "response_ids")
     logprobs = read(response_logprobs, policy, prompts, responses, args, args.temperature)
     p = read(response_logprobs, grm, column(samples, "rewrite"), responses, args).exp()

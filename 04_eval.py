@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 hf.logging.set_verbosity_error()
 hf.logging.disable_progress_bar()
-
 arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
 
 @dataclass
@@ -31,10 +30,9 @@ class Args:
     runs: list[str] = arg(None, "only the mean of evaluated runs, of several seeds")
     seed: int = arg(1, "of the responses, the same for every policy")
     temperature: float = arg(1.0, "of sampling")
-    max_new_tokens: int = arg(48, "longest response, in tokens")
-    examples: int = arg(8, "responses in each part of the report")
+    max_new_tokens: int = arg(48, "longest response")
     verdicts: str = arg(None, "only the win rate of verdicts as AlpacaEval's JSON")
-    micro_batch: int = arg(500, "rows of a forward pass, at most")
+    micro_batch: int = arg(500, "rows of a forward pass")
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 # --- Statistics: None where nothing was measured ---
@@ -51,8 +49,8 @@ def interval(values):
     return np.percentile(means, [2.5, 97.5]).tolist()
 
 def win_rate(preferences):
-    """As AlpacaEval counts: the mean of preference - 1 and its standard error. Preferences: 1 the
-    opponent, 2 the policy, 1.5 or 0 a tie, anything else no verdict."""
+    """As AlpacaEval counts: the mean of preference - 1 and its standard error. Preferences: from 1
+    (the opponent) to 2 (the policy), 0 a tie, anything else no verdict."""
     wins = [(p or 1.5) - 1 for p in preferences
             if type(p) in (int, float) and (p == 0 or 1 <= p <= 2)]
     n = len(wins)
@@ -85,7 +83,7 @@ STEP = re.compile(r"(?m)[^\s;][^\n;]*?(?:;|\.(?=\s)|$)")  # a line, a sentence, 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
     *marked, tail = re.split(r"(?i)answer is:?|####", text)
-    number = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/])"
+    number = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/]|[.,]\d)"
     found = re.findall(number, tail) or tail.strip().split("\n")
     return re.sub(r"[$,]|(\.\d*?)0*$", r"\1", found[0 if marked else -1].strip()).rstrip(".")
 
@@ -104,7 +102,7 @@ def wrong_steps(text, ended, problem):
     return wrong + (not ended)
 
 def fail(message):
-    """Bad input, or no way to go on: one clear line, exit status 2."""
+    """End with one clear line and exit status 2."""
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -115,7 +113,7 @@ def read_jsonl(path, *columns):
         for line in open(path, encoding="utf-8"):
             row = json.loads(line)
             rows.append(row | {name: row[name] for name in columns})
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except Exception as error:
         fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
     return rows or fail(f"{path}: has no rows")
 
@@ -133,7 +131,7 @@ def save(path, *contents, **options):
     part.replace(path)
 
 def batches(rows, size):
-    """Slices of `size` rows, the last short one included."""
+    """Slices of `size` rows; the last may be short."""
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
 def generate(model, tokenizer, prompts, args, temperature=1.0):
@@ -229,7 +227,7 @@ def verdicts(args):
                           else row["preference"] for row in rows])
         print(f"win_rate {100 * found['win_rate']:.3f}\nstandard_error "
               f"{100 * found['win_rate_se']:.3f}\nn {found['n']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:
         fail(f"{args.verdicts}: no list of verdicts with preference 1, 2 or 1.5 ({error!r})")
 
 def flat(value, name=""):
@@ -239,7 +237,7 @@ def flat(value, name=""):
     return {name.strip(): value} if isinstance(value, (int, float)) else {}
 
 def combine(args):
-    """Mean and standard deviation over runs of every number in their eval.json."""
+    """Mean and standard deviation over runs of every number that all eval.json have."""
     paths = [Path(run) / "eval.json" for run in args.runs]
     runs = [flat(json.loads(path.read_text())) if path.exists() else fail(f"{path} is missing")
             for path in paths]
@@ -337,10 +335,10 @@ def main(args):
     save(run / "eval.json", json.dumps(result, indent=1) + "\n")
     save(run / "responses.jsonl", rows)
     held_out = [*map(json.loads, open(run / "reward_examples.jsonl"))]
-    held_out = held_out[:: max(1, len(held_out) // max(1, args.examples))][:args.examples]
+    held_out = held_out[::max(1, len(held_out) // 8)][:8]
     numbers = table(result["policies"])
     said = result["checks"] + [f"WARNING: {text}" for text in result["warnings"]]
-    save(run / "report.html", page(numbers, said, logs, held_out, rows[:args.examples]))
+    save(run / "report.html", page(numbers, said, logs, held_out, rows[:8]))
     print(numbers, *said, f"{run}/report.html", sep="\n")
 
 if __name__ == "__main__":

@@ -89,8 +89,8 @@ def test_ops_agree_with_the_errors_that_humans_marked(shared):
 @pytest.mark.parametrize("text, answer", [
     ("12 + 3 = 15", "15"), ("It costs $1,200.00.", "1200"), ("#### 7", "7"), ("x = 3-5", "5"),
     ("The answer is -5. Or 6?", "-5"), ("The answer is 3. No, the answer is: 4, not 5", "4"),
-    ("The answer is 1/2.", "1/2"), ("The answer is 12:30", "12:30"), ("3.140", "3.14"),
-    ("2 of them.\nThe answer is Paris.\nYes", "Paris"), ("", ""), ("100", "100"), ("50%", "50")])
+    ("The answer is 1/2.", "1/2"), ("The answer is 12:30", "12:30"), ("3.140", "3.14"), ("", ""),
+    ("2 men.\nThe answer is Paris.\nYes", "Paris"), ("100%", "100"), ("#### $1,250.5g", "1250.5g")])
 def test_final_answer(text, answer):
     assert one.final_answer(text) == answer
 
@@ -149,6 +149,7 @@ def test_rows_of_the_tiny_run(tiny_run, tokenizer):
     samples = defaultdict(list)
     assert Counter(p["split"] for p in problems.values()) == {"train": 60, "test": 40, "val": 10}
     assert len({p["prompt"] for p in problems.values()}) == 110        # the splits are disjoint
+    assert one.encode("3</s>", True, tokenizer) == one.encode("3", True, tokenizer)
     for row in rows_of(tiny_run / "edits.jsonl"):
         check_row(row, tokenizer)
         problem, ended = problems[row["id"]], row["rejected_ids"][-1] == tokenizer.eos_token_id
@@ -199,8 +200,8 @@ def test_right_samples_are_rows_in_proportion(stage, editor):
 
 def test_rules_edit_samples_of_prompts_alone(stage):
     says = [(" tea and soap", False), (" soap", True), (" tea", True)]
-    data = [{"prompt": f"Ada {name}"} for name in one.PEOPLE]
-    rows, _ = stage(data, "soap\tsalt\n\nwine\tcheese\n", says, editor="rules:rules", samples=3)
+    data, rules = [{"prompt": f"Ada {x}"} for x in one.PEOPLE], "\ufeffsoap\tsalt\n\nwine\tcheese\n"
+    rows, _ = stage(data, rules, says, editor="rules:rules", samples=3)
     assert Counter((row["rejected"], row["edited"], 2 in row["edited_ids"]) for row in rows) == {
         (" tea and soap", " tea and salt", False): 30, (" soap", " salt", True): 30}   # one ended
     assert {(row["chosen"], row["editor"]) for row in rows} == {(" tea", "rules")}
@@ -216,7 +217,7 @@ def test_rules_edit_samples_of_prompts_alone(stage):
     ({"solution": " tea", "answer": "tea", "response": " a", "edited": " b", "editor": "some LLM"},
      "nearest", " b", " tea")])
 def test_shapes_of_data(stage, tiny_run, tokenizer, chat, columns, editor, chosen, edited):
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\nA:{% endfor %}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}A:</s>{% endfor %}"
     tokenizer.save_pretrained(shutil.copytree(tiny_run / "policy", "model"))
     wrap = lambda text: [{"role": "assistant", "content": text}] if chat and text else text
     columns = {name: text if name in ("answer", "editor") else wrap(text)
@@ -227,8 +228,7 @@ def test_shapes_of_data(stage, tiny_run, tokenizer, chat, columns, editor, chose
     for row in rows:
         assert [row[name] for name in ("prompt", "chosen", "edited", "editor")] == [
             prompt, wrap(chosen), wrap(edited), editor]
-        assert row["prompt_ids"] == tokenizer("What\nA:" if chat else "What").input_ids
-        assert row["rejected_ids"][-1] == tokenizer.eos_token_id
+        assert row["prompt_ids"] == tokenizer("WhatA:</s>" if chat else "What").input_ids
         if edited:
             check_row(row, tokenizer)
         assert edited or row["edit_ops"] is row["edited_ids"] is row["edit_distance"] is None
@@ -243,6 +243,7 @@ def test_nearest_on_gsm8k(stage, shared):
     for row in data:
         right[row["prompt"]] += [row["response"]] * row["is_correct"]
     tokenizer = one.hf.AutoTokenizer.from_pretrained(model)
+    assert "".join(one.token_texts(tokenizer("a 世é").input_ids, tokenizer)).endswith("a 世é")
     for row in rows:
         check_row(row, tokenizer)
         texts = right[row["prompt"]]
@@ -271,6 +272,7 @@ TSV = {"editor": "rules:rules"}
     ([GOOD], {"model": None}, "needs --model"), ([GOOD], {"editor": "oracle"}, "oracle: .*human"),
     ([PAIR], {"editor": "nearest"}, "fits is .'human'"), (None, {"editor": "human"}, "oracle"),
     ([GOOD], {"editor": "magic"}, "magic"), ([GOOD], {"sft_steps": 1}, "no column `solution`"),
+    ([GOOD | {"edited": "\ud800"}], {}, "line 1: "), ([GOOD], {"max_new_tokens": 256}, "_tokens"),
     *(([GOOD], TSV | {"rules": text}, "a tab and") for text in ("a b", "(a\tb", "a\t\\1"))])
 def test_bad_input(stage, fails, data, flags, message):
     fails(message, stage, data, **flags)
@@ -283,5 +285,6 @@ def test_stale_outputs_stop_the_stage_or_are_removed(stage, fails, run):
     fails("^error: .*reward_.*--overwrite\n$", stage, run=str(run))
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     stage(run=str(run), overwrite=True)
+    pytest.raises(SystemExit, stage, run=str(run), max_edit_share=0.0)     # no row is left
     assert {path.name for path in run.iterdir() if "args" not in path.name} == {
-        "policy", "problems.jsonl", "edits.jsonl"}
+        "policy", "problems.jsonl"}                                    # no edits of another policy

@@ -59,22 +59,20 @@ def test_files_of_the_stage(run, monkeypatch):
     for path in (run / "problems.jsonl", run / "reward_examples.jsonl"):
         path.write_text(path.read_text().replace(
             '"prompt": "', '"prompt": "<script>alert(1)</script>&'))
-    four.main(four.Args(run=str(run), examples=4))
+    four.main(four.Args(run=str(run)))
     result, rows = json.loads((run / "eval.json").read_text()), rows_of(run / "responses.jsonl")
     policies, gap = result["policies"], result["differences"]["ppo_token - ppo_sequence"]
     assert set(policies) == {"sft", "ppo_token", "ppo_sequence"}
     assert all({"win_rate_ci95", "n", "episodes"} <= {*row} for row in policies.values())
-    assert set(result["reward_models"]) == {"token", "sequence", "generative"}
     seen = [[row[x] for x in ("win_rate", "win_rate_se", "accuracy")] for row in policies.values()]
     assert seen == [[0.5, 0, 0], [1, 0, 1], [0.5, 0, 0]] and gap["difference"] == 0.5
     assert [row["prompt"] for row in rows] == [
         row["prompt"] for row in rows_of(run / "problems.jsonl") if row["split"] == "test"]
-    assert all({*row} == {"id", "prompt", *policies} for row in rows)
-    assert all(row["sft"] == row["ppo_sequence"] for row in rows)
+    assert all([*row][2:] == [*policies] and row["sft"] == row["ppo_sequence"] for row in rows)
     text = (run / "report.html").read_text(encoding="utf-8")
     assert text.count("<polyline") == 2 and ';outline:1.5px solid"' in text    # curves, heat map
     assert "<ins>" in text and "<del>" in text and "reached a kl of 91, over 20" in text
-    assert "<script" not in text and text.count("&lt;script&gt;alert(1)&lt;/script&gt;&amp;") == 8
+    assert "<script" not in text and text.count("&lt;script&gt;alert(1)&lt;/script&gt;&amp;") == 16
     assert not any(word in text for word in ("http", "url(", "@import", " src=", " href="))
 
 def test_combine_several_runs(tmp_path, capsys):
