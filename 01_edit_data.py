@@ -446,7 +446,6 @@ def read_rules(path):
 def main(args):
     torch.manual_seed(args.seed)
     run, drop = Path(args.run), Counter()
-    # all that can be wrong with flags and data is said before the run folder is touched
     kind, _, path = (args.editor or "").partition(":")
     rules = read_rules(path) if kind == "rules" else {}
     if args.data and not args.model:

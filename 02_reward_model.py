@@ -376,8 +376,11 @@ def save_examples(path, pairs, tokenizer):
 def open_reward_model(kind, path, tokenizer):
     """A2, A6: the policy with one output and a head of zeros: r = 0; B2: the policy itself, where
     embeddings of B2's words are drawn anew: SFT, which never saw them, pushed all to one place."""
-    if kind != "generative":  # regression: a pipeline shows R
-        model = KINDS[kind].from_pretrained(path, num_labels=1, problem_type="regression")
+    if kind != "generative":
+        try:  # regression: a pipeline shows R
+            model = KINDS[kind].from_pretrained(path, num_labels=1, problem_type="regression")
+        except ValueError:
+            fail(f"no {KINDS[kind].__name__} for {path}; --kind generative needs none")
         for weight in {*model.parameters()} - {*model.base_model.parameters()}:
             torch.nn.init.zeros_(weight)
         return model
