@@ -42,7 +42,7 @@ class Args:
     test_prompts: int = arg(1000, "and a fourth as many to validate")
     sft_steps: int = arg(None, "of 128 rows; default 500, --data 0")
     sft_lr: float = arg(3e-3, "AdamW, cosine")
-    hidden_size: int = arg(64, "of the small policy, 16 n")
+    hidden_size: int = arg(64, "of the small policy: 16, 32, ...")
     samples: int = arg(2, "responses a prompt")
     max_new_tokens: int = arg(48, "longest sample")
     micro_batch: int = arg(500, "rows of a forward pass")
@@ -161,7 +161,6 @@ def make_problems(args):
 
 # --- Helpers, the same in several scripts ---
 def fail(message):
-    """End with one clear line and exit status 2."""
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -183,7 +182,7 @@ def save(path, *contents, **options):
         if isinstance(content, list):
             content = "".join(json.dumps(row) + "\n" for row in content)
         if isinstance(content, str):
-            part.write_text(content, "utf-8", "backslashreplace")
+            part.write_text(content, "utf-8")
         else:
             content.save_pretrained(part, **options)
     shutil.rmtree(path, ignore_errors=True)
@@ -200,7 +199,6 @@ def start_stage(args, stage, later):
     save(run / f"{stage}_args.json", [vars(args)])
 
 def batches(rows, size):
-    """Slices of `size` rows; the last may be short."""
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
 def generate(model, tokenizer, prompts, args, temperature=1.0):
@@ -257,7 +255,7 @@ def open_policy(args):
         fail(f"{args.model}: no causal LM to open ({error!r:.150})")
     end, config = tokenizer.eos_token, model.config
     if end is None:
-        fail(f"{args.model}: the tokenizer has no end token, so no response could end")
+        fail(f"{args.model}: the tokenizer has no end token")
     if tokenizer.pad_token in (None, end):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     model.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1)
@@ -449,7 +447,7 @@ def main(args):
     kind, _, path = (args.editor or "").partition(":")
     rules = read_rules(path) if kind == "rules" else {}
     if args.data and not args.model:
-        fail("--data needs --model: the small policy knows only words of the built-in tasks")
+        fail("--data needs --model: the small policy knows only the built-in tasks")
     problems = read_data(args, rules, drop) if args.data else make_problems(args)
     kinds = (["rules"] if rules else ["oracle", "nearest"] if not args.data else
              ["nearest"] if "answer" in problems[0] else ["human"])
@@ -473,7 +471,7 @@ def main(args):
     columns = "id split prompt prompt_ids solution solution_ids answer solutions rules".split()
     save(run / "problems.jsonl", [{name: p[name] for name in columns if p.get(name)} for p in fit])
     used = train[:args.edit_prompts] + [p for p in fit if p["split"] != "train"]
-    drop["problem: not to edit, beyond --edit_prompts"] = len(fit) - len(used)
+    drop["problem: beyond --edit_prompts"] = len(fit) - len(used)
     add_responses(used, model, tokenizer, args)
     rows = (edit_responses(used, kind, rules, args, tokenizer, drop)
             or fail(f"no response has a usable edit: {dict(drop)}"))

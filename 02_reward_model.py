@@ -45,7 +45,7 @@ arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
 @dataclass
 class Args:
     run: str = arg("runs/default", "run folder")
-    seed: int = arg(1, "seed of the order of the rows")
+    seed: int = arg(1, "of the order of the rows")
     overwrite: bool = arg(False, "remove what later stages made")
     kind: Literal[("all", *KINDS)] = arg("all", "model to train")
     pairs: int = arg(7500, "A1: preference pairs for A5 and A6, at most")
@@ -76,7 +76,7 @@ def sequence_reward(model, inputs):
     return model.score(hidden[range(len(last)), last])[:, 0].float()
 
 def response_reward(rewards, response_mask, how):
-    """A3: R(tau) (B,), the mean (or the sum) over the T response tokens of rewards (B, T)."""
+    """A3: R(tau) (B,), the sum (or the mean) over the T response tokens of rewards (B, T)."""
     total = (rewards * response_mask).sum(dim=1)
     return total / response_mask.sum(dim=1) if how == "mean" else total
 
@@ -124,12 +124,12 @@ def grm_prompt(task, problem, response_ids, tokenizer):
         ids += words(INSTRUCTIONS[part], tokenizer)
         if task == "rewrite":
             ids += [token for token in text if token != tokenizer.eos_token_id]
-        for k, step in enumerate(steps_of(text, tokenizer) if task == "locate" else [], 1):
-            ids += words(f"[{k}]", tokenizer) + step
+        else:
+            for k, step in enumerate(steps_of(text, tokenizer), 1):
+                ids += words(f"[{k}]", tokenizer) + step
     return ids + words(INSTRUCTIONS[task], tokenizer)
 
 def fail(message):
-    """End with one clear line and exit status 2."""
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -151,7 +151,7 @@ def save(path, *contents, **options):
         if isinstance(content, list):
             content = "".join(json.dumps(row) + "\n" for row in content)
         if isinstance(content, str):
-            part.write_text(content, "utf-8", "backslashreplace")
+            part.write_text(content, "utf-8")
         else:
             content.save_pretrained(part, **options)
     shutil.rmtree(path, ignore_errors=True)
@@ -168,7 +168,6 @@ def start_stage(args, stage, later):
     save(run / f"{stage}_args.json", [vars(args)])
 
 def batches(rows, size):
-    """Slices of `size` rows; the last may be short."""
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
 def pack(prompts, responses, model):
@@ -279,7 +278,7 @@ def train(kind, model, rows, args):
             mine = part[RANK::WORLD] or part[:1]  # without a row, one that adds 0
             loss = loss_of(kind, model, mine, N, args) * (RANK < len(part))
             if not loss.isfinite():
-                fail(f"reward_{kind}: the loss is {loss.item()}; lower the learning rate")
+                fail(f"reward_{kind}: the loss is {loss.item()}; lower --lr")
             loss.backward()
         optimizer_step(optimizer, args)
         schedule.step()
@@ -424,7 +423,7 @@ def main(args):
         model = shard(open_reward_model(kind, run / "policy", tokenizer), args)
         training, held_out = rows_for(kind, rows, model, tokenizer, args)
         if not training or not held_out:
-            print(f"reward_{kind}: skipped, edits.jsonl has no rows for training, or for testing")
+            print(f"reward_{kind}: skipped, no rows for training, or for testing")
             continue
         train(kind, model, training, args)
         metrics[kind] = evaluate(kind, model, held_out, tokenizer, args) | {

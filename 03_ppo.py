@@ -59,7 +59,7 @@ arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
 @dataclass
 class Args:
     run: str = arg("runs/default", "run folder")
-    seed: int = arg(1, "seed of prompts and samples")
+    seed: int = arg(1, "of prompts and samples")
     overwrite: bool = arg(False, "remove stage 4's outputs")
     method: Literal[("all", "all_baselines", *METHODS)] = arg("all", "to train")
     updates: int = arg(20, "rollouts; off-line: drawn at once")
@@ -113,7 +113,6 @@ def gae(rewards, values, lam, gamma=1.0):
     return advantages, advantages + values
 
 def masked_mean(x, mask):
-    """Mean of x over the tokens of the mask."""
     return (x * mask).sum() / mask.sum()
 
 def masked_whiten(x, mask):
@@ -225,7 +224,6 @@ def wrong_steps(text, ended, problem):
     return wrong + (not ended)
 
 def fail(message):
-    """End with one clear line and exit status 2."""
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -247,7 +245,7 @@ def save(path, *contents, **options):
         if isinstance(content, list):
             content = "".join(json.dumps(row) + "\n" for row in content)
         if isinstance(content, str):
-            part.write_text(content, "utf-8", "backslashreplace")
+            part.write_text(content, "utf-8")
         else:
             content.save_pretrained(part, **options)
     shutil.rmtree(path, ignore_errors=True)
@@ -264,7 +262,6 @@ def start_stage(args, stage, later):
     save(run / f"{stage}_args.json", [vars(args)])
 
 def batches(rows, size):
-    """Slices of `size` rows; the last may be short."""
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
 def pack(prompts, responses, model):
@@ -310,8 +307,9 @@ def grm_prompt(task, problem, response_ids, tokenizer):
         ids += words(INSTRUCTIONS[part], tokenizer)
         if task == "rewrite":
             ids += [token for token in text if token != tokenizer.eos_token_id]
-        for k, step in enumerate(steps_of(text, tokenizer) if task == "locate" else [], 1):
-            ids += words(f"[{k}]", tokenizer) + step
+        else:
+            for k, step in enumerate(steps_of(text, tokenizer), 1):
+                ids += words(f"[{k}]", tokenizer) + step
     return ids + words(INSTRUCTIONS[task], tokenizer)
 
 # --- Over several processes ---
@@ -516,9 +514,8 @@ def rewrite(grm, wrong, tokenizer, args):
                 located.append((row, sum(steps[:k], [])))
     prompts = [row["rewrite"] + kept for row, kept in located]
     for (row, kept), rest in zip(located, sample(grm, prompts, args, 0.0)):
-        row["rewrite_ids"] = kept + rest
-        good = is_right(kept + rest, row, tokenizer)
-        row["fate"] = "rewritten" if good else "the rewrite is wrong"
+        row["rewrite_ids"] = ids = kept + rest
+        row["fate"] = "rewritten" if is_right(ids, row, tokenizer) else "the rewrite is wrong"
 
 def collect(policy, grm, problems, tokenizer, args):
     """B8: one sample a problem, rewarded (B3), rewritten (B4) and aligned (B6) once: `problems`
@@ -640,7 +637,7 @@ def train_policy(method, problems, samples, state, tokenizer, run, args):
         episodes = number * args.rollout_batch if on_policy else len(rows)
         row = {"update": number, "episodes": episodes, **row}
         if not np.isfinite(sum(row.values())):
-            fail(f"{method}: not finite any more, {row}; lower its learning rate, raise --kappa")
+            fail(f"{method}: not finite any more, {row}; lower --lr, raise --kappa")
         seconds = row["seconds"] = time.time() - start
         if val and (number % max(1, updates // 8) == 0 or number == updates):
             row.update(validate(models, val, tokenizer, args))

@@ -102,7 +102,6 @@ def wrong_steps(text, ended, problem):
     return wrong + (not ended)
 
 def fail(message):
-    """End with one clear line and exit status 2."""
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -124,14 +123,13 @@ def save(path, *contents, **options):
         if isinstance(content, list):
             content = "".join(json.dumps(row) + "\n" for row in content)
         if isinstance(content, str):
-            part.write_text(content, "utf-8", "backslashreplace")
+            part.write_text(content, "utf-8")
         else:
             content.save_pretrained(part, **options)
     shutil.rmtree(path, ignore_errors=True)
     part.replace(path)
 
 def batches(rows, size):
-    """Slices of `size` rows; the last may be short."""
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
 def generate(model, tokenizer, prompts, args, temperature=1.0):
