@@ -474,7 +474,7 @@ def main(args):
     drop["problem: beyond --edit_prompts"] = len(fit) - len(used)
     add_responses(used, model, tokenizer, args)
     rows = (edit_responses(used, kind, rules, args, tokenizer, drop)
-            or fail(f"no response has a usable edit: {dict(drop)}"))
+            or fail(f"no response has a usable edit: {dict(+drop)}"))
     save(run / "edits.jsonl", rows)
     report(rows, drop, tokenizer)
 

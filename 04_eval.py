@@ -74,7 +74,7 @@ def measure(wrong, log):
             "kl_to_ref": last.get("val_kl"), "updates": int(last["update"]),
             "episodes": int(last["episodes"]), "seconds": last["seconds"],
             "best_accuracy": max(curve, default=None),
-            "updates_to_95": first_update(log, 0.95 * curve[-1]) if curve else None,
+            "updates_to_95": first_update(log, 0.95 * curve[-1]) if any(curve[-1:]) else None,
             "largest_drop": max(curve) - min(curve[np.argmax(curve):]) if curve else None}
 
 # --- Helpers, the same in several scripts ---
@@ -184,7 +184,7 @@ def checks(models, policies, differences, logs):
             yield f"Win rate, {pair}: {gap} (95 % interval {low} to {high})."
     yield f"Updates to 95 % of the own final accuracy: {each(policies, 'updates_to_95', 'd')}."
     best = policies.get("ppo_sequence", {}).get("best_accuracy")
-    if best is not None and "ppo_token" in logs:
+    if best and "ppo_token" in logs:
         update = first_update(logs["ppo_token"], best)
         yield f"ppo_token reaches {show(best)}, ppo_sequence's best, at update {show(update, 'd')}."
     yield f"Steadiness, largest drop after the best: {each(policies, 'largest_drop')}."

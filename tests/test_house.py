@@ -6,7 +6,7 @@ from conftest import ROOT, STAGES, three
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 SCRIPT_LINES = 1956                        # these only ever go down; the plan: 2,050
-SCRIPT_CHARACTERS = 108348                 # the plan: 95,000
+SCRIPT_CHARACTERS = 108328                 # the plan: 95,000
 README_LINES, TEST_LINES = 220, 1200       # as in the plan
 OPTIONS, FUNCTION_LINES, COLUMNS = 22, 45, 100
 PACKAGES = {"torch", "transformers", "numpy", "tqdm", "huggingface_hub", "tokenizers",
