@@ -396,7 +396,7 @@ def rows_for(kind, rows, model, tokenizer, args):
     if kind == "generative":
         problems = {row["id"]: row for row in read_jsonl(f"{args.run}/problems.jsonl", "id")}
         known = [row for row in rows if "solution_ids" in problems[row["id"]]]
-        for row in known:
+        for row in tqdm(known, desc="prompts", leave=False, disable=RANK > 0):
             row.update(examples_of(row, problems[row["id"]], tokenizer))
         columns = "rejected_ids", "edited_ids", "chosen_token_ids"
         rows = [row for row in known if len(row["locate"][0]) + max(

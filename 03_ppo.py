@@ -376,7 +376,9 @@ def save_state(path, args, models, optimizer, **place):
 def sample(model, prompts, args, temperature):
     """Draw a response to each prompt (ids) from pi(a_t | s_t), with its end token; 0: likeliest."""
     drawn, end, context = [], model.config.eos_token_id, model.config.max_position_embeddings
-    for part, mine in micro_batches(prompts, 8 * args.micro_batch):  # no activations are kept
+    parts = [*micro_batches(prompts, 8 * args.micro_batch)]  # no activations are kept
+    few = RANK > 0 or len(parts) < 9  # a rollout of PPO has a bar around it
+    for part, mine in tqdm(parts, desc="sampling", leave=False, disable=few):
         responses, cache = [[] for _ in mine], None
         running = responses
         ids, mask, position = pack(mine, responses, model)[0].values()

@@ -300,7 +300,7 @@ def cards(rows, lines):
     return text
 
 def page(numbers, said, logs, held_out, rows):
-    """The page; the curves are validation accuracy over the updates of each policy."""
+    """The report; `numbers` and `said` are what the terminal shows."""
     legend = curves = ""
     for name, log in logs.items():
         points = " ".join(f"{400 * row['update'] / log[-1]['update']:.0f},"
