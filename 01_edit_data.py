@@ -172,7 +172,7 @@ def read_jsonl(path, *columns):
             row = json.loads(line)
             rows.append(row | {name: row[name] for name in columns})
     except Exception as error:
-        fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
+        fail(f"{path}, line {len(rows) + 1}: {error!r}; a row is a JSON object with {columns}")
     return rows or fail(f"{path}: has no rows")
 
 def save(path, *contents, **options):

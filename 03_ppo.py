@@ -51,9 +51,10 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 KINDS = {"token": hf.AutoModelForTokenClassification,
          "sequence": hf.AutoModelForSequenceClassification, "generative": hf.AutoModelForCausalLM}
-METHODS = {"ppo_token": ("token", 1e-4), "ppo_sequence": ("sequence", 1e-4),  # kind, learning rate
+METHODS = {"dpo": ("token", 3e-5), "dpo_edit": ("token", 3e-5),  # kind, learning rate
+           "ppo_token": ("token", 1e-4), "ppo_sequence": ("sequence", 1e-4),
            "rlmec": ("generative", 1e-3), "rlmec_imitation": ("generative", 1e-3),
-           "rejection": ("generative", 1e-3), "dpo": ("token", 3e-5), "dpo_edit": ("token", 3e-5)}
+           "rejection": ("generative", 1e-3)}
 arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
 
 @dataclass
@@ -226,17 +227,6 @@ def wrong_steps(text, ended, problem):
 def fail(message):
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
-
-def read_jsonl(path, *columns):
-    """Rows of a JSONL file; a fault is named by file, line and column."""
-    rows = []
-    try:
-        for line in open(path, encoding="utf-8"):
-            row = json.loads(line)
-            rows.append(row | {name: row[name] for name in columns})
-    except Exception as error:
-        fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
-    return rows or fail(f"{path}: has no rows")
 
 def save(path, *contents, **options):
     """Rows as JSONL, a text, or a model and its tokenizer: written aside, then renamed."""
@@ -548,7 +538,7 @@ def collect(policy, grm, problems, tokenizer, args):
 def pairs_of(method, reference, run, args):
     """C1: A5's pairs, y+ the preferred sibling or the edit; log pi_ref is computed once."""
     count = json.load(open(run / "reward_metrics.json"))["token"]["training_rows"]
-    pairs = [row for row in read_jsonl(run / "edits.jsonl", "chosen", "edit_ops")
+    pairs = [row for row in map(json.loads, open(run / "edits.jsonl"))
              if row["split"] == "train" and row["chosen"] is not None and row["edit_ops"]][:count]
     better = "edited_ids" if method == "dpo_edit" else "chosen_token_ids"
     for name, ids in (("better", better), ("worse", "rejected_ids")):
@@ -651,13 +641,14 @@ def train_policy(method, problems, samples, state, tokenizer, run, args):
 
 def main(args):
     run, samples = Path(args.run), []
-    problems = read_jsonl(run / "problems.jsonl", "id", "split", "prompt_ids")
-    tokenizer = hf.AutoTokenizer.from_pretrained(run / "policy")
-    methods = {"all": [*METHODS][:4], "all_baselines": METHODS}.get(args.method, [args.method])
+    methods = {"all": [*METHODS][2:6], "all_baselines": METHODS}.get(args.method, [args.method])
     paths = {method: run / f"reward_{METHODS[method][0]}" for method in methods}
-    there = [method for method, path in paths.items() if path.is_dir()]
+    there = ([method for method, path in paths.items() if path.is_dir()]
+             or fail(f"{run}: no reward model for {args.method}; 02_reward_model.py makes it"))
     print("without a reward model of stage 2:", sorted({*methods} - {*there}) or "none")
-    for method in there or fail(f"{run}: no reward model for {args.method}; 02_reward_model.py"):
+    problems = [*map(json.loads, open(run / "problems.jsonl"))]
+    tokenizer = hf.AutoTokenizer.from_pretrained(run / "policy")
+    for method in there:
         if hf.AutoTokenizer.from_pretrained(paths[method]).get_vocab() != tokenizer.get_vocab():
             fail(f"{paths[method]}: its vocabulary is not that of {run}/policy")
     state = read_state(run / "03_state.pt", args)

@@ -105,17 +105,6 @@ def fail(message):
     tqdm.write(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
-def read_jsonl(path, *columns):
-    """Rows of a JSONL file; a fault is named by file, line and column."""
-    rows = []
-    try:
-        for line in open(path, encoding="utf-8"):
-            row = json.loads(line)
-            rows.append(row | {name: row[name] for name in columns})
-    except Exception as error:
-        fail(f"{path}, line {len(rows) + 1}: no JSON object, or a column is missing ({error!r})")
-    return rows or fail(f"{path}: has no rows")
-
 def save(path, *contents, **options):
     """Rows as JSONL, a text, or a model and its tokenizer: written aside, then renamed."""
     part = Path(f"{path}.part")
@@ -191,7 +180,7 @@ def checks(models, policies, differences, logs):
 
 def compare(run, logs, args):
     """All of eval.json, and rows of responses.jsonl."""
-    problems = read_jsonl(run / "problems.jsonl", "id", "split", "prompt", "prompt_ids")
+    problems = map(json.loads, open(run / "problems.jsonl"))
     problems = [row for row in problems if row["split"] == "test"] or fail(f"{run}: no test prompt")
     problems.sort(key=lambda row: len(row["prompt_ids"]))  # a part's longest limits it
     prompts = [row["prompt_ids"] for row in problems]

@@ -5,8 +5,7 @@ import pytest
 from conftest import ROOT, STAGES, three
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-SCRIPT_LINES = 1958                        # these only ever go down; the plan: 2,050
-SCRIPT_CHARACTERS = 108512                 # the plan: 95,000
+SCRIPT_LINES, SCRIPT_CHARACTERS = 1938, 107566   # only ever go down; the plan: 2,050 and 95,000
 README_LINES, TEST_LINES = 220, 1200       # as in the plan
 OPTIONS, FUNCTION_LINES, COLUMNS = 22, 45, 100
 PACKAGES = {"torch", "transformers", "numpy", "tqdm", "huggingface_hub", "tokenizers",

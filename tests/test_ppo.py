@@ -4,7 +4,7 @@ import math, random
 from collections import Counter
 import pytest, torch
 import torch.nn.functional as F
-from conftest import rows_of, three
+from conftest import rows_of, three, two
 from transformers import LlamaConfig, LlamaForCausalLM
 
 SCALE = {"mean": 1.0, "std": 2.0}
@@ -67,7 +67,7 @@ def test_a_reward_moves_its_token_and_with_lambda_0_no_other():
 def test_first_rollout_and_its_micro_batches(tiny_run, kind, grads, monkeypatch):
     args = three.Args(device="cpu", max_new_tokens=12, temperature=0.5, lam=0.0)
     models = three.open_models(f"ppo_{kind}", tiny_run, args)
-    problems = three.read_jsonl(tiny_run / "problems.jsonl")[:7]
+    problems = rows_of(tiny_run / "problems.jsonl")[:7]
     prompts = three.column(problems, "prompt_ids")
     row, inputs, batch = three.rollout(kind, models, prompts, SCALE, args)
     assert row["kl"] == 0 and row["reward"] == row["score"] and not batch["old_values"].any()
@@ -200,7 +200,7 @@ def collect(tiny_run, tokenizer, monkeypatch):
     """B8 on two problems: `collect` with a `sample` that gives these responses, call after call."""
     args = three.Args(device="cpu", temperature=0.7)
     grm = three.open_model(three.hf.AutoModelForCausalLM, tiny_run / "policy", args)
-    problems, seen = three.read_jsonl(tiny_run / "problems.jsonl")[:2], []
+    problems, seen = rows_of(tiny_run / "problems.jsonl")[:2], []
     def collect_of(*answers):
         monkeypatch.setattr(three, "sample", lambda model, prompts, *_: (
             seen.append(prompts) or answers[len(seen) - 1]))
@@ -236,10 +236,11 @@ def test_a_wrong_sample_is_never_praised(tokenizer, collect, answer, ending, rea
     assert str({reason: 1, "right": 1}) in capsys.readouterr().out
 
 @pytest.mark.parametrize("name, old, new, message", [
-    ("problems.jsonl", '{"id": "qa-6", ', "{", "problems.jsonl, line 7:"),         # no column id
+    ("edits.jsonl", '"split"', '"part"', "edits.jsonl, line 1: KeyError.*'split'.*'chosen'"),
     ("reward_token/tokenizer.json", '"[9]"', '"[ten]"', "its vocabulary is not that of"),
     ("reward_token", "", "", "no reward model for ppo_token; 02_reward_model.py")])
 def test_bad_input_is_named(fails, run, name, old, new, message):
     path = run / name
     path.write_text(path.read_text().replace(old, new)) if old else path.rename(run / "gone")
-    fails(message, three.main, three.Args(run=str(run), method="ppo_token", overwrite=True))
+    stage, kind = (two, "token") if name == "edits.jsonl" else (three, "ppo_token")
+    fails(message, stage.main, stage.Args(str(run), 1, True, kind))

@@ -28,7 +28,7 @@ def reward_models(tokenizer, fsdp):
 def policies(fsdp):
     """A9 on a given rollout of 7 responses, B7 where only rank 0 has tokens with r_t != 0, C1."""
     args = three.Args(micro_batch=2, minibatch=7, fsdp=fsdp, device="cpu", temperature=0.7)
-    edits = three.read_jsonl(run / "edits.jsonl")[:7]
+    edits = rows_of(run / "edits.jsonl")[:7]
     prompts, responses = ([row[name] for row in edits] for name in ("prompt_ids", "rejected_ids"))
     scale, models = {"mean": 0.0, "std": 1.0}, three.open_models("ppo_token", run, args)
     groups = [{"params": [*models[name].parameters()]} for name in ("policy", "value")]
