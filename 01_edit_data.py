@@ -29,7 +29,7 @@ arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
 
 @dataclass
 class Args:
-    run: str = arg("runs/default", "run folder")
+    run: str = "runs/default"
     seed: int = arg(1, "of task, policy and samples")
     overwrite: bool = arg(False, "remove what later stages made")
     task: Literal["math", "qa"] = arg("math", "built-in task")
@@ -79,7 +79,7 @@ STEP = re.compile(r"(?m)[^\s;][^\n;]*?(?:;|\.(?=\s)|$)")  # a line, a sentence, 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
     *marked, tail = re.split(r"(?i)answer is:?|####", text)
-    number = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/]|[.,]\d)"
+    number = r"(?<![\w:/.])(?<!}{)-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/]|[.,]\d|}{)"
     found = re.findall(number, tail) or tail.strip().split("\n")
     return re.sub(r"[$,]|(\.\d*?)0*$", r"\1", found[0 if marked else -1].strip()).rstrip(".")
 
@@ -303,6 +303,8 @@ def read_data(args, rules, drop):
     alone = len({str(row["prompt"]) for row in rows}) < 20  # then each row is a problem
     for k, row in enumerate(rows):
         place = row["place"] = f"{args.data}, line {k + 1}"
+        if isinstance(row["prompt"], str) and isinstance(row.get("rejected"), list):
+            row["prompt"] = row["rejected"][:-1] or [{"role": "user", "content": row["prompt"]}]
         problem = {"id": f"row-{k}", "prompt": row["prompt"], "place": place, "rules": [*rules],
                    "responses": []}
         if "answer" in columns:
@@ -316,7 +318,7 @@ def read_data(args, rules, drop):
         if rejected is not None:
             problem["responses"].append({
                 "rejected": rejected, "wrong": wrong_steps(rejected, True, problem),
-                "chosen": plain(row, "chosen") or edited or None, "edited": edited,
+                "chosen": plain(row, "chosen") or None, "edited": edited,
                 "editor": row.get("editor") if edited else None})
     problems = random.Random(args.seed).sample([*problems.values()], len(problems))
     tenth = max(1, len(problems) // 10)
@@ -392,13 +394,15 @@ def edit_row(problem, response, texts, kind, args, tokenizer):
         return f"gate: the edit changes more than {args.max_edit_share:.0%}"
     if ops and wrong and wrong_steps(edited, ended, problem) >= wrong:
         return "gate: the edit is not better"
+    if ops and chosen is None and kind in ("human", "rules") and "edited" in response:
+        chosen, chosen_ids = edited, edited_ids
     chat = isinstance(problem["prompt"], list)
     message = lambda x: [{"role": "assistant", "content": x}] if chat and x is not None else x
     op, first, _ = ops[0] if ops else ["insert", 0, 0]
     before = tokenizer.decode(ids[:first + 1], skip_special_tokens=True)
     return {**{column: problem[column] for column in ("id", "split", "prompt", "prompt_ids")},
             "chosen": message(chosen), "rejected": message(response["rejected"]),
-            "edited": message(edited), "editor": kind == "human" and response["editor"] or kind,
+            "edited": message(edited), "editor": kind == "human" and response.get("editor") or kind,
             "rejected_ids": ids, "edited_ids": edited_ids, "edit_ops": ops,
             "edit_distance": None if ops is None else len(ops), "chosen_token_ids": chosen_ids,
             "first_error": None if op == "insert" else first,  # what is missing stands nowhere
@@ -414,8 +418,10 @@ def edit_responses(problems, kind, rules, args, tokenizer, drop):
         row = edit_row(*job, editor(kind, *job, rules), kind, args, tokenizer)
         rows.append(row) if isinstance(row, dict) else drop.update([row])
     usable = len(rows) / max(1, len(wrong))
-    return rows + [edit_row(p, r, [r["rejected"]], kind, args, tokenizer) for p, r in jobs
-                   if r["wrong"] == 0 and "solution" in p and rng.random() < usable]
+    right = [edit_row(p, r, [r["rejected"]], kind, args, tokenizer) for p, r in jobs
+             if r["wrong"] == 0 and "solution" in p and rng.random() < usable]
+    drop["response: right"] = len(jobs) - len(wrong) - len(right)
+    return rows + right
 
 # --- The stage ---
 def report(rows, drop, tokenizer):
@@ -449,8 +455,9 @@ def main(args):
     if args.data and not args.model:
         fail("--data needs --model: the small policy knows only the built-in tasks")
     problems = read_data(args, rules, drop) if args.data else make_problems(args)
+    edited = any(r.get("edited") for problem in problems for r in problem["responses"])
     kinds = (["rules"] if rules else ["oracle", "nearest"] if not args.data else
-             ["nearest"] if "answer" in problems[0] else ["human"])
+             ["human"] * edited + ["nearest"] if "answer" in problems[0] else ["human"])
     kind = kind or kinds[0]
     if kind not in kinds:
         fail(f"--editor {kind}: what fits is {kinds}")
@@ -463,7 +470,7 @@ def main(args):
     if args.sft_steps and not any("solution" in problem for problem in fit):
         fail("--sft_steps: the data has no column `solution` to learn from")
     start_stage(
-        args, "01", "reward_* ppo_* rlmec* rejection* dpo* 03_state.pt responses* eval* report*")
+        args, "01", "reward_* ppo_* rlmec* rejection* dpo* 03_state.pt responses.* eval.* report.*")
     (run / "edits.jsonl").unlink(True)  # of another policy
     train = [problem for problem in fit if problem["split"] == "train"]
     fine_tune(model, tokenizer, train, args)

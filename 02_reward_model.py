@@ -44,7 +44,7 @@ arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
 
 @dataclass
 class Args:
-    run: str = arg("runs/default", "run folder")
+    run: str = "runs/default"
     seed: int = arg(1, "of the order of the rows")
     overwrite: bool = arg(False, "remove what later stages made")
     kind: Literal[("all", *KINDS)] = arg("all", "model to train")
@@ -392,7 +392,8 @@ def open_reward_model(kind, path, tokenizer):
     return model
 
 def rows_for(kind, rows, model, tokenizer, args):
-    """(training, held-out): A1's first --pairs pairs; GRM: all with a solution, and examples."""
+    """(training, held-out): A1's first --pairs pairs, the same for A5 and A6 if there are edits;
+    GRM: all with a solution, and examples."""
     if kind == "generative":
         problems = {row["id"]: row for row in read_jsonl(f"{args.run}/problems.jsonl", "id")}
         known = [row for row in rows if "solution_ids" in problems[row["id"]]]
@@ -403,8 +404,8 @@ def rows_for(kind, rows, model, tokenizer, args):
             len(row[name] or []) for name in columns) <= model.config.max_position_embeddings]
         print(f"reward_{kind}: {len(known) - len(rows)} of {len(known)} rows exceed its context")
     else:
-        rows = [row for row in rows if row["chosen"] is not None
-                and (row["edit_ops"] or kind == "sequence")]
+        rows = [row for row in rows if row["chosen"] is not None]
+        rows = [row for row in rows if row["edit_ops"]] or rows * (kind == "sequence")
     training = [row for row in rows if row["split"] == "train"]
     return (training if kind == "generative" else training[:args.pairs],
             [row for row in rows if row["split"] != "train"])
@@ -413,7 +414,8 @@ def main(args):
     run = Path(args.run)
     rows = read_jsonl(run / "edits.jsonl", "id", "split", "chosen", "rejected_ids", "edit_ops")
     if RANK == 0:
-        start_stage(args, "02", "ppo_* rlmec* rejection* dpo* 03_state.pt responses* eval* report*")
+        start_stage(
+            args, "02", "ppo_* rlmec* rejection* dpo* 03_state.pt responses.* eval.* report.*")
     tokenizer = hf.AutoTokenizer.from_pretrained(run / "policy")
     path = run / "reward_metrics.json"
     metrics = json.loads(path.read_text()) if path.exists() else {}

@@ -59,7 +59,7 @@ arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
 
 @dataclass
 class Args:
-    run: str = arg("runs/default", "run folder")
+    run: str = "runs/default"
     seed: int = arg(1, "of prompts and samples")
     overwrite: bool = arg(False, "remove stage 4's outputs")
     method: Literal[("all", "all_baselines", *METHODS)] = arg("all", "to train")
@@ -74,8 +74,8 @@ class Args:
     clip: float = arg(None, "clip range, epsilon; default: A9 0.2, B5 0.3")
     imitation_weight: float = arg(1.0, "B7: weight of L_IR, lambda")
     dpo_beta: float = arg(1.0, "C1: b")
-    temperature: float = arg(1.0, "of samples and of A7, A9, B5")
-    max_new_tokens: int = arg(48, "longest response")
+    temperature: float = arg(1.0, "over 0: of samples, A7, A9, B5")
+    max_new_tokens: int = arg(None, "longest response; default: stage 1's")
     micro_batch: int = arg(32, "rows of a pass; a draw has 8 times as many")
     bf16: bool = arg(False, "autocast; the weights stay float32")
     save_every: int = arg(10, "updates between saved states")
@@ -206,7 +206,7 @@ STEP = re.compile(r"(?m)[^\s;][^\n;]*?(?:;|\.(?=\s)|$)")  # a line, a sentence, 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
     *marked, tail = re.split(r"(?i)answer is:?|####", text)
-    number = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/]|[.,]\d)"
+    number = r"(?<![\w:/.])(?<!}{)-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/]|[.,]\d|}{)"
     found = re.findall(number, tail) or tail.strip().split("\n")
     return re.sub(r"[$,]|(\.\d*?)0*$", r"\1", found[0 if marked else -1].strip()).rstrip(".")
 
@@ -457,7 +457,7 @@ def rollout(kind, models, prompts, scale, args):
     scores = read(scores_of, models["reward"], *rows, kind, scale)
     rewards = kl_rewards(scores, logprobs, ref_logprobs, args.kappa)  # A7
     advantages, returns = gae(rewards, values, args.lam)  # A8
-    total = scores.sum(dim=1)  # statistics: sums over T, means over B
+    total = scores.sum(dim=1)  # score, reward, kl: sums over T, means over B
     row = {"score": total.mean().item(), "score_std": total.std(correction=0).item(),
            "reward": rewards.sum(dim=1).mean().item(),
            "kl": (logprobs - ref_logprobs).sum(dim=1).mean().item(),
@@ -553,8 +553,8 @@ def rows_of(method, problems, samples, reference, tokenizer, run, args):
         return pairs_of(method, reference, run, args)
     if not samples:
         grm = open_model(hf.AutoModelForCausalLM, run / "reward_generative", args)
-        solved, rng = [row for row in problems if "solution_ids" in row], streams(args, 0)
-        drawn = rng.sample(solved, min(len(solved), args.updates * args.rollout_batch))
+        size = min(len(problems), args.updates * args.rollout_batch)
+        drawn = streams(args, 0).sample(problems, size)
         samples += collect(reference, grm, drawn, tokenizer, args)
     return ([row for row in samples if row["fate"] == "right" or method != "rejection"]
             or fail(f"{method}: no sample is right"))
@@ -647,13 +647,15 @@ def main(args):
              or fail(f"{run}: no reward model for {args.method}; 02_reward_model.py makes it"))
     print("without a reward model of stage 2:", sorted({*methods} - {*there}) or "none")
     problems = [*map(json.loads, open(run / "problems.jsonl"))]
+    earlier = json.load(open(run / "01_args.json"))
+    args.max_new_tokens = args.max_new_tokens or earlier["max_new_tokens"]
     tokenizer = hf.AutoTokenizer.from_pretrained(run / "policy")
     for method in there:
         if hf.AutoTokenizer.from_pretrained(paths[method]).get_vocab() != tokenizer.get_vocab():
             fail(f"{paths[method]}: its vocabulary is not that of {run}/policy")
     state = read_state(run / "03_state.pt", args)
     if RANK == 0:
-        start_stage(args, "03", "responses* eval* report*")
+        start_stage(args, "03", "responses.* eval.* report.*")
     for method in there[there.index(state.get("method", there[0])):]:
         policy, log = train_policy(method, problems, samples, state, tokenizer, run, args)
         weights = get_state_dict(policy, [], options=WHOLE)[0] if args.fsdp else None

@@ -26,11 +26,11 @@ arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
 
 @dataclass
 class Args:
-    run: str = arg("runs/default", "run folder")
+    run: str = "runs/default"
     runs: list[str] = arg(None, "only the mean of evaluated runs, of several seeds")
     seed: int = arg(1, "of the responses, the same for every policy")
     temperature: float = arg(1.0, "of sampling")
-    max_new_tokens: int = arg(48, "longest response")
+    max_new_tokens: int = arg(None, "longest response; default: stage 3's")
     verdicts: str = arg(None, "only the win rate of verdicts as AlpacaEval's JSON")
     micro_batch: int = arg(500, "rows of a forward pass")
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -83,7 +83,7 @@ STEP = re.compile(r"(?m)[^\s;][^\n;]*?(?:;|\.(?=\s)|$)")  # a line, a sentence, 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
     *marked, tail = re.split(r"(?i)answer is:?|####", text)
-    number = r"(?<![\w:/.])-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/]|[.,]\d)"
+    number = r"(?<![\w:/.])(?<!}{)-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/]|[.,]\d|}{)"
     found = re.findall(number, tail) or tail.strip().split("\n")
     return re.sub(r"[$,]|(\.\d*?)0*$", r"\1", found[0 if marked else -1].strip()).rstrip(".")
 
@@ -170,7 +170,7 @@ def checks(models, policies, differences, logs):
     for pair, row in differences.items():
         if row["ci95"] and pair in CONTRASTS:
             gap, low, high = (show(x, "+.1%") for x in (row["difference"], *row["ci95"]))
-            yield f"Win rate, {pair}: {gap} (95 % interval {low} to {high})."
+            yield f"Win rate, {pair}: {gap} (95 % interval {low} to {high}, {row['n']} prompts)."
     yield f"Updates to 95 % of the own final accuracy: {each(policies, 'updates_to_95', 'd')}."
     best = policies.get("ppo_sequence", {}).get("best_accuracy")
     if best and "ppo_token" in logs:
@@ -317,6 +317,8 @@ def main(args):
                    for row in csv.DictReader(open(path))]
             for name in COLOURS for path in run.glob(f"{name}.csv")}
     logs = logs or fail(f"{run}: no policy to evaluate; 03_ppo.py makes them")
+    earlier = json.load(open(run / "03_args.json"))
+    args.max_new_tokens = args.max_new_tokens or earlier["max_new_tokens"]
     result, rows = compare(run, logs, args)
     save(run / "04_args.json", [vars(args)])
     save(run / "eval.json", json.dumps(result, indent=1) + "\n")
@@ -325,7 +327,7 @@ def main(args):
     held_out = held_out[::max(1, len(held_out) // 8)][:8]
     numbers = table(result["policies"])
     said = result["checks"] + [f"WARNING: {text}" for text in result["warnings"]]
-    save(run / "report.html", page(numbers, said, logs, held_out, rows[:8]))
+    save(run / "report.html", page(numbers, said, logs, held_out, rows[::len(rows) // 8 or 1][:8]))
     print(numbers, *said, f"{run}/report.html", sep="\n")
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_ops_agree_with_the_errors_that_humans_marked(shared):
     assert total["hits"] > 0.85 * total["called"] and total["hits"] > 0.91 * total["marked"]
 
 @pytest.mark.parametrize("text, answer", [
-    ("12 + 3 = 15", "15"), ("It costs $1,200.00.", "1200"), ("#### 7", "7"), ("x = 3-5", "5"),
+    ("12 + 3 = 15", "15"), ("It costs $1,200.00.", "1200"), ("\\frac{1}{2}",) * 2, ("x = 3-5", "5"),
     ("The answer is -5. Or 6?", "-5"), ("The answer is 3. No, the answer is: 4, not 5", "4"),
     ("The answer is 1/2.", "1/2"), ("The answer is 12:30", "12:30"), ("3.140", "3.14"), ("", ""),
     ("2 men.\nThe answer is Paris.\nYes", "Paris"), ("100%", "100"), ("#### $1,250.5g", "1250.5g")])
@@ -214,8 +214,9 @@ def test_rules_edit_samples_of_prompts_alone(stage):
     ({"chosen": " tea", "rejected": " soap", "answer": "5"}, "human", " tea", None),
     ({"response": " soap", "edited": " salt"}, "human", " salt", " salt"),
     ({"response": " soap", "edited": " salt", "editor": "some LLM"}, "some LLM", " salt", " salt"),
-    ({"solution": " tea", "answer": "tea", "response": " a", "edited": " b", "editor": "some LLM"},
-     "nearest", " b", " tea")])
+    ({"solution": " tea", "answer": "tea", "response": " soap"}, "nearest", None, " tea"),
+    ({"solution": " soap\ntea", "answer": "tea", "response": " soap", "edited": " tea",
+      "editor": "some LLM"}, "some LLM", " tea", " tea")])
 def test_shapes_of_data(stage, tiny_run, tokenizer, chat, columns, editor, chosen, edited):
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}A:</s>{% endfor %}"
     tokenizer.save_pretrained(shutil.copytree(tiny_run / "policy", "model"))
@@ -223,7 +224,8 @@ def test_shapes_of_data(stage, tiny_run, tokenizer, chat, columns, editor, chose
     columns = {name: text if name in ("answer", "editor") else wrap(text)
                for name, text in columns.items()}
     prompt = [{"role": "user", "content": "What"}] if chat else "What"
-    rows, _ = stage([{"prompt": prompt, **columns}] * 3, model="model")
+    said = prompt if "response" in columns else "What"          # messages around a prompt's text
+    rows, _ = stage([{"prompt": said, **columns}] * 3, model="model")
     assert sorted(row["split"] for row in rows) == ["test", "train", "val"]     # split by row
     for row in rows:
         assert [row[name] for name in ("prompt", "chosen", "edited", "editor")] == [
@@ -284,7 +286,8 @@ def test_stale_outputs_stop_the_stage_or_are_removed(stage, fails, run):
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     fails("^error: .*reward_.*--overwrite\n$", stage, run=str(run))
     assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    (run / "report_of_mine").touch()
     stage(run=str(run), overwrite=True)
     pytest.raises(SystemExit, stage, run=str(run), max_edit_share=0.0)     # no row is left
     assert {path.name for path in run.iterdir() if "args" not in path.name} == {
-        "policy", "problems.jsonl"}                                    # no edits of another policy
+        "policy", "problems.jsonl", "report_of_mine"}      # no edits of another policy

@@ -33,8 +33,7 @@ def make_model(name, path):
         bos = (specials[roles[0]], roles[0])                   # special tokens have the first ids
         backend.post_processor = processors.TemplateProcessing(f"{bos[0]} $A", special_tokens=[bos])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, **{
-        f"{role}_token": specials[k] for role, k in zip(("bos", "eos", "pad"), roles)
-        if k is not None})
+        f"{x}_token": specials[k] for x, k in zip(("bos", "eos", "pad"), roles) if k is not None})
     config = AutoConfig.for_model(name, **{
         "vocab_size": len(tokenizer) + more_rows, "hidden_size": 16, "num_hidden_layers": 2,
         "num_attention_heads": 2, "max_position_embeddings": 300, "initializer_range": 0.3,
@@ -95,12 +94,11 @@ def test_all_stages(tmp_path, monkeypatch, name, shape):
         row.update(rewrite_ids=row["solution_ids"], fate="rewritten") for row in wrong])
     model, data, run = make_model(name, tmp_path / "model"), tmp_path / "data", tmp_path / "run"
     data.write_text("".join(json.dumps(row) + "\n" for row in data_rows(shape)))
-    one.main(one.Args(run=str(run), data=str(data), model=model, sft_lr=1e-4,
+    one.main(one.Args(run=str(run), data=str(data), model=model, sft_lr=1e-4, max_new_tokens=6,
                       sft_steps=2 * (shape in ("solved", "wrong"))))
     two.main(two.Args(run=str(run), epochs=1, locate_epochs=1))
-    three.main(three.Args(run=str(run), updates=1, rollout_batch=8, minibatch=4, ppo_epochs=1,
-                          max_new_tokens=6))
-    four.main(four.Args(run=str(run), max_new_tokens=6))
+    three.main(three.Args(run=str(run), updates=1, rollout_batch=8, minibatch=4, ppo_epochs=1))
+    four.main(args := four.Args(run=str(run)))
     trained = ["ppo_token"] * (shape not in ("unedited", "wrong"))
     trained += ["ppo_sequence"] * (shape != "wrong")
     trained += ["rlmec", "rlmec_imitation"] * (shape in ("solved", "wrong"))
@@ -111,7 +109,7 @@ def test_all_stages(tmp_path, monkeypatch, name, shape):
         model = AutoModelForCausalLM.from_pretrained(run / folder)
         assert model.get_input_embeddings().num_embeddings == len(tokenizer)
     rows = [row for row in rows_of(run / "edits.jsonl") if row["rejected"] != row["edited"]]
-    assert len(rows) == 24 and pad not in (None, end)
+    assert len(rows) == 24 and pad not in (None, end) and args.max_new_tokens == 6   # stage 1's
     for row in rows:
         ids, prompt, rejected = row["prompt_ids"], row["prompt"], row["rejected"]
         if shape == "chat":                                    # the template writes bos itself

@@ -118,7 +118,7 @@ def test_likeliest_samples_equal_one_by_one_without_a_cache(policy):
 
 def test_samples_fit_the_context_and_teacher_forcing_agrees(policy):
     prompts = [[5, 6], [4, 9, 3, 7, 8], [3] * 20] * 20
-    args = three.Args(device="cpu", micro_batch=25)
+    args = three.Args(device="cpu", micro_batch=25, max_new_tokens=48)
     responses = three.sample(policy, prompts, args, 1.0)
     assert all(y[-1] == 2 or len(x + y) == 24 for x, y in zip(prompts, responses))  # its own room
     assert any(y[-1] == 2 for y in responses) and not any(2 in y[:-1] for y in responses)
@@ -183,9 +183,8 @@ def test_c1_starts_at_log_2_widens_the_gap_and_lowers_the_worse(tiny_run, method
     args = three.Args(device="cpu", run=str(tiny_run))
     policy = three.open_model(three.hf.AutoModelForCausalLM, tiny_run / "policy", args)
     rows = three.pairs_of(method, policy, tiny_run, args)
-    assert [row["better"] for row in rows] == [
-        row[name] for row in rows_of(tiny_run / "edits.jsonl")
-        if row["split"] == "train" and row["chosen"] is not None]
+    assert [row["better"] for row in rows] == [row[name] for row in rows_of(
+        tiny_run / "edits.jsonl") if row["split"] == "train" and row["chosen"] is not None]
     losses = three.partial(three.offline_loss, method, policy, args, rows := rows[:4])
     start, part = dict(losses(rows)), dict(losses(rows[:1]))
     seen = start["loss"].item(), start["logprob_better"], part["loss"].item()

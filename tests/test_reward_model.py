@@ -93,12 +93,14 @@ def test_exact_is_what_greedy_decoding_writes(new_model):
 
 def test_pairs_limit_the_models_of_a_and_not_the_grm(new_model, tokenizer, tiny_run):
     model, rows = new_model("generative"), rows_of(tiny_run / "edits.jsonl")
+    rows.append({**rows[0], "chosen": "", "edit_ops": None})       # no edit: no pair, for A6 too
     for kind in two.KINDS:
         (training, held_out), (fewer, same) = (two.rows_for(
             kind, rows, model, tokenizer, two.Args(str(tiny_run), pairs=n)) for n in (None, 10))
         assert len(training) > 20 and same == held_out
         assert fewer == training if kind == "generative" else fewer == training[:10]
         assert (kind == "generative") == any(row["chosen"] is None for row in training)
+        assert kind == "generative" or rows[-1] not in training + held_out
 
 def test_examples_keep_the_rewards_of_an_earlier_run(run, tokenizer):
     before = rows_of(path := run / "reward_examples.jsonl")
