@@ -7,7 +7,7 @@ edit), A1 (data), B1 (editing task). Simplified against the papers:
   3. Fewer wrong steps are preferred; paper B, and --data with `answer`, see the answer alone.
   4. Two samples a problem at temperature 1; RLMEC's code draws five at 0.7, without duplicates.
 Reads --data FILE, or nothing. Writes RUN/policy, problems.jsonl and edits.jsonl.
-Command: python 01_edit_data.py (a minute on two CPU cores)
+Command: python 01_edit_data.py
 """
 
 import json, random, re, shutil, sys

@@ -10,7 +10,7 @@ Simplified against the papers:
   2. --zero, ours, pulls rewards of kept tokens to 0: A5 alone leaves a heat map speckled.
   3. A batch of the GRM has one task; `locate` is the harder one and takes more epochs.
 Reads RUN/policy, problems.jsonl, edits.jsonl. Writes RUN/reward_*: models, metrics, examples.
-Command: python 02_reward_model.py (five to seven minutes on two CPU cores)
+Command: python 02_reward_model.py
 """
 
 import atexit, json, os, random, re, shutil, sys, time

@@ -22,7 +22,7 @@ Simplified against the papers:
   4. B8: one sample a problem (RLMEC's code: five at temperature 0.7) and the GRM's likeliest
      rewrite. What is right, `wrong_steps` says, never the locator.
 Reads RUN/policy, problems.jsonl, edits.jsonl, reward_*. Writes a policy and a CSV for each method.
-Command: python 03_ppo.py (two minutes on two CPU cores)
+Command: python 03_ppo.py
 """
 
 import atexit, json, os, random, re, shutil, sys, time
@@ -647,8 +647,8 @@ def main(args):
              or fail(f"{run}: no reward model for {args.method}; 02_reward_model.py makes it"))
     print("without a reward model of stage 2:", sorted({*methods} - {*there}) or "none")
     problems = [*map(json.loads, open(run / "problems.jsonl"))]
-    earlier = json.load(open(run / "01_args.json"))
-    args.max_new_tokens = args.max_new_tokens or earlier["max_new_tokens"]
+    args.max_new_tokens = (args.max_new_tokens or
+                           json.load(open(run / "01_args.json"))["max_new_tokens"])
     tokenizer = hf.AutoTokenizer.from_pretrained(run / "policy")
     for method in there:
         if hf.AutoTokenizer.from_pretrained(paths[method]).get_vocab() != tokenizer.get_vocab():

@@ -5,7 +5,7 @@ fine-grained against ordinary PPO; of paper B (arXiv 2401.06081): right response
 steadiness of RLMEC beside imitation alone. Simplified: the oracle of the built-in tasks, or the
 final answer, judges against the SFT policy where A simulates people; --verdicts reads any judge's.
 Reads what stages 1 to 3 wrote. Writes RUN/responses.jsonl, eval.json and report.html.
-Command: python 04_eval.py (ten seconds on two CPU cores)
+Command: python 04_eval.py
 """
 
 import csv, json, re, shutil, sys
@@ -317,8 +317,8 @@ def main(args):
                    for row in csv.DictReader(open(path))]
             for name in COLOURS for path in run.glob(f"{name}.csv")}
     logs = logs or fail(f"{run}: no policy to evaluate; 03_ppo.py makes them")
-    earlier = json.load(open(run / "03_args.json"))
-    args.max_new_tokens = args.max_new_tokens or earlier["max_new_tokens"]
+    args.max_new_tokens = (args.max_new_tokens or
+                           json.load(open(run / "03_args.json"))["max_new_tokens"])
     result, rows = compare(run, logs, args)
     save(run / "04_args.json", [vars(args)])
     save(run / "eval.json", json.dumps(result, indent=1) + "\n")
