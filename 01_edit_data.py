@@ -79,7 +79,7 @@ STEP = re.compile(r"(?m)[^\s;][^\n;]*?(?:;|\.(?=\s)|$)")  # a line, a sentence, 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
     *marked, tail = re.split(r"(?i)answer is:?|####", text)
-    number = r"(?<![\w:/.])(?<!}{)-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/]|[.,]\d|}{)"
+    number = r"(?<![\w:/.])(?<!}{)-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/]|[.,]\d|}{)"  # no \frac{1}{2}
     found = re.findall(number, tail) or tail.strip().split("\n")
     return re.sub(r"[$,]|(\.\d*?)0*$", r"\1", found[0 if marked else -1].strip()).rstrip(".")
 
@@ -304,6 +304,7 @@ def read_data(args, rules, drop):
     for k, row in enumerate(rows):
         place = row["place"] = f"{args.data}, line {k + 1}"
         if isinstance(row["prompt"], str) and isinstance(row.get("rejected"), list):
+            # a chat whose prompt is a string: it needs the template too
             row["prompt"] = row["rejected"][:-1] or [{"role": "user", "content": row["prompt"]}]
         problem = {"id": f"row-{k}", "prompt": row["prompt"], "place": place, "rules": [*rules],
                    "responses": []}
@@ -395,6 +396,7 @@ def edit_row(problem, response, texts, kind, args, tokenizer):
     if ops and wrong and wrong_steps(edited, ended, problem) >= wrong:
         return "gate: the edit is not better"
     if ops and chosen is None and kind in ("human", "rules") and "edited" in response:
+        # a response of --data has no better sibling: its edit makes the pair
         chosen, chosen_ids = edited, edited_ids
     chat = isinstance(problem["prompt"], list)
     message = lambda x: [{"role": "assistant", "content": x}] if chat and x is not None else x
@@ -468,7 +470,7 @@ def main(args):
            or fail(f"no problem, with --max_new_tokens, fits the context of {context} tokens"))
     drop["problem: longer than the model's context"] = len(problems) - len(fit)
     if args.sft_steps and not any("solution" in problem for problem in fit):
-        fail("--sft_steps: the data has no column `solution` to learn from")
+        fail("--sft_steps: the data has no column `solution`")
     start_stage(
         args, "01", "reward_* ppo_* rlmec* rejection* dpo* 03_state.pt responses.* eval.* report.*")
     (run / "edits.jsonl").unlink(True)  # of another policy

@@ -206,7 +206,7 @@ STEP = re.compile(r"(?m)[^\s;][^\n;]*?(?:;|\.(?=\s)|$)")  # a line, a sentence, 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
     *marked, tail = re.split(r"(?i)answer is:?|####", text)
-    number = r"(?<![\w:/.])(?<!}{)-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/]|[.,]\d|}{)"
+    number = r"(?<![\w:/.])(?<!}{)-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/]|[.,]\d|}{)"  # no \frac{1}{2}
     found = re.findall(number, tail) or tail.strip().split("\n")
     return re.sub(r"[$,]|(\.\d*?)0*$", r"\1", found[0 if marked else -1].strip()).rstrip(".")
 
@@ -644,7 +644,7 @@ def main(args):
     methods = {"all": [*METHODS][2:6], "all_baselines": METHODS}.get(args.method, [args.method])
     paths = {method: run / f"reward_{METHODS[method][0]}" for method in methods}
     there = ([method for method, path in paths.items() if path.is_dir()]
-             or fail(f"{run}: no reward model for {args.method}; 02_reward_model.py makes it"))
+             or fail(f"{run}: no reward model for {args.method}; 02_reward_model.py"))
     print("without a reward model of stage 2:", sorted({*methods} - {*there}) or "none")
     problems = [*map(json.loads, open(run / "problems.jsonl"))]
     args.max_new_tokens = (args.max_new_tokens or

@@ -83,7 +83,7 @@ STEP = re.compile(r"(?m)[^\s;][^\n;]*?(?:;|\.(?=\s)|$)")  # a line, a sentence, 
 def final_answer(text):
     """The first number or line behind the last `answer is` or `####`; else the text's last one."""
     *marked, tail = re.split(r"(?i)answer is:?|####", text)
-    number = r"(?<![\w:/.])(?<!}{)-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/]|[.,]\d|}{)"
+    number = r"(?<![\w:/.])(?<!}{)-?\$?\d[\d,]*(?:\.\d+)?(?![\w:/]|[.,]\d|}{)"  # no \frac{1}{2}
     found = re.findall(number, tail) or tail.strip().split("\n")
     return re.sub(r"[$,]|(\.\d*?)0*$", r"\1", found[0 if marked else -1].strip()).rstrip(".")
 
@@ -316,7 +316,7 @@ def main(args):
     logs = {name: [{k: float(v) for k, v in row.items() if v}
                    for row in csv.DictReader(open(path))]
             for name in COLOURS for path in run.glob(f"{name}.csv")}
-    logs = logs or fail(f"{run}: no policy to evaluate; 03_ppo.py makes them")
+    logs = logs or fail(f"{run}: no policy; 03_ppo.py makes them")
     args.max_new_tokens = (args.max_new_tokens or
                            json.load(open(run / "03_args.json"))["max_new_tokens"])
     result, rows = compare(run, logs, args)
