@@ -341,12 +341,12 @@ def batch_loss(kind, model, rows, N, args):
         return generative_loss(response_logprobs(model, inputs, mask), N)  # B2
 
     if kind == "sequence":
-        score_w, _ = score(kind, model, rows, "chosen_token_ids")
-        score_l, _ = score(kind, model, rows, "rejected_ids")
+        score_w, _ = score_column(kind, model, rows, "chosen_token_ids")
+        score_l, _ = score_column(kind, model, rows, "rejected_ids")
         return sequence_loss(score_w, score_l, N)  # A6
 
-    scores_w, mask_w = score(kind, model, rows, "edited_ids")
-    scores_l, mask_l = score(kind, model, rows, "rejected_ids")
+    scores_w, mask_w = score_column(kind, model, rows, "edited_ids")
+    scores_l, mask_l = score_column(kind, model, rows, "rejected_ids")
     kept = [kept_tokens(row["edit_ops"], len(row["rejected_ids"]), len(row["edited_ids"]))
             for row in rows]  # A4
     return fine_grained_loss(  # A5
@@ -359,7 +359,7 @@ def pack_examples(examples, model):
     return pack(prompts, outputs, model)
 
 
-def score(kind, model, rows, column):
+def score_column(kind, model, rows, column):
     """What a model says of a column of responses, and their mask: token, r_phi (B, T); sequence,
     R (B, 1); generative, p_t (B, T), where the prompt shows `rejected` whatever the column."""
     if kind == "generative":
@@ -415,7 +415,7 @@ def score_all(kind, model, rows, column, args):
     """A list of scores for every row's response."""
     all_scores = []
     for part in batches(rows, args.micro_batch):
-        scores, mask = score(kind, model, part, column)
+        scores, mask = score_column(kind, model, part, column)
         all_scores += [own[m].tolist() for own, m in zip(scores, mask)]
     return all_scores
 
@@ -557,8 +557,21 @@ def fail(message):
     raise SystemExit(2)
 
 
-def json_lines(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
+def read_jsonl(path, *columns):
+    """The rows of a JSONL file; each has these columns. A fault is named by file and line."""
+    rows = []
+    try:
+        for line in open(path, encoding="utf-8"):
+            row = json.loads(line)
+            for name in columns:
+                row[name]  # a missing column is a KeyError
+            rows.append(row)
+    except Exception as error:
+        fail(f"{path}, line {len(rows) + 1}: {error!r}; a row is a JSON object with {columns}")
+
+    if not rows:
+        fail(f"{path}: has no rows")
+    return rows
 
 
 def write_text(path, text):
@@ -629,7 +642,7 @@ def open_generative_model(path, tokenizer):
 
 def grm_rows(rows, model, tokenizer, args):
     """The rows with a known solution, each with its examples, where these fit the context."""
-    problems = {row["id"]: row for row in json_lines(f"{args.run}/problems.jsonl")}
+    problems = {row["id"]: row for row in read_jsonl(f"{args.run}/problems.jsonl", "id")}
     known = [row for row in rows if "solution_ids" in problems[row["id"]]]
     fitting = []
     for row in tqdm(known, desc="prompts", leave=False, disable=RANK > 0):
@@ -647,7 +660,7 @@ def save_examples(path, kind, pairs, scores, tokenizer):
     """Held-out rejected responses with the scores of all models, of this run or an earlier one."""
     earlier = [{}] * len(pairs)
     if path.exists():
-        earlier = json_lines(path)
+        earlier = read_jsonl(path)
 
     examples = []
     for row, old in zip(pairs, earlier):
@@ -664,7 +677,7 @@ def save_examples(path, kind, pairs, scores, tokenizer):
 
 def main(args):
     run = Path(args.run)
-    rows = json_lines(run / "edits.jsonl")
+    rows = read_jsonl(run / "edits.jsonl", "id", "split", "chosen", "rejected_ids", "edit_ops")
     rows = [row | {"line": line} for line, row in enumerate(rows)]
     if RANK == 0:
         later = ["ppo_*", "rlmec*", "rejection*", "dpo*", "03_state.pt"]

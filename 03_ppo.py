@@ -289,7 +289,8 @@ def train_ppo(job, problems, args):
     for update in bar:
         start = time.time()
         rng = seed_update(args, update)
-        prompts = rng.choices(column(problems, "prompt_ids"), k=args.rollout_batch)
+        drawn = rng.choices(problems, k=args.rollout_batch)
+        prompts = [problem["prompt_ids"] for problem in drawn]  # the same for every reward
         inputs, batch, row = rollout(kind, models, prompts, scale, args)  # A7, A8
         lengths = batch["mask"].sum(dim=1).tolist()
         totals = Counter()
@@ -889,7 +890,7 @@ def open_model(auto_class, path, args, **options):
     model, info = auto_class.from_pretrained(path, output_loading_info=True, **options)
     for name in info["missing_keys"]:
         torch.nn.init.zeros_(model.get_parameter(name))
-    return shard(model, args)
+    return shard(model, args) if args.fsdp else model.to(args.device)
 
 
 def open_job(method, validation, state, tokenizer, args):

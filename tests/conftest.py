@@ -1,11 +1,18 @@
 """The four scripts as modules (their names begin with a digit), and a tiny run of all stages."""
 
-import importlib, json, os, re, shutil, sys
+import importlib
+import json
+import os
+import re
+import shutil
+import sys
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"      # of models this small more threads only wait: 20 times
-import pytest, torch
+os.environ["OMP_NUM_THREADS"] = "1"  # of models this small more threads only wait: 20 times
+import pytest
+import torch
 from transformers import AutoTokenizer
+
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"          # real data; absent in a clone of a user
@@ -13,14 +20,17 @@ sys.path.insert(0, str(ROOT))
 STAGES = ("01_edit_data", "02_reward_model", "03_ppo", "04_eval")
 one, two, three, four = map(importlib.import_module, STAGES)
 
+
 def rows_of(path):
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
 
 @pytest.fixture(scope="session")
 def shared():
     if not SHARED.exists():
         pytest.skip("no ../shared")
     return SHARED
+
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory):
@@ -34,21 +44,28 @@ def tiny_run(tmp_path_factory):
     four.main(four.Args(run=run))
     return Path(run)
 
+
 @pytest.fixture
 def run(tiny_run, tmp_path):
     return Path(shutil.copytree(tiny_run, tmp_path / "run"))
+
 
 @pytest.fixture
 def tokenizer(tiny_run):
     return AutoTokenizer.from_pretrained(tiny_run / "policy")
 
+
 @pytest.fixture
 def grads(monkeypatch):
-    """The gradient of every optimiser step, before it is clipped."""
+    """The gradient of every optimiser step, a vector a model, in the place of its clipping."""
     steps = []
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, _: steps.append(
-        torch.cat([p.grad.flatten() for p in parameters])))
+
+    def keep(parameters, max_norm):
+        steps.append(torch.cat([p.grad.flatten() for p in parameters]))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
     return steps
+
 
 @pytest.fixture
 def fails(capsys):
@@ -60,6 +77,7 @@ def fails(capsys):
         assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
         assert re.search(message, error)
     return check
+
 
 @pytest.fixture(autouse=True)
 def seeded():

@@ -1,293 +1,909 @@
-"""Stage 1. E1, with A4 and B6; A1, B1: tasks, the rule of right, editors, gates, data, input."""
+"""Stage 1: E1 (with A4 and B6) by hand and by its properties, what is right, the tasks, the policy
+and its responses, B1, A1 and B2: editors, gates, rows; then data of a user's own and bad input."""
 
-import json, random, re, shutil, timeit
-from collections import Counter, defaultdict
+import json
+import random
+import re
+import shutil
+from collections import Counter
+from functools import cache
 from itertools import cycle, product
 from os.path import commonprefix
 from pathlib import Path
-import pytest
-from conftest import one, rows_of, three, two
 
-@pytest.fixture
-def stage(tiny_run, tmp_path, monkeypatch, capsys):
-    """Run stage 1 on rows of data, or on a task of 13 prompts without SFT; edits.jsonl, printed.
-    The policy may say the given (text, ended)."""
-    monkeypatch.chdir(tmp_path)
-    def call(rows=None, rules="", says=None, **flags):
-        if says:
-            monkeypatch.setattr(one, "generate", lambda model, tokenizer, prompts, args: [
-                one.encode(*said, tokenizer) for said, _ in zip(cycle(says), prompts)])
-        args = {"train_prompts": 8, "test_prompts": 4, "sft_steps": 0, "hidden_size": 16}
-        if rows is not None:
-            args = {"data": "data", "model": str(tiny_run / "policy")}
-            lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-            Path("data").write_text("".join(line + "\n" for line in lines))
-        Path("rules").write_text(rules)
-        args = {"run": "new", "max_edit_share": 1.0, **args, **flags}
-        one.main(one.Args(**args))
-        return rows_of(Path(args["run"]) / "edits.jsonl"), capsys.readouterr().out
-    return call
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import one, rows_of, three, two
+from pytest import approx
+from tokenizers import processors
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+# --- E1, and beside it A4 and B6, by hand ---
+# Of the path from the last cell back to the first, in brackets, every step that costs 1 is an
+# operation: insert g, replace e by i, replace k by s.
+#
+#              s    i    t    t    i    n    g
+#       [0]    1    2    3    4    5    6    7
+#   k    1   [1]    2    3    4    5    6    7
+#   i    2    2   [1]    2    3    4    5    6
+#   t    3    3    2   [1]    2    3    4    5
+#   t    4    4    3    2   [1]    2    3    4
+#   e    5    5    4    3    2   [2]    3    4
+#   n    6    6    5    4    3    3   [2]  [3]
+
+examples = pytest.mark.parametrize("a, b, ops, kept", [
+    pytest.param(
+        "kitten", "sitting", [["replace", 0, 0], ["replace", 4, 4], ["insert", 6, 6]],
+        [(1, 1), (2, 2), (3, 3), (5, 5)], id="kitten to sitting"),
+    pytest.param(
+        "abc", "XYabc", [["insert", 0, 0], ["insert", 0, 1]],
+        [(0, 2), (1, 3), (2, 4)], id="an insertion marks X and Y alone"),
+    pytest.param(
+        "aXbc", "abc", [["delete", 1, 1]],
+        [(0, 0), (2, 1), (3, 2)], id="a deletion marks nothing in b"),
+    pytest.param("ab", "ab", [], [(0, 0), (1, 1)], id="equal"),
+    pytest.param("a", "b", [["replace", 0, 0]], [], id="nothing in common"),
+    pytest.param("ab", "", [["delete", 0, 0], ["delete", 1, 0]], [], id="b is empty"),
+    pytest.param("", "a", [["insert", 0, 0]], [], id="a is empty"),
+])
+
+
+@examples
+def test_e1_the_operations_by_hand(a, b, ops, kept):
+    assert one.edit_ops(a, b) == ops
+
+
+@examples
+def test_a4_the_kept_tokens_by_hand(a, b, ops, kept):
+    assert two.kept_tokens(ops, len(a), len(b)) == kept
+
+
+@examples
+def test_b6_the_weight_of_a_kept_token_is_0_5_and_of_a_new_one_1(a, b, ops, kept):
+    gamma = [1.0] * len(b)
+    for i, j in kept:
+        gamma[j] = 0.5
+    assert three.imitation_weights([*a], [*b]).tolist() == gamma
+
+
+# --- E1: its properties ---
 
 def apply(ops, a, b):
-    """The operations make this out of a; tokens that they bring in come from b."""
+    """What the operations make of a; tokens that they bring in come from b."""
     a = list(a)
-    for op, i, j in reversed(ops):
-        a[i:i + (op != "insert")] = b[j:j + (op != "delete")]
+    for op, i, j in reversed(ops):  # from the end: i is then still right
+        if op == "insert":
+            a.insert(i, b[j])
+        elif op == "delete":
+            del a[i]
+        else:
+            a[i] = b[j]
     return a
 
+
 def plain_distance(a, b):
-    """The textbook table, row by row."""
+    """The textbook table, cell by cell."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
-        last, row = row, [i]
+        last = row
+        row = [i]
         for j, y in enumerate(b, 1):
-            row.append(min(last[j] + 1, row[-1] + 1, last[j - 1] + (x != y)))
+            replace = last[j - 1] if x == y else last[j - 1] + 1
+            row.append(min(last[j] + 1, row[-1] + 1, replace))
     return row[-1]
 
-@pytest.mark.parametrize("a, b, ops, kept", [
-    ("kitten", "sitting", [["replace", 0, 0], ["replace", 4, 4], ["insert", 6, 6]],
-     [(1, 1), (2, 2), (3, 3), (5, 5)]), ("ab", "ab", [], [(0, 0), (1, 1)]),
-    ("abc", "XYabc", [["insert", 0, 0], ["insert", 0, 1]], [(0, 2), (1, 3), (2, 4)]),
-    ("aXb", "ab", [["delete", 1, 1]], [(0, 0), (2, 1)]), ("a", "b", [["replace", 0, 0]], []),
-    ("ab", "", [["delete", 0, 0], ["delete", 1, 0]], []), ("", "a", [["insert", 0, 0]], [])])
-def test_ops_kept_tokens_and_imitation_weights_by_hand(a, b, ops, kept):
-    assert one.edit_ops(a, b) == ops and two.kept_tokens(ops, len(a), len(b)) == kept  # A4
-    weights = [0.5 if j in dict(kept).values() else 1.0 for j in range(len(b))]        # B6
-    assert three.imitation_weights([*a], [*b]).tolist() == weights
 
-def test_ops_are_a_shortest_path():
+@pytest.fixture(scope="module")
+def edits():
+    """The operations between any two of 23 random words, three of them long."""
     rng = random.Random(0)
-    words = [rng.choices("abc", k=rng.randint(0, 10) if k < 20 else 150) for k in range(23)]
-    for a, b in product(words, repeat=2):
-        ops = one.edit_ops(a, b)
-        assert apply(ops, a, b) == b and len(ops) == plain_distance(a, b)
-        assert all(a[i] == b[j] for i, j in two.kept_tokens(ops, len(a), len(b)))
-        start = len(commonprefix([a, b]))
-        assert ops == [] if a == b else ops[0][1:] == [start, start]   # where the two part
+    words = []
+    for k in range(23):
+        length = rng.randint(0, 10) if k < 20 else 150
+        words.append("".join(rng.choices("abc", k=length)))
+    return {(a, b): one.edit_ops(a, b) for a, b in product(words, words)}
 
-def test_ten_times_faster_than_the_plain_programme():
-    rng = random.Random(0)
-    a = rng.choices(range(1000), k=512)
-    b = [rng.randrange(1000) if rng.random() < 0.1 else token for token in a]
-    seconds = [[timeit.timeit(lambda: function(a, b), number=1)        # in turn, under one load
-                for function in (plain_distance, one.edit_ops)] for _ in range(7)]
-    plain, ours = map(min, zip(*seconds))
-    assert plain > 10 * ours
 
-def test_ops_agree_with_the_errors_that_humans_marked(shared):
-    """All 487 edits by words. The minimum edits that agree best have only 0.865 and 0.923."""
-    total = Counter()
-    for row in [row for row in rows_of(shared / "data/qa_feedback.jsonl") if row["edited"]]:
+def test_e1_the_cost_of_the_path_is_the_distance(edits):
+    for (a, b), ops in edits.items():
+        assert len(ops) == plain_distance(a, b)
+
+
+def test_e1_applying_the_operations_gives_b(edits):
+    for (a, b), ops in edits.items():
+        assert apply(ops, a, b) == list(b)
+
+
+def test_a4_kept_tokens_are_equal_pairs_in_increasing_order(edits):
+    for (a, b), ops in edits.items():
+        last = (-1, -1)
+        for i, j in two.kept_tokens(ops, len(a), len(b)):
+            assert a[i] == b[j]
+            assert i > last[0] and j > last[1]
+            last = (i, j)
+
+
+def test_e1_the_distance_is_a_metric(edits):
+    words = {a for a, b in edits}
+    for (a, b), ops in edits.items():
+        assert (ops == []) == (a == b)
+        assert len(ops) == len(edits[b, a])
+        for c in words:
+            assert len(ops) <= len(edits[a, c]) + len(edits[c, b])
+
+
+def test_e1_the_first_operation_stands_where_the_two_begin_to_differ(edits):
+    for (a, b), ops in edits.items():
+        if a != b:
+            start = len(commonprefix([a, b]))
+            assert ops[0][1:] == [start, start]
+
+
+def test_e1_agrees_with_the_errors_that_people_marked(shared):
+    """All 487 edits, by words. The minimum edits that agree best have only 0.865 and 0.923."""
+    both = ours = people = 0
+    for row in rows_of(shared / "data" / "qa_feedback.jsonl"):
+        if not row["edited"]:
+            continue
         words = list(re.finditer(r"\S+", row["response"]))
         ops = one.edit_ops([word[0] for word in words], row["edited"].split())
-        ours = {i for op, i, j in ops if op != "insert"}
-        human = {k for k, word in enumerate(words) if any(
-            word.start() < s["end"] and word.end() > s["start"] for s in row["error_spans"])}
-        total.update(hits=len(ours & human), called=len(ours), marked=len(human))
-    assert total["hits"] > 0.85 * total["called"] and total["hits"] > 0.91 * total["marked"]
+        changed = {i for op, i, j in ops if op != "insert"}
+        marked = set()
+        for span in row["error_spans"]:
+            marked |= {k for k, word in enumerate(words)
+                       if word.start() < span["end"] and word.end() > span["start"]}
+        both += len(changed & marked)
+        ours += len(changed)
+        people += len(marked)
+    assert both > 0.85 * ours
+    assert both > 0.91 * people
+
+
+# --- Right and wrong ---
 
 @pytest.mark.parametrize("text, answer", [
-    ("12 + 3 = 15", "15"), ("It costs $1,200.00.", "1200"), ("\\frac{1}{2}",) * 2, ("x = 3-5", "5"),
-    ("The answer is -5. Or 6?", "-5"), ("The answer is 3. No, the answer is: 4, not 5", "4"),
-    ("The answer is 1/2.", "1/2"), ("The answer is 12:30", "12:30"), ("3.140", "3.14"), ("", ""),
-    ("2 men.\nThe answer is Paris.\nYes", "Paris"), ("100%", "100"), ("#### $1,250.5g", "1250.5g")])
-def test_final_answer(text, answer):
+    pytest.param("12 + 3 = 15", "15", id="the last number"),
+    pytest.param("The answer is -5. Or 6?", "-5", id="the first behind the mark"),
+    pytest.param("The answer is 3. No, the answer is: 4, not 5", "4", id="the last mark"),
+    pytest.param("2 men.\nThe answer is Paris.\nYes", "Paris", id="no number: the line"),
+    pytest.param("It costs $1,200.00.", "1200", id="money"),
+    pytest.param("#### $1,250.5g", "1250.5g", id="a unit"),
+    pytest.param("100%", "100", id="per cent"),
+    pytest.param("3.140", "3.14", id="zeros at the end"),
+    pytest.param("x = 3-5", "5", id="a minus between numbers"),
+    pytest.param("The answer is 1/2.", "1/2", id="a fraction"),
+    pytest.param("\\frac{1}{2}", "\\frac{1}{2}", id="a fraction in LaTeX"),
+    pytest.param("The answer is 12:30", "12:30", id="a time"),
+    pytest.param("", "", id="nothing"),
+])
+def test_the_final_answer(text, answer):
     assert one.final_answer(text) == answer
 
-TAPE = ["3+2=5;-1=4;+4=8;-6=2"]
-MATH = {"solutions": TAPE, "answer": "2"}
+
+TAPE = "3+2=5;-1=4;+4=8;-6=2"
+MATH = {"solutions": [TAPE], "answer": "2"}
 QA = {"solutions": [" A makes tea. B is in Rome.", " A makes tea. So B lives in Rome."]}
-RULES = {"rules": [r"\bsad\b", "(a|b)c"], "answer": "5"}             # rules go before the answer
+RULES = {"rules": [r"\bsad\b", "(a|b)c"], "answer": "5"}
+
+
 @pytest.mark.parametrize("text, problem, wrong", [
-    ("3+2=5;-1=4;+4=8;-6=2", MATH, 0), ("3+2=6;-1=5;+4=9;-6=3", MATH, 4), ("", MATH, 4),
-    ("3+2=5;-1=4;-6=2", MATH, 2), ("3+2=5;-1=4;+4=8;-6=2;-6=2", MATH, 2), (" A makes soap.", QA, 2),
-    (" A makes tea. B is in Rome.", QA, 0), (" A makes tea. So B lives in Rome.", QA, 0),
-    (" A is. So B lives in Rome.", QA, 1), ("sad, sadly sad: ac", RULES, 3), ("glad 6", RULES, 0),
-    ("9 is right. The answer is 5", {"answer": "$5.00"}, 0), ("5 or 6", {"answer": "5"}, 1),
-    ("The answer is 30", {"answer": "12:30"}, 1), ("The answer is 1", {"answer": "1/2"}, 1)])
-def test_wrong_steps_by_hand(text, problem, wrong):
+    pytest.param(TAPE, MATH, 0, id="the solution"),
+    pytest.param("3+2=6;-1=5;+4=9;-6=3", MATH, 4, id="every step differs"),
+    pytest.param("3+2=5;-1=4;-6=2", MATH, 2, id="a step is missing: place by place"),
+    pytest.param(TAPE + ";-6=2", MATH, 2, id="4 has its semicolon now, 5 is additional"),
+    pytest.param("", MATH, 4, id="nothing was said"),
+    pytest.param(" A makes tea. B is in Rome.", QA, 0, id="one right solution"),
+    pytest.param(" A makes tea. So B lives in Rome.", QA, 0, id="another"),
+    pytest.param(" A is. So B lives in Rome.", QA, 1, id="the nearest counts"),
+    pytest.param(" A makes soap.", QA, 2, id="wrong and cut short"),
+    pytest.param("sad, sadly sad: ac", RULES, 3, id="every hit of a rule"),
+    pytest.param("glad 6", RULES, 0, id="rules go before the answer"),
+    pytest.param("9 is right. The answer is 5", {"answer": "$5.00"}, 0, id="the same answer"),
+    pytest.param("5 or 6", {"answer": "5"}, 1, id="another answer"),
+    pytest.param("The answer is 30", {"answer": "12:30"}, 1, id="part of a time"),
+    pytest.param("The answer is 1", {"answer": "1/2"}, 1, id="part of a fraction"),
+])
+def test_errors_are_counted_and_one_more_for_a_missing_end(text, problem, wrong):
     assert one.wrong_steps(text, True, problem) == wrong
-    assert one.wrong_steps(text, False, problem) == wrong + 1          # not ended is never right
-    assert one.wrong_steps(text, True, {"rules": []}) is None          # nobody knows
+    assert one.wrong_steps(text, False, problem) == wrong + 1
 
-def test_right_is_what_the_labels_of_gsm8k_say(shared):
-    rows = rows_of(shared / "data" / "gsm8k_model_solutions.jsonl")
-    right = [one.wrong_steps(row["response"], True, row) == 0 for row in rows]
-    assert len(rows) == 5276 and right == [row["is_correct"] for row in rows]
-    assert not any(one.wrong_steps(row["solution"], True, row) for row in rows)
 
-@pytest.mark.parametrize("task, solutions, kinds", [("math", 1, 1), ("qa", 4, 3)])
-def test_tasks(task, solutions, kinds):
-    right, ops, first = 0, Counter(), set()
-    problems = one.make_problems(one.Args(task=task, train_prompts=260, test_prompts=32))
+def test_without_solution_answer_or_rule_nobody_knows():
+    assert one.wrong_steps("5", True, {"rules": []}) is None
+
+
+@pytest.fixture(scope="module")
+def solutions(shared):
+    """Real solutions by language models, with labels."""
+    return rows_of(shared / "data" / "gsm8k_model_solutions.jsonl")
+
+
+def test_right_is_what_the_labels_of_gsm8k_say(solutions):
+    assert len(solutions) == 5276
+    for row in solutions:
+        assert (one.wrong_steps(row["response"], True, row) == 0) == row["is_correct"]
+
+
+def test_the_solutions_of_gsm8k_are_right(solutions):
+    assert not any(one.wrong_steps(row["solution"], True, row) for row in solutions)
+
+
+# --- The tasks ---
+
+tasks = pytest.mark.parametrize("task", ["math", "qa"])
+
+
+@cache
+def problems_of(task):
+    """260 problems for training, 32 for the test, 8 for validation."""
+    return one.make_problems(one.Args(task=task, train_prompts=260, test_prompts=32))
+
+
+@tasks
+def test_no_prompt_comes_twice(task):
+    assert len({problem["prompt"] for problem in problems_of(task)}) == 260 + 32 + 32 / 4
+
+
+@pytest.mark.parametrize("task, count", [("math", 1), ("qa", 4)])
+def test_all_right_solutions_are_known(task, count):
+    for problem in problems_of(task):
+        wrong = [one.wrong_steps(text, True, problem) for text in problem["solutions"]]
+        assert wrong == [0] * count
+
+
+@tasks
+def test_some_demonstrations_are_right_and_some_are_wrong(task):
+    right = [p for p in problems_of(task) if one.wrong_steps(p["demonstration"], True, p) == 0]
+    assert 80 < len(right) < 220
+
+
+@pytest.mark.parametrize("task, kinds", [
+    pytest.param("math", {"replace"}, id="math"),
+    pytest.param("qa", {"replace", "delete", "insert"}, id="qa"),
+])
+def test_the_kinds_of_edits_that_a_task_needs(task, kinds):
+    words = re.compile(r"\w+|\S").findall
+    count = Counter()
+    for problem in problems_of(task):
+        said = words(problem["demonstration"])
+        edits = [one.edit_ops(said, words(text)) for text in problem["solutions"]]
+        count.update(op for op, i, j in min(edits, key=len))
+    assert set(count) == kinds
+    assert min(count.values()) > 20
+
+
+def test_the_answer_of_a_sum_is_its_value():
+    for problem in problems_of("math"):
+        terms = re.findall(r"[+-]?\d", problem["prompt"])
+        assert int(problem["answer"]) == sum(map(int, terms))
+
+
+def test_all_values_of_sums_are_single_digits():
+    for problem in problems_of("math"):
+        assert re.fullmatch(r"\d([+-]\d){4}=", problem["prompt"])
+        assert re.fullmatch(r"\d([+-]\d=\d;?){4}", problem["demonstration"])
+
+
+def test_every_step_of_a_sum_can_be_the_first_wrong_one():
+    first = set()
+    for problem in problems_of("math"):
+        said = problem["demonstration"] + ";"
+        first.add(commonprefix([said, problem["solution"] + ";"]).count(";"))
+    assert first == {0, 1, 2, 3, 4}  # 4: none is wrong
+
+
+def test_about_a_fourth_of_the_steps_of_a_sum_are_wrong_and_the_rest_carries_on():
+    wrong = 0
+    for problem in problems_of("math"):
+        value, *numbers = map(int, re.findall(r"[+-]?\d", problem["demonstration"]))
+        for x, said in zip(numbers[::2], numbers[1::2]):  # what is added, and what it makes
+            if said != value + x:
+                wrong += 1
+            value = said
+    assert 0.2 * 1200 < wrong < 0.28 * 1200  # 300 times 4 steps
+
+
+# --- The policy and its responses ---
+
+@pytest.fixture
+def small():
+    """A small policy, its tokenizer, and four encoded problems."""
+    args = one.Args(task="qa", train_prompts=4, test_prompts=0, hidden_size=16)
+    problems = one.make_problems(args)
+    model, tokenizer = one.small_policy(problems, args)
+    problems = [one.encode_problem(problem, tokenizer, args) for problem in problems]
+    return model, tokenizer, problems
+
+
+def sft(small, **flags):
+    """Fine-tune the small policy; a batch holds all four problems."""
+    model, tokenizer, problems = small
+    one.fine_tune(model, tokenizer, problems, one.Args(device="cpu", **flags))
+
+
+@pytest.fixture
+def norms():
+    """The norm of the gradient at every step of an optimiser."""
+    seen = []
+
+    def note(optimizer, args, kwargs):
+        parameters = optimizer.param_groups[0]["params"]
+        seen.append(torch.cat([p.grad.flatten() for p in parameters]).norm().item())
+
+    handle = register_optimizer_step_pre_hook(note)
+    yield seen
+    handle.remove()
+
+
+def test_sft_is_the_mean_loss_of_the_tokens_of_all_demonstrations(small, grads):
+    model, _, problems = small
+    loss = 0
+    N = 0
     for problem in problems:
-        said, *texts = problem["demonstration"], *problem["solutions"]
-        assert [one.wrong_steps(text, True, problem) for text in texts] == [0] * solutions
-        right += not one.wrong_steps(said, True, problem)
-        words, *others = (re.findall(r"\w+|\S", text) for text in (said, *texts))
-        ops.update(op for op, i, j in min((one.edit_ops(words, w) for w in others), key=len))
-        first.add(commonprefix([said + ";", texts[0] + ";"]).count(";"))
-        assert not re.search(r"\d\d", problem["prompt"] + said)        # digits stay single
-        assert task == "qa" or re.fullmatch(r"\d([+-]\d=\d;?){4}", said)
-    assert 80 < right < 220 and len(ops) == kinds and min(ops.values()) > 20
-    assert task == "qa" or first == {0, 1, 2, 3, 4}                    # every step can go wrong
-    assert len({problem["prompt"] for problem in problems}) == 300
+        x = problem["prompt_ids"]
+        y = problem["demonstration_ids"]
+        logits = model(torch.tensor([x + y])).logits[0, len(x) - 1:-1]  # t-1 scores t
+        loss += F.cross_entropy(logits, torch.tensor(y), reduction="sum")
+        N += len(y)
+    gradient = torch.autograd.grad(loss / N, list(model.parameters()))
 
-# --- A1, B1: rows, editors, gates ---
-def check_row(row, tokenizer):
-    """What contract.md says of every row with an edit."""
-    ops, old, new = row["edit_ops"], row["rejected_ids"], row["edited_ids"]
-    for name, ids in {"rejected": old, "edited": new, "chosen": row["chosen_token_ids"]}.items():
-        text, ended = one.plain(row, name), bool(ids) and ids[-1] == tokenizer.eos_token_id
-        assert ids == (None if text is None else one.encode(text, ended, tokenizer))
-    assert apply(ops, old, new) == new and not {"margin", "chosen_ids"} & set(row)
-    assert row["edit_distance"] == len(ops) == plain_distance(old, new)
-    assert row["first_error"] == (ops[0][1] if ops and ops[0][0] != "insert" else None)
+    sft(small, sft_steps=1, micro_batch=3)
+    assert torch.allclose(grads[0], torch.cat([g.flatten() for g in gradient]), atol=1e-6)
 
-def test_rows_of_the_tiny_run(tiny_run, tokenizer):
-    problems = {p["id"]: p for p in rows_of(tiny_run / "problems.jsonl")}
-    samples = defaultdict(list)
-    assert Counter(p["split"] for p in problems.values()) == {"train": 60, "test": 40, "val": 10}
-    assert len({p["prompt"] for p in problems.values()}) == 110        # the splits are disjoint
-    assert one.encode("3</s>", True, tokenizer) == one.encode("3", True, tokenizer)
-    for row in rows_of(tiny_run / "edits.jsonl"):
-        check_row(row, tokenizer)
-        problem, ended = problems[row["id"]], row["rejected_ids"][-1] == tokenizer.eos_token_id
-        assert all(row[name] == problem[name] for name in ("split", "prompt", "prompt_ids"))
-        assert row["edited"] in problem["solutions"] and row["editor"] == "oracle"
-        samples[row["id"]].append((one.wrong_steps(row["rejected"], ended, problem), row))
-    assert samples.keys() == problems.keys()
-    for (wrong, row), (other_wrong, other) in samples.values():        # every sample has its row
-        better, worse = (row, other) if wrong < other_wrong else (other, row)
-        assert better["chosen"] is None and (wrong == 0) == (row["edit_ops"] == [])
-        names = ["rejected", "rejected_ids"] if wrong != other_wrong else ["chosen", "chosen"]
-        assert [worse["chosen"], worse["chosen_token_ids"]] == [better[name] for name in names]
-    assert any(row["chosen"] for pair in samples.values() for _, row in pair)
 
-@pytest.mark.parametrize("text, texts, name, result", [
-    ("3+2=6;-1=4;+4=8;-6=2", TAPE, "oracle", ("replace", 4, 1)), (*TAPE, TAPE, "m", (None,) * 3),
-    ("3+2=5;-1=4;+4=8;-6=3", TAPE, "m", ("replace", 19, 4)),
-    ("3+2=5;-1=4;-6=2", TAPE, "m", ("insert", None, 3)),               # a gap stands nowhere
-    ("3+2=5;-1=4;+4=8;-6=2-", TAPE, "m", ("delete", 20, 4)), ("3+2", [], "m", "editor: no edit"),
-    ("3+2", ["3+2"], "m", "gate: the edit changes nothing"), ("3", [], "human", "editor: no edit"),
-    ("3+2=5;-1=4;+4=8;-6=3", ["3+2=5;-1=4;+4=8;-6=4"], "m", "gate: the edit is not better")])
-def test_first_error_step_and_gates(text, texts, name, result):
-    tokenizer = one.small_policy(one.make_problems(one.Args(train_prompts=99)), one.Args())[1]
-    problem = {**MATH, "id": "a", "split": "train", "prompt": "3+2-1+4-6=", "prompt_ids": [3]}
-    wrong = one.wrong_steps(text, True, problem)
-    response = {"rejected": text, "wrong": wrong, "rejected_ids": one.encode(text, True, tokenizer)}
-    row = one.edit_row(problem | {"responses": [response]}, response, texts, name, one.Args(),
-                       tokenizer)
-    if isinstance(row, dict):
-        check_row(row, tokenizer)
-        op, *_ = [*row["edit_ops"], [None]][0]
-        row = op, row["first_error"], row["first_wrong_step"]
-    assert row == result
+def test_sft_clips_the_gradient_to_norm_1(small, norms):
+    for p in small[0].parameters():
+        p.data *= 3  # it says wrong tokens firmly: a large gradient
+    sft(small, sft_steps=1)
+    assert norms == [approx(1, abs=1e-4)]
 
-@pytest.mark.parametrize("editor", ["oracle", "nearest"])
-def test_right_samples_are_rows_in_proportion(stage, editor):
-    problems = one.make_problems(one.Args(train_prompts=175, test_prompts=20))
-    texts = [text for k, p in enumerate(problems) for right in p["solutions"]
-             for text in (right, ";;;;" if k % 2 else right[:-1] + str((int(right[-1]) + 1) % 10))]
-    rows, shown = stage(says=[(text, True) for text in texts], editor=editor, train_prompts=175,
-                        test_prompts=20, max_edit_share=0.8)
-    right, edits = ([row for row in rows if bool(row["edit_ops"]) == b] for b in (False, True))
-    assert len(edits) == 100 and "'gate: the edit changes more than 80%': 100" in shown
-    assert 70 < len(right) < 130                     # 200, and half of the edits could be used
-    assert all(row["edited"] == row["rejected"] and row["chosen"] is None for row in right)
-    assert all(row["edit_ops"] == [["replace", 19, 19]] for row in edits)
-    assert all(row["chosen"] == row["edited"] and row["editor"] == editor for row in edits)
 
-def test_rules_edit_samples_of_prompts_alone(stage):
-    says = [(" tea and soap", False), (" soap", True), (" tea", True)]
-    data, rules = [{"prompt": f"Ada {x}"} for x in one.PEOPLE], "\ufeffsoap\tsalt\n\nwine\tcheese\n"
-    rows, _ = stage(data, rules, says, editor="rules:rules", samples=3)
-    assert Counter((row["rejected"], row["edited"], 2 in row["edited_ids"]) for row in rows) == {
-        (" tea and soap", " tea and salt", False): 30, (" soap", " salt", True): 30}   # one ended
-    assert {(row["chosen"], row["editor"]) for row in rows} == {(" tea", "rules")}
-    assert all(p["rules"] == ["soap", "wine"] for p in rows_of("new/problems.jsonl"))
+def test_sft_takes_each_gradient_once(small, grads):
+    sft(small, sft_steps=2, sft_lr=0.0)  # the model stays the same, so does its gradient
+    assert torch.allclose(grads[0], grads[1], atol=1e-6)
 
-@pytest.mark.parametrize("chat", [False, True], ids=["text", "chat"])
+
+def test_b1_sampling_is_at_temperature_1_from_all_tokens(small):
+    model, tokenizer, _ = small
+    model.lm_head.weight.data *= 3  # likely and unlikely tokens
+    logprobs = model(torch.tensor([[5, 6]])).logits[0, -1].log_softmax(dim=0)
+    entropy = -(logprobs.exp() * logprobs).sum().item()
+    args = one.Args(max_new_tokens=1, device="cpu")
+    tokens = one.generate(model, tokenizer, [[5, 6]] * 4000, args)
+    assert logprobs[tokens].mean().item() == approx(-entropy, abs=0.06)
+
+
+@pytest.fixture
+def policy_says(monkeypatch):
+    """What the policy says: (text, ended), one prompt after the other, again and again."""
+    def call(*said):
+        def generate(model, tokenizer, prompts, args, **_):
+            responses = cycle([one.encode(*response, tokenizer) for response in said])
+            return [next(responses) for _ in prompts]
+        monkeypatch.setattr(one, "generate", generate)
+    return call
+
+
+def test_a_response_stands_beside_the_prompt_that_it_answers(small, monkeypatch):
+    _, tokenizer, problems = small
+    for problem, length in zip(problems, (9, 3, 5)):  # sorting by length turns them round
+        problem["prompt_ids"] = problem["prompt_ids"][:length]
+    echo = lambda model, tokenizer, prompts, args, **_: [ids[-2:] for ids in prompts]
+    monkeypatch.setattr(one, "generate", echo)
+    for problem in one.sample_responses(problems, None, tokenizer, one.Args(samples=3)):
+        last = tokenizer.decode(problem["prompt_ids"][-2:])
+        assert [response["rejected"] for response in problem["responses"]] == [last] * 3
+
+
+def test_a_sampled_response_is_judged_and_keeps_its_end_token(small, policy_says):
+    _, tokenizer, problems = small
+    right = problems[0]["solution"]
+    policy_says((right, True), (right, False))
+    [problem] = one.sample_responses(problems[:1], None, tokenizer, one.Args())
+    whole, cut = problem["responses"]
+    assert (whole["ended"], whole["wrong_steps"]) == (True, 0)
+    assert (cut["ended"], cut["wrong_steps"]) == (False, 1)
+    assert whole["rejected_ids"] == [*cut["rejected_ids"], tokenizer.eos_token_id]
+
+
+# --- B1: the editor and the nearest edit; A1: the preferred response ---
+
+def response(text, wrong, **more):
+    """A sampled response with so many errors; its words stand in for ids."""
+    return {
+        "from_data": False, "rejected": text, "rejected_ids": text.split(), "wrong_steps": wrong,
+        "chosen": None, "edited": None, "edit_ops": [], **more,
+    }
+
+
+WRONG = response("bad tea", 2)
+SIBLINGS = {
+    "responses": [WRONG, response("so-so", 1), response("good", 0), response("fine", 0)],
+    "solution": "right",
+    "solutions": ["right", "correct"],
+}
+
+
+@pytest.mark.parametrize("editor, row, texts", [
+    pytest.param("oracle", WRONG, ["right", "correct"], id="the oracle knows every solution"),
+    pytest.param("nearest", WRONG, ["right", "good", "fine"], id="a solution, right siblings"),
+    pytest.param("human", WRONG | {"edited": "better"}, ["better"], id="a person has edited"),
+    pytest.param("human", WRONG, [], id="no person has"),
+    pytest.param("rules", WRONG, ["[good] cake"], id="rules replace what they match, in order"),
+    pytest.param("oracle", response("good", 0), ["good"], id="B2: what is right stays"),
+])
+def test_the_texts_that_an_editor_accepts(editor, row, texts):
+    rules = {"(b)ad": r"\1etter", "better": "[good]", "tea": "cake"}
+    assert one.editor_texts(editor, SIBLINGS | row, rules) == texts
+
+
+SUM = {"id": "a", "split": "train", "prompt": "3+2-1+4-6=", "prompt_ids": [3], **MATH}
+
+
+@pytest.fixture(scope="module")
+def characters():
+    """The tokenizer of sums: a token is a character."""
+    problems = one.make_problems(one.Args(train_prompts=99, test_prompts=0))
+    return one.small_policy(problems, one.Args(hidden_size=16))[1]
+
+
+def test_b1_the_edit_is_the_nearest_of_the_texts(characters):
+    rejected_ids = one.encode("3+2=6", True, characters)
+    edit = one.nearest_edit(rejected_ids, ["9", "2+3=5", "3+2=5", "3+2=4"], True, characters)
+    assert edit == {
+        "edited": "3+2=5",  # one operation, and so has 3+2=4, behind it
+        "edited_ids": one.encode("3+2=5", True, characters),
+        "edit_ops": [["replace", 4, 4]],
+    }
+
+
+def test_a1_the_sibling_with_the_fewest_errors_is_preferred():
+    chosen = one.preferred(SIBLINGS | WRONG, "oracle")
+    assert chosen == {"chosen": "good", "chosen_token_ids": ["good"]}
+
+
+EDITED = {"from_data": True, "edited": "e", "edited_ids": [1], "edit_ops": [["replace", 0, 0]]}
+EDIT_IS_CHOSEN = {"chosen": "e", "chosen_token_ids": [1]}
+SIBLING_IS_CHOSEN = {"chosen": "s", "chosen_token_ids": ["s"]}
+
+
+@pytest.mark.parametrize("editor, wrong, more, columns", [
+    pytest.param("oracle", 2, {}, SIBLING_IS_CHOSEN, id="a sibling with fewer errors"),
+    pytest.param("oracle", 1, {}, {}, id="no sibling is better"),
+    pytest.param("oracle", 0, {}, {}, id="none is better than right"),
+    pytest.param("oracle", None, {}, {}, id="nobody knows"),
+    pytest.param("human", None, EDITED, EDIT_IS_CHOSEN, id="a person's edit of data"),
+    pytest.param("rules", 1, EDITED, EDIT_IS_CHOSEN, id="an edit of data by rules"),
+    pytest.param("nearest", 1, EDITED, {}, id="but none that the solution has made"),
+    pytest.param("rules", 1, EDITED | {"from_data": False}, {}, id="nor that of a sample"),
+    pytest.param("human", None, EDITED | {"edit_ops": []}, {}, id="nor one that changes nothing"),
+    pytest.param("human", None, EDITED | {"chosen": "c"}, {}, id="nor beside what data prefers"),
+])
+def test_a1_what_is_preferred(editor, wrong, more, columns):
+    row = response("r", wrong, **more)
+    row["responses"] = [row, response("s", 1)]
+    assert one.preferred(row, editor) == columns
+
+
+# --- B1: gates ---
+
+def gate(wrong=None, ops=1, rejected=4, edited=4, text="glad", ended=True, **more):
+    """The gate of a row with so many operations and tokens; `sad` is an error."""
+    row = {
+        "rules": ["sad"], "wrong_steps": wrong, "rejected_ids": [0] * rejected,
+        "edited": text, "edited_ids": [0] * edited, "edit_ops": [["replace", 0, 0]] * ops, **more,
+    }
+    return one.gate(row, ended, one.Args(max_edit_share=0.5))
+
+
+CHANGES_NOTHING = "gate: the edit changes nothing"
+CHANGES_MUCH = "gate: the edit changes more than 50%"
+NOT_BETTER = "gate: the edit is not better"
+
+
+@pytest.mark.parametrize("row, reason", [
+    pytest.param({"edit_ops": None, "chosen": None}, "editor: no edit", id="no edit, no pair"),
+    pytest.param({"edit_ops": None, "chosen": "c"}, None, id="no edit, and yet a pair, for A6"),
+    pytest.param({"ops": 0, "wrong": 1}, CHANGES_NOTHING, id="what is wrong stays"),
+    pytest.param({"ops": 0}, CHANGES_NOTHING, id="what nobody judged stays"),
+    pytest.param({"ops": 0, "wrong": 0}, None, id="what is right stays"),
+    pytest.param({"ops": 2}, None, id="half of 4 tokens change"),
+    pytest.param({"ops": 3}, CHANGES_MUCH, id="3 of 4 tokens change"),
+    pytest.param({"ops": 3, "rejected": 6}, None, id="half of the longer, rejected"),
+    pytest.param({"ops": 3, "edited": 6}, None, id="half of the longer, edited"),
+    pytest.param({"wrong": 1}, None, id="better"),
+    pytest.param({"wrong": 2, "text": "sad"}, None, id="better, if not right"),
+    pytest.param({"wrong": 1, "text": "sad"}, NOT_BETTER, id="as wrong as before"),
+    pytest.param({"wrong": 1, "ended": False}, NOT_BETTER, id="without an end it is no better"),
+])
+def test_a_gate_lets_small_edits_pass_that_make_it_better(row, reason):
+    assert gate(**row) == reason
+
+
+# --- The row of an edit ---
+
+@pytest.fixture
+def row_of(characters):
+    """The row of edits.jsonl of a response to a sum, edited into the solution."""
+    def call(text):
+        ids = one.encode(text, True, characters)
+        row = SUM | response(text, 1, rejected_ids=ids, chosen_token_ids=None)
+        row |= one.nearest_edit(ids, [TAPE], True, characters)
+        return one.edit_row(row, "oracle", characters)
+    return call
+
+
+@pytest.mark.parametrize("text, first, first_error, first_wrong_step", [
+    pytest.param("3+2=6;-1=4;+4=8;-6=2", ["replace"], 4, 1, id="in the first step"),
+    pytest.param("3+2=5;-1=4;+4=8;-6=3", ["replace"], 19, 4, id="in the last step"),
+    pytest.param(TAPE + "-", ["delete"], 20, 4, id="behind the last step"),
+    pytest.param("3+2=5;-1=4;-6=2", ["insert"], None, 3, id="a missing step stands nowhere"),
+    pytest.param("", ["insert"], None, 1, id="nothing was said: in the first step"),
+    pytest.param(TAPE, [], None, None, id="what is right has no error"),
+])
+def test_where_the_first_error_stands(row_of, text, first, first_error, first_wrong_step):
+    row = row_of(text)
+    assert [op for op, i, j in row["edit_ops"]][:1] == first
+    assert row["first_error"] == first_error
+    assert row["first_wrong_step"] == first_wrong_step
+
+
+def test_an_edit_is_shown_in_one_text(row_of, characters):
+    row = row_of("3+2=6;-1=4;+8;-6=2;")
+    assert one.marked(row, characters) == "3+2=[-6-]{+5+};-1=4;+{+4+}{+=+}8;-6=2[-;-]</s>"
+
+
+# --- B2: right responses ---
+
+@pytest.fixture(params=["oracle", "nearest"])
+def proportion(request, policy_says, characters):
+    """The rows of 200 sums and why other responses have none. To each there is a right response,
+    and a wrong one, in turn with a wrong last digit and without anything of the solution."""
+    args = one.Args(train_prompts=160, test_prompts=32)
+    problems = []
+    said = []
+    for k, problem in enumerate(one.make_problems(args)):
+        problems.append(one.encode_problem(problem, characters, args))
+        right = problem["solution"]
+        digit = (int(right[-1]) + 1) % 10
+        wrong = f"{right[:-1]}{digit}" if k % 2 else ";;;;"
+        said += [(right, True), (wrong, True)]
+    policy_says(*said)
+    sampled = one.sample_responses(problems, None, characters, args)
+    return one.edit_responses(sampled, request.param, {}, args, characters)
+
+
+def test_b1_a_wrong_response_has_a_row_and_its_right_sibling_is_preferred(proportion):
+    edits = [row for row in proportion[0] if row["edit_ops"]]
+    assert len(edits) == 100
+    for row in edits:
+        assert row["edit_ops"] == [["replace", 19, 19]]
+        assert row["chosen"] == row["edited"]
+
+
+def test_b1_a_response_without_a_row_has_a_reason(proportion):
+    rows, reasons = proportion
+    assert reasons == {
+        "gate: the edit changes more than 80%": 100,
+        "response: right": 400 - 100 - len(rows),
+    }
+
+
+def test_b2_right_responses_are_rows_in_the_proportion_of_usable_edits(proportion):
+    right = [row for row in proportion[0] if not row["edit_ops"]]
+    assert 70 < len(right) < 130  # of 200, since half of the edits are usable
+    for row in right:
+        assert row["edited"] == row["rejected"]
+        assert row["chosen"] is None
+
+
+# --- What stage 1 writes ---
+
+@pytest.fixture(scope="module")
+def stage(tiny_run):
+    """Run stage 1 in a folder, on rows of --data, or on a task of 13 prompts without SFT."""
+    def call(folder, rows=None, **flags):
+        args = {"run": str(folder / "new"), "max_edit_share": 1.0}
+        if rows is None:
+            args |= {"train_prompts": 8, "test_prompts": 4, "sft_steps": 0, "hidden_size": 16}
+        else:
+            lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+            (folder / "data").write_text("\n".join(lines))
+            args |= {"data": str(folder / "data"), "model": str(tiny_run / "policy")}
+        args |= flags
+        one.main(one.Args(**args))
+        return rows_of(Path(args["run"]) / "edits.jsonl")
+    return call
+
+
+def test_every_sample_has_a_row_with_the_columns_of_its_problem(tiny_run):
+    rows = rows_of(tiny_run / "edits.jsonl")
+    for problem in rows_of(tiny_run / "problems.jsonl"):
+        samples = [row for row in rows if row["id"] == problem["id"]]
+        assert len(samples) == 2
+        for row in samples:
+            assert row["editor"] == "oracle"
+            assert row["edited"] in problem["solutions"]
+            assert all(row[name] == problem[name] for name in ("split", "prompt", "prompt_ids"))
+
+
+def test_no_more_than_edit_prompts_problems_for_training_are_edited(stage, tmp_path):
+    rows = stage(tmp_path, edit_prompts=5)
+    assert Counter(row["split"] for row in rows) == {"train": 10, "test": 8, "val": 2}
+
+
+# --- Rules ---
+
+@pytest.fixture
+def rules_file(tmp_path):
+    """A file of rules, as an editor on Windows writes it."""
+    path = tmp_path / "rules"
+    path.write_text("\ufeffsoap\tsalt\n\nwine\tcheese\n", encoding="utf-8")
+    return f"rules:{path}"
+
+
+@pytest.fixture
+def ruled(stage, tmp_path, rules_file, policy_says):
+    """The edits by rules of 30 prompts with three samples each; one is without an error."""
+    policy_says((" tea and soap", False), (" soap", True), (" tea", True))
+    prompts = [{"prompt": f"Ada {name}"} for name in one.PEOPLE]
+    return stage(tmp_path, prompts, editor=rules_file, samples=3)
+
+
+def test_rules_edit_the_samples_that_they_match_and_end_none(ruled, tokenizer):
+    edits = Counter()
+    for row in ruled:
+        ended = row["edited_ids"][-1] == tokenizer.eos_token_id
+        edits[row["rejected"], row["edited"], ended] += 1
+    assert edits == {(" tea and soap", " tea and salt", False): 30, (" soap", " salt", True): 30}
+
+
+def test_a_sample_that_breaks_no_rule_is_preferred(ruled):
+    assert {(row["chosen"], row["editor"]) for row in ruled} == {(" tea", "rules")}
+
+
+def test_later_stages_get_the_rules_that_judge(ruled, tmp_path):
+    for problem in rows_of(tmp_path / "new" / "problems.jsonl"):
+        assert problem["rules"] == ["soap", "wine"]
+
+
+# --- Data of a user's own ---
+
+PAIR = {"chosen": " tea", "rejected": " soap"}
+EDIT = {"response": " soap", "edited": " salt"}
+SOLVED = {"solution": " tea", "answer": "tea", "response": " soap"}
+LLM = {"editor": "some LLM"}
+GOOD = {"prompt": "What", **EDIT}
+USER = [{"role": "user", "content": "What"}]
+
+
+def as_chat(row):
+    """The texts of a row as messages. The prompt of a pair stays: it may stand among messages."""
+    chat = dict(row)
+    for name in set(row) - {"prompt", "answer", "editor"}:
+        if row[name]:
+            chat[name] = [{"role": "assistant", "content": row[name]}]
+    if "response" in row:
+        chat["prompt"] = USER
+    return chat
+
+
+@pytest.fixture
+def chat_model(tiny_run, tmp_path, tokenizer):
+    """The policy with a chat template: behind the messages stands `A:` with an end token."""
+    path = shutil.copytree(tiny_run / "policy", tmp_path / "chat_model")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}A:</s>{% endif %}")
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
 @pytest.mark.parametrize("columns, editor, chosen, edited", [
-    ({"chosen": " tea", "rejected": " soap", "edited": " salt"}, "human", " tea", " salt"),
-    ({"chosen": " tea", "rejected": " soap"}, "human", " tea", None),
-    ({"chosen": " tea", "rejected": " soap", "answer": "5"}, "human", " tea", None),
-    ({"response": " soap", "edited": " salt"}, "human", " salt", " salt"),
-    ({"response": " soap", "edited": " salt", "editor": "some LLM"}, "some LLM", " salt", " salt"),
-    ({"solution": " tea", "answer": "tea", "response": " soap"}, "nearest", None, " tea"),
-    ({"solution": " soap\ntea", "answer": "tea", "response": " soap", "edited": " tea",
-      "editor": "some LLM"}, "some LLM", " tea", " tea")])
-def test_shapes_of_data(stage, tiny_run, tokenizer, chat, columns, editor, chosen, edited):
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}A:</s>{% endfor %}"
-    tokenizer.save_pretrained(shutil.copytree(tiny_run / "policy", "model"))
-    wrap = lambda text: [{"role": "assistant", "content": text}] if chat and text else text
-    columns = {name: text if name in ("answer", "editor") else wrap(text)
-               for name, text in columns.items()}
-    prompt = [{"role": "user", "content": "What"}] if chat else "What"
-    said = prompt if "response" in columns else "What"          # messages around a prompt's text
-    rows, _ = stage([{"prompt": said, **columns}] * 3, model="model")
-    assert sorted(row["split"] for row in rows) == ["test", "train", "val"]     # split by row
-    for row in rows:
-        assert [row[name] for name in ("prompt", "chosen", "edited", "editor")] == [
-            prompt, wrap(chosen), wrap(edited), editor]
-        assert row["prompt_ids"] == tokenizer("WhatA:</s>" if chat else "What").input_ids
-        if edited:
-            check_row(row, tokenizer)
-        assert edited or row["edit_ops"] is row["edited_ids"] is row["edit_distance"] is None
+    pytest.param(PAIR | {"edited": " salt"}, "human", " tea", " salt", id="pairs and edits"),
+    pytest.param(PAIR, "human", " tea", None, id="pairs"),
+    pytest.param(PAIR | {"answer": "5"}, "human", " tea", None, id="pairs with answers"),
+    pytest.param(EDIT, "human", " salt", " salt", id="edits"),
+    pytest.param(EDIT | LLM, "some LLM", " salt", " salt", id="edits with their editor"),
+    pytest.param(SOLVED, "nearest", None, " tea", id="problems"),
+    pytest.param(SOLVED | LLM | {"edited": "tea"}, "some LLM", "tea", "tea", id="edited problems"),
+])
+@pytest.mark.parametrize("is_chat", [False, True], ids=["text", "chat"])
+def test_a_shape_of_data(stage, tmp_path, chat_model, is_chat, columns, editor, chosen, edited):
+    texts = {"chosen": chosen, "edited": edited}
+    row = {"prompt": "What", **columns}
+    if is_chat:
+        row = as_chat(row)
+        texts = as_chat(texts)
+    for found in stage(tmp_path, [row] * 3, model=chat_model):
+        assert found["prompt"] == (USER if is_chat else "What")
+        assert {name: found[name] for name in texts} == texts
+        assert found["editor"] == editor
+        assert edited or found["edit_ops"] is found["edited_ids"] is None
 
-def test_nearest_on_gsm8k(stage, shared):
-    data = [row for row in rows_of(shared / "data/gsm8k_model_solutions.jsonl")
-            if len(row["prompt"] + max(row["solution"], row["response"], key=len)) < 300][:80]
+
+@pytest.mark.parametrize("prompt, text", [
+    pytest.param("What", "What", id="text"),
+    pytest.param(USER, "WhatA:</s>", id="chat"),
+])
+def test_the_template_is_applied_to_a_chat_alone(chat_model, prompt, text):
+    tokenizer = one.hf.AutoTokenizer.from_pretrained(chat_model)
+    assert one.encode_prompt({"prompt": prompt}, tokenizer) == tokenizer(text).input_ids
+
+
+def test_a_prompt_does_not_end_as_every_text_of_a_tokenizer_does(tokenizer):
+    ids = tokenizer("What").input_ids
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        "$A </s>", special_tokens=[("</s>", tokenizer.eos_token_id)])
+    assert tokenizer("What").input_ids == [*ids, tokenizer.eos_token_id]
+    assert one.encode_prompt({"prompt": "What"}, tokenizer) == ids
+
+
+def test_a_response_has_one_end_token(tokenizer):
+    assert one.encode("3</s>", True, tokenizer) == one.encode("3", True, tokenizer)
+
+
+def test_few_prompts_are_split_row_by_row(stage, tmp_path):
+    rows = stage(tmp_path, [GOOD] * 3)
+    assert {row["split"] for row in rows} == {"test", "train", "val"}
+
+
+def test_a_row_whose_solution_is_wrong_is_left_out_and_counted(stage, tmp_path, capsys):
+    row = {"prompt": "What", **SOLVED}
+    assert len(stage(tmp_path, [row, row, row, row | {"answer": "jam"}])) == 3
+    assert "'row: its solution does not end in its answer': 1" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def gsm8k(stage, solutions, shared, tmp_path_factory):
+    """80 short solutions by language models, and their rows."""
+    longest = lambda row: max(row["solution"], row["response"], key=len)
+    data = [row for row in solutions if len(row["prompt"] + longest(row)) < 300][:80]
     model = str(shared / "models" / "stories260K")
-    rows, shown = stage([*data, {**data[0], "answer": "no such"}], model=model)
-    assert "'row: its solution does not end in its answer': 1" in shown
-    right = {row["prompt"]: [row["solution"]] for row in data}
-    for row in data:
-        right[row["prompt"]] += [row["response"]] * row["is_correct"]
-    tokenizer = one.hf.AutoTokenizer.from_pretrained(model)
-    assert "".join(one.token_texts(tokenizer("a 世é").input_ids, tokenizer)).endswith("a 世é")
-    for row in rows:
-        check_row(row, tokenizer)
-        texts = right[row["prompt"]]
-        assert row["prompt_ids"] == tokenizer(row["prompt"]).input_ids     # begins with <s>
-        assert row["edited"] in texts and row["editor"] == "nearest"
-        assert len(row["edit_ops"]) == min(plain_distance(
-            row["rejected_ids"], one.encode(text, True, tokenizer)) for text in texts)
-        assert row["chosen"] in (texts[1:] if row["edit_ops"] and texts[1:] else [None])
-    assert sum(row["edit_ops"] != [] for row in rows) == sum(not row["is_correct"] for row in data)
-    assert 20 <= len(right) == len({(row["prompt"], row["split"]) for row in rows})   # by prompt
+    rows = stage(tmp_path_factory.mktemp("gsm8k"), data, model=model)
+    return data, rows, one.hf.AutoTokenizer.from_pretrained(model)
+
+
+def test_b1_a_wrong_solution_of_gsm8k_is_edited_into_the_nearest_right_text(gsm8k):
+    data, rows, tokenizer = gsm8k
+    edits = [row for row in rows if row["edit_ops"]]
+    assert len(edits) == len([row for row in data if not row["is_correct"]])
+    for edit in edits:
+        same = [row for row in data if row["prompt"] == edit["prompt"]]
+        right = [row["response"] for row in same if row["is_correct"]]
+        distances = {}
+        for text in (same[0]["solution"], *right):
+            ids = one.encode(text, True, tokenizer)
+            distances[text] = plain_distance(edit["rejected_ids"], ids)
+        assert len(edit["edit_ops"]) == distances[edit["edited"]] == min(distances.values())
+        assert edit["chosen"] in (right or [None])
+
+
+def test_many_prompts_are_split_by_prompt(gsm8k):
+    splits = {}
+    for row in gsm8k[1]:
+        assert splits.setdefault(row["prompt"], row["split"]) == row["split"]
+    assert len(splits) >= 20
+
+
+def test_texts_of_tokens_join_to_the_text(gsm8k):
+    tokenizer = gsm8k[2]  # to which the last two characters are several tokens each
+    texts = one.token_texts(tokenizer("a 世é").input_ids, tokenizer)
+    assert "".join(texts).endswith("a 世é")
+
+
+# --- All rows, of a task and of chats ---
+
+@pytest.fixture(params=["task", "chat"])
+def written(request, tiny_run, stage, tmp_path, chat_model):
+    """All rows of a task, or of a chat."""
+    if request.param == "task":
+        return rows_of(tiny_run / "edits.jsonl")
+    row = as_chat({"prompt": "What", "edited": " salt", **PAIR})
+    return stage(tmp_path, [row] * 3, model=chat_model)
+
+
+def test_the_operations_make_edited_of_rejected(written):
+    for row in written:
+        assert apply(row["edit_ops"], row["rejected_ids"], row["edited_ids"]) == row["edited_ids"]
+
+
+@pytest.mark.parametrize("name", ["rejected", "chosen", "edited"])
+def test_the_ids_are_those_of_the_texts(written, tokenizer, name):
+    for row in written:
+        ids = row[one.ID_COLUMNS[name]]
+        if row[name] is None:
+            assert ids is None
+        else:
+            ended = tokenizer.eos_token_id in ids
+            assert ids == one.encode(one.text_of(row, name), ended, tokenizer)
+
+
+def test_no_column_has_a_name_with_a_meaning_for_other_trainers(written):
+    for row in written:
+        assert not {"margin", "chosen_ids"} & set(row)
+
 
 # --- Bad input: exit status 2 and one line ---
-GOOD = {"prompt": "Ada", "response": " soap", "edited": " tea"}
-PAIR, SOLVED = GOOD | {"chosen": " tea", "rejected": " a"}, GOOD | {"solution": " 5", "answer": "6"}
-TSV = {"editor": "rules:rules"}
-@pytest.mark.parametrize("data, flags, message", [
-    ([GOOD, "{oops"], {}, "line 2: "), ([GOOD, [1]], {}, "line 2: "), ([], {}, "no rows"),
-    ([{"edited": "a"}], {}, "line 1: .*'prompt'"), ([], {"data": "none"}, "No such file"),
-    ([GOOD, {"prompt": "a"}], {}, "2: .*'response'"), ([SOLVED], {}, "no row is left.* solution"),
-    ([PAIR, {"prompt": "a", "chosen": "b"}], {}, "line 2: .*'rejected'"),
-    ([SOLVED, {"prompt": "a", "answer": "5"}], {}, "line 2: .*'solution'"),
-    ([GOOD | {"prompt": 5}], {}, "`prompt` is no text"), ([GOOD | {"edited": 5}], {}, "`edited`"),
-    ([GOOD, GOOD | {"prompt": ""}], {}, "2: .*`prompt`"), ([GOOD], {"model": "/none"}, "/none"),
-    ([GOOD, GOOD | {"prompt": [{"role": "user"}]}], {}, "line 2: .*`prompt`"),
-    ([GOOD | {"prompt": [{"role": "user", "content": "a"}]}], {}, "line 1: .*chat template"),
-    ([GOOD], {"model": None}, "needs --model"), ([GOOD], {"editor": "oracle"}, "oracle: .*human"),
-    ([PAIR], {"editor": "nearest"}, "fits is .'human'"), (None, {"editor": "human"}, "oracle"),
-    ([GOOD], {"editor": "magic"}, "magic"), ([GOOD], {"sft_steps": 1}, "no column `solution`"),
-    ([GOOD | {"edited": "\ud800"}], {}, "line 1: "), ([GOOD], {"max_new_tokens": 256}, "_tokens"),
-    *(([GOOD], TSV | {"rules": text}, "a tab and") for text in ("a b", "(a\tb", "a\t\\1"))])
-def test_bad_input(stage, fails, data, flags, message):
-    fails(message, stage, data, **flags)
-    assert not Path("new").exists()
 
-def test_stale_outputs_stop_the_stage_or_are_removed(stage, fails, run):
-    for other in (two, three):
-        fails("--overwrite\n$", other.main, other.Args(run=str(run)))
-    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
-    fails("^error: .*reward_.*--overwrite\n$", stage, run=str(run))
-    assert before == {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+GOOD_PAIR = {"prompt": "What", **PAIR}
+NOT_SOLVED = {"prompt": "What", **SOLVED, "answer": "6"}
+
+
+@pytest.mark.parametrize("rows, message", [
+    pytest.param([], "no rows", id="no rows"),
+    pytest.param([GOOD, "{oops"], "line 2: ", id="no JSON"),
+    pytest.param([GOOD, [1]], "line 2: ", id="no object"),
+    pytest.param([{"edited": "a"}], "line 1: .*'prompt'", id="no prompt"),
+    pytest.param([GOOD, {"prompt": "a"}], "line 2: .*'response'", id="no response"),
+    pytest.param([GOOD_PAIR, GOOD], "line 2: .*'chosen'", id="no chosen"),
+    pytest.param([GOOD_PAIR, {"prompt": "a", "chosen": "b"}], "2: .*'rejected'", id="no rejected"),
+    pytest.param([NOT_SOLVED, {"prompt": "a", "answer": "5"}], "2: .*'solution'", id="no solution"),
+    pytest.param([NOT_SOLVED], "no row is left.* solution", id="another answer in the solution"),
+    pytest.param([GOOD | {"prompt": 5}], "`prompt` is no text", id="a number"),
+    pytest.param([GOOD | {"edited": 5}], "`edited`", id="a number as edit"),
+    pytest.param([GOOD, GOOD | {"prompt": ""}], "line 2: .*`prompt`", id="an empty prompt"),
+    pytest.param([GOOD, GOOD | {"prompt": [{"role": "user"}]}], "2: .*`prompt`", id="no content"),
+    pytest.param([GOOD | {"prompt": USER}], "line 1: .*chat template", id="no chat template"),
+    pytest.param([GOOD | {"edited": "\ud800"}], "line 1: ", id="half a character"),
+])
+def test_a_bad_row_is_named_before_anything_is_written(stage, fails, tmp_path, rows, message):
+    fails(message, stage, tmp_path, rows)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("rows, flags, message", [
+    pytest.param([GOOD], {"data": "none"}, "No such file", id="no file"),
+    pytest.param([GOOD], {"model": "/none"}, "/none", id="no such model"),
+    pytest.param([GOOD], {"model": None}, "needs --model", id="no model"),
+    pytest.param([GOOD], {"sft_steps": 1}, "no column `solution`", id="nothing to learn from"),
+    pytest.param([GOOD], {"max_new_tokens": 256}, "_tokens", id="no room for responses"),
+    pytest.param([GOOD], {"editor": "magic"}, "magic", id="an unknown editor"),
+    pytest.param([GOOD], {"editor": "oracle"}, "oracle: .*human", id="no oracle of data"),
+    pytest.param([GOOD_PAIR], {"editor": "nearest"}, "fits is .'human'", id="no solution is near"),
+    pytest.param(None, {"editor": "human"}, "oracle", id="no person edits a task"),
+])
+def test_a_bad_option_is_named_before_anything_is_written(
+        stage, fails, tmp_path, rows, flags, message):
+    fails(message, stage, tmp_path, rows, **flags)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("text, message", [
+    pytest.param("a b", "a tab and", id="no tab"),
+    pytest.param("(a\tb", "a tab and", id="no regular expression"),
+    pytest.param("a\t\\1", "a tab and", id="no such group"),
+    pytest.param("\n", "has no rules", id="no rules"),
+])
+def test_bad_rules(fails, tmp_path, text, message):
+    (tmp_path / "rules").write_text(text)
+    fails(message, one.read_rules, f"rules:{tmp_path / 'rules'}")
+
+
+# --- Stale outputs ---
+
+@pytest.mark.parametrize("script", [two, three], ids=["stage 2", "stage 3"])
+def test_what_later_stages_made_stops_a_stage(script, fails, run):
+    fails("--overwrite\n$", script.main, script.Args(run=str(run)))
+
+
+def test_stage_1_stops_before_it_changes_anything(stage, fails, tmp_path, run):
+    times = lambda: {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    before = times()
+    fails("^error: .*reward_.*--overwrite\n$", stage, tmp_path, run=str(run))
+    assert times() == before
+
+
+def test_overwrite_removes_what_later_stages_made_and_no_more(stage, tmp_path, run):
     (run / "report_of_mine").touch()
-    stage(run=str(run), overwrite=True)
-    pytest.raises(SystemExit, stage, run=str(run), max_edit_share=0.0)     # no row is left
-    assert {path.name for path in run.iterdir() if "args" not in path.name} == {
-        "policy", "problems.jsonl", "report_of_mine"}      # no edits of another policy
+    stage(tmp_path, run=str(run), overwrite=True)
+    left = {path.name for path in run.iterdir() if "args" not in path.name}
+    assert left == {"policy", "problems.jsonl", "edits.jsonl", "report_of_mine"}
+
+
+def test_a_run_without_usable_edits_leaves_no_edits_of_another_policy(stage, tmp_path):
+    stage(tmp_path)
+    with pytest.raises(SystemExit):
+        stage(tmp_path, max_edit_share=0.0)
+    assert not (tmp_path / "new" / "edits.jsonl").exists()

@@ -1,98 +1,342 @@
-"""Stage 4: the statistics by hand, verdicts, several runs, the report."""
+"""Stage 4: wins and statistics by hand, the papers' checks, other judges, the report."""
 
-import json, shutil
+import json
+import shutil
+from html import escape
+
 import numpy as np
 import pytest
 from conftest import four, rows_of
 
-def test_win_rate_as_alpacaeval_counts_it_and_intervals():
-    result = four.win_rate([2, 1, 1.5, 0, None, 3, 0.5, -1, "2", True, float("nan")])  # four count
-    assert result["n"] == 4 and result["win_rate"] == 0.5
-    assert four.win_rate([None, 7])["win_rate"] is None
+HTML = "<script>alert(1)</script>&"  # in the prompts below: no browser may run it
+
+
+# --- What is measured: each policy against sft, prompt by prompt ---
+
+def test_a_policy_wins_a_prompt_with_fewer_wrong_steps():
+    assert [four.win(count, 2) for count in (1, 2, 3)] == [1.0, 0.5, 0.0]
+    assert four.win(None, None) is None
+
+
+@pytest.fixture
+def problems(run):
+    """The test prompts of the run, to be changed and written back."""
+    return [row for row in rows_of(run / "problems.jsonl") if row["split"] == "test"]
+
+
+def test_a_response_stands_beside_the_prompt_that_it_answers(run, problems):
+    for problem, length in zip(problems, (12, 8, 4)):
+        problem["prompt_ids"] += problem["solution_ids"][:length]
+    args = four.Args(temperature=0, max_new_tokens=6)
+
+    # together: sorted by length, which turns them round, and padded
+    four.write_jsonl(run / "problems.jsonl", problems[:3])
+    *_, rows = four.compare(run, {}, args)
+    for problem, row in zip(problems, reversed(rows)):
+        four.write_jsonl(run / "problems.jsonl", [problem])
+        *_, alone = four.compare(run, {}, args)
+        assert alone == [row]
+
+
+def test_a_response_is_judged_by_its_own_problem_and_by_its_end(run, problems):
+    problems[0]["rules"] = ["zebra"]  # never hit
+    problems[1]["rules"] = [r"\A"]    # hit once in every text
+    four.write_jsonl(run / "problems.jsonl", problems[:2])
+    policies, *_ = four.compare(run, {}, four.Args(temperature=0, max_new_tokens=1))
+    # 0 + 1 and 1 + 1
+    assert policies["sft"]["wrong_steps_per_response"] == 1.5
+
+
+def test_a_response_that_has_ended_may_be_right(run, problems):
+    for problem in problems:
+        problem["rules"] = ["zebra"]
+    four.write_jsonl(run / "problems.jsonl", problems)
+    policies, *_ = four.compare(run, {}, four.Args(max_new_tokens=48))
+    assert policies["sft"]["accuracy"] > 0
+
+
+# --- Statistics ---
+
+def test_the_win_rate_and_its_standard_error_by_hand():
+    # deviations from 2.5 / 4: 0.375, 0.375, -0.125, -0.625; the sum of their squares: 0.6875
+    found = four.win_rate([1, 1, 0.5, 0, None])
+    assert found["win_rate"] == 0.625
+    assert found["win_rate_se"] == pytest.approx((0.6875 / 3) ** 0.5 / 4 ** 0.5)
+    assert found["n"] == 4  # None was no verdict
+
+
+def test_the_interval_of_many_values_is_the_normal_one():
     values = np.random.default_rng(0).choice([0, 0.5, 1], 20_000, p=[0.2, 0.3, 0.5])
-    half = 1.96 * values.std(ddof=1) / len(values) ** 0.5      # the normal one, for large n
-    low, high = four.interval(values)
-    assert (low + half, high - half) == pytest.approx([values.mean()] * 2, abs=0.04 * half)
-    paired = four.difference([2, 1, None, 1.5, 2], [1, 1, 2, 1, None])
-    assert paired["difference"] == pytest.approx(0.5) and paired["n"] == 3
-    assert four.difference(values, values)["ci95"] == [0, 0]           # paired
+    half = 1.96 * values.std() / 20_000 ** 0.5
+    expected = [values.mean() - half, values.mean() + half]
+    assert four.interval(values) == pytest.approx(expected, abs=0.04 * half)
 
-def test_measure_by_hand():
-    log = [{"update": k, "episodes": 10 * k, "seconds": k / 2, "val_kl": 0.3} for k in range(1, 9)]
-    for row, accuracy in zip(log[1::2], (0.5, 0.9, 0.6, 0.8)):
+
+def test_a_difference_counts_the_prompts_where_both_are_known():
+    # 1 - 0, 0 - 0 and 0.5 - 0
+    found = four.difference([1, 0, None, 0.5, 1], [0, 0, 1, 0, None])
+    assert found["difference"] == 0.5
+    assert found["n"] == 3
+
+
+def test_a_difference_is_paired():
+    # either win rate is uncertain, and yet one is 0.5 above the other on every prompt
+    assert four.difference([1, 0.5, 1, 0.5], [0.5, 0, 0.5, 0])["ci95"] == [0.5, 0.5]
+
+
+@pytest.fixture
+def log():
+    """A training log of twelve updates, with an accuracy after every other one."""
+    rows = []
+    for k in range(1, 13):
+        rows.append({"update": k, "episodes": 10 * k, "seconds": k / 2, "val_kl": k / 10})
+    for row, accuracy in zip(rows[1::2], (0.5, 0.75, 0.77, 0.9, 0.6, 0.8)):
         row["accuracy"] = accuracy
-    assert four.measure([0, 2, 0, 1], log) == pytest.approx({"accuracy": 0.5, "episodes": 80,
-        "wrong_steps_per_response": 0.75, "kl_to_ref": 0.3, "updates": 8, "seconds": 4.0,
-        "best_accuracy": 0.9, "largest_drop": 0.3, "updates_to_95": 4})    # 0.9 >= 0.95 x 0.8
-    assert [four.first_update(log, level) for level in (0.5, 0.51, 0.95)] == [2, 4, None]
+    return rows
+
+
+def test_the_numbers_of_one_policy_by_hand(log):
+    assert four.measure([0, 2, 0, 0], log) == pytest.approx({
+        "accuracy": 3 / 4, "wrong_steps_per_response": 2 / 4,
+        "updates": 12, "episodes": 120, "seconds": 6.0, "kl_to_ref": 1.2,  # the last row
+        "best_accuracy": 0.9,
+        "updates_to_95": 6,         # 0.77 >= 0.95 * 0.8 = 0.76
+        "largest_drop": 0.9 - 0.6,  # 0.5 came before the best
+    })
+
+
+def test_what_nobody_knows_is_no_number(log):
+    assert four.win_rate([None, None])["win_rate"] is None
     assert four.measure([None, 1], log)["accuracy"] is None
+
+
+def test_a_policy_that_ends_with_nothing_right_reaches_nothing(log):
+    log[-1]["accuracy"] = 0.0
+    assert four.measure([], log)["updates_to_95"] is None
+
+
+def test_the_first_update_that_reaches_a_level(log):
+    assert [four.first_update(log, level) for level in (0.5, 0.51, 0.95)] == [2, 4, None]
+
+
+# --- The papers' checks, and signs of failure ---
+
+def test_the_checks_of_the_papers(log):
+    models = {"token": {"pair_accuracy": 0.999, "preference_accuracy": 0.8},
+              "sequence": {"pair_accuracy": None, "preference_accuracy": 0.773}}
     policies = {"ppo_sequence": four.measure([], log) | {"best_accuracy": 0.95}}
-    *_, said, _ = four.checks({}, policies, {}, {"ppo_token": log})
-    assert said.endswith("reaches 95.0 %, ppo_sequence's best, at update –.")   # it never came
+    gap = {"difference": 0.127, "n": 40, "ci95": [-0.02, 0.2]}
+    # only the first two differ in one thing alone
+    gaps = {"ppo_token - ppo_sequence": gap, "ppo_token - rlmec": gap}
+    assert four.checks(models, policies, gaps, {"ppo_token": log}) == [
+        "Reward models, held-out (edited, original) in order: token 99.9 %.",
+        "Reward models, held-out (preferred, original) in order: token 80.0 %, sequence 77.3 %.",
+        "Win rate, ppo_token - ppo_sequence: +12.7 % (95 % interval -2.0 % to +20.0 %, "
+        "40 prompts).",
+        "Updates to 95 % of the own final accuracy: ppo_sequence 6.",
+        "ppo_token reaches 95.0 %, ppo_sequence's best, at update –.",  # it never came
+        "Steadiness, largest drop after the best: ppo_sequence 30.0 %.",
+    ]
 
-@pytest.mark.parametrize("reward, token, row, needle", [
-    ({}, {}, {}, None), ({"pair_accuracy": 0.7}, {}, {"kl": -20.0}, None),
-    ({"pair_accuracy": 0.69}, {}, {}, "reward accuracy under 70 %: reward_token"),
-    ({"pair_accuracy": 0.0}, {}, {}, "reward accuracy"),
-    ({}, {"difference": 0.0}, {}, "win rate not above the baseline"),
-    ({}, {}, {"val_kl": 20.5}, "ppo_token reached a val_kl of 20.5, over 20"),
-    ({}, {"largest_drop": 0.21}, {}, "ppo_token lost 21% accuracy"),
-    ({}, {}, {"kl": -91.0}, "kl of 91,"), ({}, {}, {"approx_kl": 0.11}, "approx_kl of 0.11,"),
-    ({}, {}, {"advantage_rms": float("nan")}, "advantage_rms of nan, over 10")])
-def test_failure_signatures(reward, token, row, needle):
-    good = {"pair_accuracy": 0.9, "preference_accuracy": 0.9}
-    token = {"difference": 0.1, "largest_drop": 0.1, **token}
-    policies = {"ppo_token": token, "ppo_sequence": {"largest_drop": 0.1}}
-    models = {"sequence": good, "token": {**good, **reward}, "generative": good}
-    logs = {"ppo_token": [{"kl": 2.0}, row], "ppo_sequence": [{"kl": 2.0}]}
-    warnings = [*four.failure_signatures(models, policies, {four.CONTRASTS[0]: token}, logs)]
-    assert len(warnings) == (needle is not None) and (not needle or needle in warnings[0])
 
-def test_files_of_the_stage(run, monkeypatch):
-    """Of the SFT policy as ppo_sequence, a KL of 91 in a CSV, and prompts of HTML."""
-    wrong = iter([2] * 40 + [0] * 40 + [2] * 40)               # sft, ppo_token, ppo_sequence
-    monkeypatch.setattr(four, "wrong_steps", lambda *_: next(wrong))
-    shutil.copytree(run / "policy", run / "ppo_sequence", dirs_exist_ok=True)
-    (run / "ppo_token.csv").write_text(
-        "update,episodes,seconds,kl,val_kl,accuracy\n1,32,0.5,91,,\n2,64,1.0,2,0.3,0.5\n")
-    for path in (run / "problems.jsonl", run / "reward_examples.jsonl"):
-        path.write_text(path.read_text().replace(
-            '"prompt": "', '"prompt": "<script>alert(1)</script>&'))
-    four.main(four.Args(run=str(run)))
-    result, rows = json.loads((run / "eval.json").read_text()), rows_of(run / "responses.jsonl")
-    policies, gap = result["policies"], result["differences"]["ppo_token - ppo_sequence"]
-    assert set(policies) == {"sft", "ppo_token", "ppo_sequence"}
-    assert all({"win_rate_ci95", "n", "episodes"} <= {*row} for row in policies.values())
-    seen = [[row[x] for x in ("win_rate", "win_rate_se", "accuracy")] for row in policies.values()]
-    assert seen == [[0.5, 0, 0], [1, 0, 1], [0.5, 0, 0]] and gap["difference"] == 0.5
-    assert [row["prompt"] for row in rows] == [
-        row["prompt"] for row in rows_of(run / "problems.jsonl") if row["split"] == "test"]
-    assert all([*row][2:] == [*policies] and row["sft"] == row["ppo_sequence"] for row in rows)
-    text = (run / "report.html").read_text(encoding="utf-8")
-    assert text.count("<polyline") == 2 and ';outline:1.5px solid"' in text    # curves, heat map
-    assert "<ins>" in text and "<del>" in text and "reached a kl of 91, over 20" in text
-    assert "<script" not in text and text.count("&lt;script&gt;alert(1)&lt;/script&gt;&amp;") == 16
-    assert not any(word in text for word in ("http", "url(", "@import", " src=", " href="))
+def signs_of_failure(changed):
+    """The warnings of a good run in which some numbers of ppo_token or of its reward change."""
+    good = {"pair_accuracy": 0.9, "preference_accuracy": 0.6, "largest_drop": 0.1, "kl": 2.0}
+    token = good | {"difference": 0.1} | changed
+    return four.failure_signatures(
+        {"token": token, "sequence": good},
+        {"ppo_token": token, "ppo_sequence": good},
+        {"ppo_token - ppo_sequence": token},
+        {"ppo_token": [good, token], "ppo_sequence": [good]},
+    )
 
-def test_combine_several_runs(tmp_path, capsys):
+
+@pytest.mark.parametrize("changed", [{}, {"pair_accuracy": 0.7, "kl": -20.0, "largest_drop": 0.2}],
+                         ids=["a good run", "all at the limits"])
+def test_within_the_limits_there_is_no_warning(changed):
+    assert signs_of_failure(changed) == []
+
+
+@pytest.mark.parametrize("changed, warning", [
+    pytest.param({"pair_accuracy": 0.69}, "under 70 %: reward_token, 69.0%", id="69 %"),
+    pytest.param({"pair_accuracy": 0.0}, "under 70 %: reward_token, 0.0%", id="0 is a number"),
+    pytest.param({"pair_accuracy": None}, "reward_token, 60.0%", id="no edit was held out"),
+    pytest.param({"difference": 0.0}, "win rate not above the baseline", id="no gain"),
+    pytest.param({"kl": -91.0}, "ppo_token reached a kl of 91, over 20", id="kl"),
+    pytest.param({"val_kl": 20.5}, "ppo_token reached a val_kl of 20.5, over 20", id="val_kl"),
+    pytest.param({"approx_kl": 0.11}, "a approx_kl of 0.11, over 0.1", id="approx_kl"),
+    pytest.param({"score_std": 10.1}, "a score_std of 10.1, over 10", id="score_std"),
+    pytest.param({"advantage_rms": np.nan}, "a advantage_rms of nan, over 10", id="nan"),
+    pytest.param({"largest_drop": 0.21}, "ppo_token lost 21% accuracy", id="a drop"),
+])
+def test_beyond_a_limit_there_is_one_warning(changed, warning):
+    [found] = signs_of_failure(changed)
+    assert warning in found
+
+
+def test_the_table_has_a_dash_for_what_was_not_measured_and_not_for_0():
+    row = {"win_rate": 0.75, "win_rate_se": None, "accuracy": 0.5, "kl_to_ref": 0.15,
+           "wrong_steps_per_response": 0.0, "updates": 3, "seconds": 8}
+    _, line = four.table({"dpo": row}).splitlines()
+    assert line.split() == "dpo 75.0 % – 50.0 % 0.00 0.15 3 8".split()
+
+
+# --- Several runs, another judge ---
+
+def test_runs_prints_mean_and_deviation_of_the_numbers_that_all_runs_have(tmp_path, capsys):
     runs = [tmp_path / name for name in "abc"]
     for run, win in zip(runs, (0.5, 0.6, 0.9)):
         run.mkdir()
-        (run / "eval.json").write_text(json.dumps({
-            "policies": {"ppo_token": {"win_rate": win, "accuracy": None}},
-            "differences": {"x - y": {"difference": win / 2, "ci95": [0, 1]}}}))
+        row = {"win_rate": win, "accuracy": None, "win_rate_ci95": [0, 1], f"only_{run.name}": 1}
+        (run / "eval.json").write_text(json.dumps({"policies": {"ppo_token": row}}))
     four.main(four.Args(runs=[*map(str, runs)]))
-    rows = [line.split("  ") for line in capsys.readouterr().out.splitlines()]
-    assert [[text.strip() for text in row if text] for row in rows] == [
-        ["differences x - y difference", "0.333 ± 0.104", "0.250 0.300 0.450"],
-        ["policies ppo_token win_rate", "0.667 ± 0.208", "0.500 0.600 0.900"]]   # sd²: 0.0867 / 2
+    # the mean is 2 / 3; squared deviations 0.0278, 0.0044, 0.0544; their sum 0.0867, by 3 - 1
+    expected = "policies ppo_token win_rate 0.667 ± 0.208 0.500 0.600 0.900"
+    assert capsys.readouterr().out.split() == expected.split()
 
-def test_verdicts_of_alpacaeval(tmp_path, capsys, fails):
+
+def test_a_verdict_of_1_to_2_is_a_win_of_0_to_1():
+    wins = [four.win_of_verdict({"preference": x}) for x in (2, 1, 1.5, 0)]
+    assert wins == [1, 0, 0.5, 0.5]  # 0 is AlpacaEval's tie
+
+
+@pytest.mark.parametrize("preference", [None, 3, 0.5, -1, "2", True, float("nan")], ids=repr)
+def test_another_preference_is_no_verdict(preference):
+    assert four.win_of_verdict({"preference": preference}) is None
+
+
+def test_verdicts_prints_what_alpacaeval_does(tmp_path, capsys):
     path = tmp_path / "annotations.json"
-    rows = [{"preference": p, "output_1": "a", "output_2": "b"} for p in (2, 2, 1, 0, None)]
-    path.write_text(json.dumps([*rows, {"preference": 2, "output_1": "c", "output_2": "c"}]))
-    four.main(four.Args(verdicts=str(path)))         # wins 1, 1, 0, 1/2, 1/2; n - 1 = 4
-    assert capsys.readouterr().out.split()[1::2] == ["60.000", "18.708", "5"]
-    for text in ("[]", "{", '[{"output_1": "a", "output_2": "b"}]', '[{"preference": 9}]'):
-        path.write_text(text)
-        fails(str(path), four.main, four.Args(verdicts=str(path)))
+    rows = [{"preference": x, "output_1": "a", "output_2": "b"} for x in (2, 2, 1, 0, None)]
+    # equal outputs: a tie
+    rows.append({"preference": 2, "output_1": "c", "output_2": "c"})
+    path.write_text(json.dumps(rows))
+    four.main(four.Args(verdicts=str(path)))
+    # wins 1, 1, 0, 0.5, 0.5; deviations from 0.6: 0.4, 0.4, -0.6, -0.1, -0.1; squares 0.7;
+    # (0.7 / 4) ** 0.5 / 5 ** 0.5 = 0.18708
+    expected = "win_rate 60.000 standard_error 18.708 n 5"
+    assert capsys.readouterr().out.split() == expected.split()
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '[{"output_1": "a"}]', '[{"preference": 9}]'])
+def test_a_file_without_verdicts_is_named(tmp_path, fails, text):
+    path = tmp_path / "annotations.json"
+    path.write_text(text)
+    fails(str(path), four.main, four.Args(verdicts=str(path)))
+
+
+# --- The report ---
+
+def test_what_each_reward_model_gives_to_the_tokens_of_a_wrong_response():
+    row = {"tokens": ["a", "b", "c"], "token": [0.1, -3.0, 0.0], "sequence": -0.7,
+           "generative": [0.9, 0.45, 0.1]}
+    assert four.rewards_by_token(row, "token") == [0.1, -3.0, 0.0]     # A2
+    assert four.rewards_by_token(row, "sequence") == [0.0, 0.0, -0.7]  # A7
+    # B3: clip(p - 0.5, -0.1, 0) of 0.4, -0.05 and -0.4
+    assert four.rewards_by_token(row, "generative") == pytest.approx([0.0, -0.05, -0.1])
+
+
+def test_in_the_heat_map_punished_is_orange_praised_blue_and_wrong_framed():
+    row = {"tokens": ["<b>", "c"], "wrong": [0], "token": [-2.0, 1.0]}
+    row |= {"sequence": None, "generative": None}  # not trained
+    [(_, html)] = four.heat_map(row)
+    punished, praised, _ = html.split("</span>")
+    assert "rgb(213 94 0/1.00);outline" in punished
+    assert 'rgb(0 114 178/0.50)"' in praised
+    assert punished.endswith(">&lt;b&gt;")
+
+
+def test_before_and_after_shows_what_goes_and_what_comes_word_by_word():
+    row = {"id": "1", "prompt": "", "sft": "2 < 3; so", "dpo": "2 & 3; so"}
+    sft, dpo = four.before_after(row)
+    assert sft == ("sft", "2 &lt; 3; so")
+    assert dpo == ("dpo", "2<del> &lt;</del><ins> &amp;</ins> 3; so")
+
+
+# --- The stage as a whole ---
+
+@pytest.fixture(scope="module")
+def evaluated(tiny_run, tmp_path_factory):
+    """A run after stage 4 whose outcome is known: on all 40 prompts sft has two wrong steps, and so
+    has ppo_sequence, which is the same model; ppo_token has none on 30 and three on 10. Its CSV
+    tells of a kl of 91, and the prompts are HTML."""
+    run = shutil.copytree(tiny_run, tmp_path_factory.mktemp("runs") / "evaluated")
+    shutil.copytree(run / "policy", run / "ppo_sequence", dirs_exist_ok=True)
+    (run / "ppo_token.csv").write_text(
+        "update,episodes,seconds,kl,val_kl,accuracy\n1,32,0.5,91,,\n2,64,1.0,2,0.3,0.75\n")
+    for name in ("problems", "reward_examples"):
+        path = run / f"{name}.jsonl"
+        path.write_text(path.read_text().replace('"prompt": "', f'"prompt": "{HTML}{name} '))
+
+    # sft, ppo_token, ppo_sequence
+    counts = iter([2] * 40 + [0] * 30 + [3] * 10 + [2] * 40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(four, "wrong_steps", lambda *values, **named: next(counts))
+        four.main(four.Args(run=str(run)))
+    return run
+
+
+@pytest.fixture
+def result(evaluated):
+    return json.loads((evaluated / "eval.json").read_text())
+
+
+@pytest.fixture
+def report(evaluated):
+    return (evaluated / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_numbers_of_sft_and_of_every_policy_with_a_csv(result):
+    rows = {}
+    for name, row in result["policies"].items():
+        rows[name] = [row[column] for column in ("win_rate", "accuracy", "n", "episodes")]
+    assert rows == {
+        "sft": [0.5, 0, 40, 0],  # ties with itself
+        "ppo_token": [30 / 40, 30 / 40, 40, 64],
+        "ppo_sequence": [0.5, 0, 40, 64],
+    }
+
+
+def test_a_difference_is_of_two_policies_on_the_same_prompts(result):
+    # 30 times 1 - 0.5 and 10 times 0 - 0.5: (15 - 5) / 40
+    assert result["differences"]["ppo_token - ppo_sequence"]["difference"] == 0.25
+
+
+def test_every_test_prompt_gets_a_response_of_every_policy(evaluated):
+    problems = rows_of(evaluated / "problems.jsonl")
+    expected = [row["prompt"] for row in problems if row["split"] == "test"]
+    rows = rows_of(evaluated / "responses.jsonl")
+    assert [row["prompt"] for row in rows] == expected
+    assert [*rows[0]] == ["id", "prompt", "sft", "ppo_token", "ppo_sequence"]
+
+
+def test_every_policy_samples_with_the_same_seed(evaluated):
+    for row in rows_of(evaluated / "responses.jsonl"):
+        assert row["sft"] == row["ppo_sequence"]  # the same model
+
+
+def test_every_policy_samples_from_its_own_model(evaluated):
+    rows = rows_of(evaluated / "responses.jsonl")
+    assert any(row["sft"] != row["ppo_token"] for row in rows)
+
+
+@pytest.mark.parametrize("part", [
+    pytest.param("WARNING: unstable: ppo_token reached a kl of 91, over 20", id="a warning"),
+    # x: the last update of 400; y: from the top, 75 % of 200
+    pytest.param(f'stroke={four.COLOURS["ppo_token"]} points="400,50.0"', id="ppo_token's curve"),
+    pytest.param(f'<polyline stroke={four.COLOURS["ppo_sequence"]}', id="ppo_sequence's curve"),
+    pytest.param(';outline:1.5px solid"', id="wrong tokens framed"),
+])
+def test_the_page_shows(report, part):
+    assert part in report
+
+
+@pytest.mark.parametrize("name", ["problems", "reward_examples"])
+def test_a_prompt_of_html_is_escaped_everywhere_it_occurs(report, name):
+    assert escape(f"{HTML}{name}") in report
+    assert "<script" not in report
+
+
+@pytest.mark.parametrize("word", ["http", "url(", "@import", " src=", " href="])
+def test_the_page_loads_nothing_from_elsewhere(report, word):
+    assert word not in report

@@ -1,68 +1,189 @@
-"""Two processes on gloo do what one does; a killed run goes on as if it had not been."""
+"""Two processes on gloo do what one does; a killed run goes on as if it had not been; the memory
+that the README names."""
 
-import csv, subprocess, sys
-import pytest, torch
+import csv
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
 from conftest import ROOT, three
+
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
 
+
 def work(*arguments, processes=()):
+    """What a worker prints."""
     command = [sys.executable, *processes, ROOT / "tests" / "worker.py", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
+    return result.stdout
 
-def test_two_processes_have_the_gradients_of_one(tiny_run, tmp_path):
-    """A5, A6, B2; A9 of policy and value model; their statistics; B7, its loss; C1, its loss."""
-    files = [tmp_path / name for name in ("one.pt", "two.pt", "fsdp.pt")]
-    for out, more, processes in zip(files, ([], [], ["--fsdp"]), ((), TORCHRUN, TORCHRUN)):
-        work("grads", tiny_run, out, *more, processes=processes)
-    for a, *others in zip(*map(torch.load, files), strict=True):
-        assert a.norm() > 0 and all((a - b).norm() < 1e-5 * a.norm() for b in others)
-    assert len(torch.load(files[0])) == 10
 
-def test_a_rank_that_dies_ends_the_run(tiny_run, tmp_path):
+# --- Several processes ---
+
+def test_each_process_takes_its_rows_of_a_part_and_one_that_must_not_count(monkeypatch):
+    monkeypatch.setattr(three, "WORLD", 2)
+    monkeypatch.setattr(three, "RANK", 1)
+    parts = [*three.micro_batches([1, 2, 3, 4, 5], 2)]
+    # the second process has no row of the last part, and takes the first process's
+    assert parts == [([1, 2, 3, 4], [2, 4]), ([5], [5])]
+
+
+def test_processes_draw_the_same_prompts_and_different_tokens(monkeypatch):
+    prompts = []
+    tokens = []
+    for rank in (0, 1):
+        monkeypatch.setattr(three, "RANK", rank)
+        prompts.append(three.seed_update(three.Args(), 1).random())
+        tokens.append(torch.rand(1).item())
+    assert prompts[0] == prompts[1]
+    assert tokens[0] != tokens[1]
+
+
+@pytest.fixture(scope="module")
+def found(tiny_run, tmp_path_factory):
+    """Gradients and logged numbers of A5, A6, B2, A9, B7 and C1, of one process and of two."""
+    folder = tmp_path_factory.mktemp("found")
+    work("grads", tiny_run, folder / "one.pt")
+    work("grads", tiny_run, folder / "two.pt", processes=TORCHRUN)
+    return torch.load(folder / "one.pt"), torch.load(folder / "two.pt")
+
+
+@pytest.mark.parametrize("each_has", [
+    pytest.param("copies", id="each has the models"),
+    pytest.param("parts", id="--fsdp: each has a part of the models"),
+])
+def test_two_processes_have_the_gradients_of_one(found, each_has):
+    by_one, by_two = found
+    for one, two in zip(by_one["copies"], by_two[each_has], strict=True):
+        assert one.norm() > 0
+        assert (one - two).norm() < 1e-5 * one.norm()
+
+
+def test_a_process_that_dies_ends_the_run():
     with pytest.raises(AssertionError, match="this rank dies"):
-        work("die", tiny_run, tmp_path / "two.pt", processes=TORCHRUN)
+        work("die", processes=TORCHRUN)
 
-def test_a_killed_run_ends_as_if_it_had_not_been(run):
-    work("kill", run)
-    for method in ("ppo_token", "ppo_sequence", "dpo", "dpo_edit"):
-        ends = []
-        for path in (run / "whole", run / "killed"):
-            rows = [row | {"seconds": ""} for row in csv.DictReader(open(path / f"{method}.csv"))]
-            ends.append((rows, (path / method / "model.safetensors").read_bytes()))
-        assert ends[0] == ends[1] and len(rows) > 2
-    assert not (run / "killed" / "03_state.pt").exists()
 
-def test_other_flags_and_a_torn_state_are_refused(run, fails, monkeypatch, capsys):
-    flags = dict(run=str(run), method="ppo_token", rollout_batch=8, save_every=1, device="cpu")
-    monkeypatch.setattr(three, "save", lambda *_, **__: sys.exit("killed"))
-    monkeypatch.setattr(three, "start_stage", lambda *_: None)
-    with pytest.raises(SystemExit, match="killed"):
-        three.main(three.Args(updates=2, **flags))
-    capsys.readouterr()
-    fails("had --updates 2", three.main, three.Args(updates=3, **flags))
+# --- A run that was killed ---
+
+METHODS = ["ppo_token", "ppo_sequence", "dpo", "dpo_edit"]
+
+
+@pytest.fixture(scope="module")
+def killed(tiny_run, tmp_path_factory):
+    """A folder with two runs, `whole` and `killed`, and what was printed."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("whole", "killed"):  # without a GRM: PPO and DPO are enough
+        ignored = shutil.ignore_patterns("reward_generative")
+        shutil.copytree(tiny_run, folder / name, ignore=ignored)
+    printed = work("kill", folder)
+    return folder, printed
+
+
+def log_of(path):
+    """The rows of a CSV without the times."""
+    return [row | {"seconds": ""} for row in csv.DictReader(open(path))]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_logs_what_a_whole_one_logs(killed, method):
+    folder, _ = killed
+    log = log_of(folder / "killed" / f"{method}.csv")
+    assert log == log_of(folder / "whole" / f"{method}.csv")
+    assert len(log) > 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_ends_with_the_same_policy_bit_by_bit(killed, method):
+    folder, _ = killed
+    policies = []
+    for name in ("whole", "killed"):
+        path = folder / name / method / "model.safetensors"
+        policies.append(path.read_bytes())
+    assert policies[0] == policies[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_killed_run_goes_on_in_the_method_in_which_it_was_killed(killed, method):
+    _, printed = killed
+    assert f"{method}: goes on after update" in printed
+
+
+def test_a_finished_run_leaves_no_state(killed):
+    folder, _ = killed
+    assert not (folder / "killed" / "03_state.pt").exists()
+
+
+@pytest.fixture
+def flags(run, tokenizer):
+    """The flags of a run that was killed when it had saved a state."""
+    flags = {"run": str(run), "method": "ppo_token", "device": "cpu", "updates": 2}
+    args = three.Args(max_new_tokens=48, **flags)
+    job = three.open_job("ppo_token", [], {}, tokenizer, args)
+    job.log = [{"update": 1, "seconds": 1.0}]
+    three.save_state(job, run / "03_state.pt", args)
+    return flags
+
+
+def test_a_killed_run_with_other_flags_is_refused(flags, fails):
+    args = three.Args(**(flags | {"updates": 3}))
+    fails("the killed run had --updates 2; remove it", three.main, args)
+
+
+def test_a_state_that_cannot_be_read_is_refused(flags, fails, run):
     path = run / "03_state.pt"
     path.write_bytes(path.read_bytes()[:-99])
-    fails("not readable", three.main, three.Args(updates=2, **flags))
+    fails("03_state.pt: not readable", three.main, three.Args(**flags))
 
-def test_the_readmes_memory(tiny_run):
-    """Bytes of PPO's models with gradients and Adam, and of what a backward pass keeps."""
-    models = three.open_models("ppo_token", tiny_run, three.Args(device="cpu"))
+
+# --- The memory that the README names ---
+
+@pytest.fixture
+def models(tiny_run, tokenizer):
+    args = three.Args(run=str(tiny_run), device="cpu")
+    job = three.open_job("ppo_token", [], {}, tokenizer, args)
+    return job.models
+
+
+def test_ppo_holds_40_bytes_for_each_parameter_of_a_model(models):
+    """Policy and value model have weight, gradient and two moments, the others a weight."""
     trained = [*models["policy"].parameters(), *models["value"].parameters()]
+    frozen = [*models["reference"].parameters(), *models["reward"].parameters()]
     inputs, mask = three.pack([[5] * 40] * 8, [[6] * 40] * 8, models["policy"])
-    seen, weights = {}, {p.data_ptr() for p in trained}
-    keep = lambda x: seen.update({x.untyped_storage().data_ptr(): x.nbytes}) or x
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        logprobs = three.response_logprobs(models["policy"], inputs, mask)
-    c = models["policy"].config
-    floats = c.num_hidden_layers * (10 * c.hidden_size + 4 * c.intermediate_size) + c.vocab_size / 2
-    kept = sum(size for address, size in seen.items() if address not in weights)
-    assert kept == pytest.approx(4 * 8 * 80 * floats, rel=0.15)
-    (logprobs.sum() + three.token_values(models["value"], inputs, mask).sum()).backward()
+    three.response_logprobs(models["policy"], inputs, mask).sum().backward()
+    three.token_values(models["value"], inputs, mask).sum().backward()
     optimizer = torch.optim.AdamW(trained)
     optimizer.step()
-    moments = [x for state in optimizer.state.values() for x in state.values() if x.ndim]
-    frozen = [*models["reference"].parameters(), *models["reward"].parameters()]
-    held = sum(x.nbytes for x in trained + [p.grad for p in trained] + moments + frozen)
-    assert held == pytest.approx(40 * models["policy"].num_parameters(), rel=0.01)
+
+    held = trained + frozen + [weight.grad for weight in trained]
+    for state in optimizer.state.values():
+        held += [state["exp_avg"], state["exp_avg_sq"]]
+    size = sum(x.nbytes for x in held)
+    assert size == pytest.approx(40 * models["policy"].num_parameters(), rel=0.01)
+
+
+def test_a_backward_pass_keeps_what_the_readme_says(models):
+    """4 bytes x rows x tokens x (layers x (10 width + 4 MLP width) + vocabulary / 2), where half
+    of the tokens are response."""
+    policy = models["policy"]
+    inputs, mask = three.pack([[5] * 40] * 8, [[6] * 40] * 8, policy)
+    kept = {}  # by address: a tensor that two operations keep counts once
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x.nbytes
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        logprobs = three.response_logprobs(policy, inputs, mask)
+    assert logprobs.requires_grad  # and so all that it needs is alive
+    for weight in policy.parameters():
+        kept.pop(weight.data_ptr(), None)
+
+    config = policy.config
+    floats = config.num_hidden_layers * (10 * config.hidden_size + 4 * config.intermediate_size)
+    floats += config.vocab_size / 2
+    assert sum(kept.values()) == pytest.approx(4 * 8 * 80 * floats, rel=0.15)

@@ -1,131 +1,540 @@
-"""Stage 2, A2, A3, A5, A6 and B2: by hand, against slow versions, under padding, and in parts."""
+"""Stage 2: what is read from a model (A2, A6), A3 to A6 and B2 by hand, the rows that each model
+learns from, a training step, and the metrics."""
 
-import copy
+import json
+import shutil
 from math import exp, log
-import pytest, torch
+from types import SimpleNamespace
+
+import pytest
+import torch
 import torch.nn.functional as F
 from conftest import rows_of, two
+from pytest import approx
+
+
+class SaysIds(torch.nn.Module):
+    """A stand-in for a reward model, with one weight, 1: what it says of a token is the token's id.
+    Padding has the id 9, so that a missing mask shows."""
+    config = SimpleNamespace(pad_token_id=9)
+    device = "cpu"
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, input_ids, **_):
+        scores = self.weight * input_ids[..., None]  # (B, P + T, 1)
+        return SimpleNamespace(logits=scores, hidden_states=[scores])
+
+    def score(self, hidden):
+        return hidden
+
+
+def minus_log_sigmoid(x):
+    return log(1 + exp(-x))
+
+
+# Of the first row's rejected response the first token is replaced, of the second row's it is
+# deleted; in both one token is kept:
+#   rejected 2 1    edited 3 1    U_0 = {(1, 1)}
+#   rejected 4 2    edited 2      U_0 = {(1, 0)}
+ROWS = [
+    {
+        "line": 3, "prompt_ids": [5], "rejected_ids": [2, 1], "edited_ids": [3, 1],
+        "edit_ops": [["replace", 0, 0]], "chosen": "", "chosen_token_ids": [7, 7, 5],
+    },
+    {
+        "line": 7, "prompt_ids": [6, 7], "rejected_ids": [4, 2], "edited_ids": [2],
+        "edit_ops": [["delete", 0, 0]], "chosen": "", "chosen_token_ids": [1],
+    },
+]
+
+
+# --- What is read from a model: A2, A6 ---
+
+def test_a2_reads_the_score_of_a_token_at_the_token_itself():
+    scores, mask = two.score_column("token", SaysIds(), ROWS, "edited_ids")
+    assert scores.tolist() == [[3, 1], [2, 0]]  # the 0 is padding
+    assert mask.tolist() == [[True, True], [True, False]]
+
+
+def test_a6_reads_the_last_token_of_a_response_even_if_it_is_the_padding_token():
+    inputs, _ = two.pack([[5], [6, 7]], [[1, 9], [3]], SaysIds())
+    assert two.sequence_score(SaysIds(), inputs).tolist() == [9, 3]
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_a_new_reward_model_scores_everything_0(tiny_run, tokenizer, kind):
+    model = two.open_reward_model(kind, tiny_run / "policy", tokenizer)
+    scores, _ = two.score_column(kind, model, ROWS, "edited_ids")
+    assert not scores.any()
+
+
+# --- A4 ---
+
+def test_a4_keeps_the_tokens_that_no_operation_touches():
+    # rejected  a b c d   e     0 1 2 3   4
+    # edited    a X   d Y e     0 1   2 3 4
+    ops = [["replace", 1, 1], ["delete", 2, 2], ["insert", 4, 3]]
+    assert two.kept_tokens(ops, 5, 5) == [(0, 0), (3, 2), (4, 4)]
+
+
+# --- A5 ---
+# Two pairs; brackets are padding. Of the first the middle token is deleted, so of kept tokens, as
+# (i in rejected, j in edited), U_0 = {(0, 0), (2, 1)}. Of the second no token is kept.
+#
+#             rejected                edited
+#   first     0.5  -2.0   1.0         0.5   0.0  [7.0]
+#   second   -1.0  [7.0] [7.0]        1.0  -0.3  -0.2
+#
+# Preference, -log sigmoid(alpha (R(edited) - R(rejected))) with alpha = 2:
+#   first     R(rejected) = 0.5 - 2.0 + 1.0 = -0.5      R(edited) = 0.5 + 0.0       = 0.5
+#   second    R(rejected) = -1.0                        R(edited) = 1.0 - 0.3 - 0.2 = 0.5
+PREFERENCE_1 = minus_log_sigmoid(2 * 1.0)
+PREFERENCE_2 = minus_log_sigmoid(2 * 1.5)
+# Kept tokens alike, 1/|U_0| times the sum of (r_j^w - r_i^l)^2; the second pair has no such term:
+#   first     ((0.5 - 0.5)^2 + (0.0 - 1.0)^2) / 2
+ALIKE_1 = 0.5
+# Kept tokens near 0, which is ours, 1/|U_0| times the sum of ((r_j^w)^2 + (r_i^l)^2) / 2:
+#   first     ((0.25 + 0.25) / 2 + (0.0 + 1.0) / 2) / 2
+NEAR_0_1 = 0.375
+
+BOTH = slice(0, 2)
+FIRST = slice(0, 1)
+SECOND = slice(1, 2)
+
+
+def a5(pairs, N, beta=0.0, zero=0.0):
+    """A5 over some of the two pairs above."""
+    scores_l = torch.tensor([
+        [0.5, -2.0, 1.0],
+        [-1.0, 7.0, 7.0],
+    ])
+    scores_w = torch.tensor([
+        [0.5, 0.0, 7.0],
+        [1.0, -0.3, -0.2],
+    ])
+    mask_l = scores_l < 7
+    mask_w = scores_w < 7
+    kept = [[(0, 0), (2, 1)], []]
+    return two.fine_grained_loss(
+        scores_w[pairs], mask_w[pairs], scores_l[pairs], mask_l[pairs], kept[pairs],
+        N=N, alpha=2.0, beta=beta, zero=zero,
+    ).item()
+
+
+def test_a5_prefers_the_edit():
+    assert a5(BOTH, N=2) == approx((PREFERENCE_1 + PREFERENCE_2) / 2)
+
+
+def test_a5_wants_the_same_score_of_a_kept_token_in_both_responses():
+    assert a5(FIRST, N=1, beta=3.0) == approx(PREFERENCE_1 + 3 * ALIKE_1)
+
+
+def test_kept_tokens_are_pulled_to_0():
+    assert a5(FIRST, N=1, zero=4.0) == approx(PREFERENCE_1 + 4 * NEAR_0_1)
+
+
+def test_a5_of_a_pair_without_kept_tokens_is_its_preference():
+    assert a5(SECOND, N=1, beta=3.0, zero=4.0) == approx(PREFERENCE_2)
+
+
+def test_the_token_model_learns_from_the_edit_and_its_original():
+    # R(edited) - R(rejected): 4 - 3 = 1 and 2 - 6 = -4; 5 pairs in the batch. Kept tokens have the
+    # same score in both responses, 1 in the first row, 2 in the second; each has |U_0| = 1
+    preference = minus_log_sigmoid(2 * 1) + minus_log_sigmoid(2 * -4)
+    near_0 = 1 ** 2 + 2 ** 2
+    args = two.Args(alpha=2.0, beta=1.0, zero=0.5)
+    loss = two.batch_loss("token", SaysIds(), ROWS, 5, args)
+    assert loss.item() == approx((preference + 0.5 * near_0) / 5)
+
+
+# --- A6 ---
+
+def test_a6_prefers_the_sibling_by_the_scores_of_the_last_tokens():
+    # R(chosen) - R(rejected): of 7 7 5 and 2 1 it is 5 - 1 = 4, of 1 and 4 2 it is 1 - 2 = -1
+    loss = two.batch_loss("sequence", SaysIds(), ROWS, 5, two.Args())  # 5 pairs in the batch
+    assert loss.item() == approx((minus_log_sigmoid(4) + minus_log_sigmoid(-1)) / 5)
+
+
+# --- B2 ---
+
+def test_b2_is_the_sum_over_output_tokens_divided_by_those_of_the_batch():
+    logprobs = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]])  # the 0 is padding
+    assert two.generative_loss(logprobs, 7).item() == approx((1 + 2 + 3) / 7)
+
 
 @pytest.fixture
 def new_model(tiny_run, tokenizer):
-    """Stage 2's new model; its head of zeros is made random, so that it rewards something."""
+    """Stage 2's new model; its head of zeros is made random, so that it tells tokens apart."""
     def call(kind):
         model = two.open_reward_model(kind, tiny_run / "policy", tokenizer)
         if kind != "generative":
-            assert not model.score.weight.any()
             torch.nn.init.normal_(model.score.weight, std=0.3)
         return model
     return call
 
-@pytest.mark.parametrize("how, size", [("mean", len), ("sum", lambda tokens: 1)])  # A3
-def test_fine_grained_loss_equals_a_slow_one_and_its_parts_add_up(how, size):
-    w, l, kept = torch.randn(3, 5), torch.randn(3, 6), [[(0, 0), (1, 2), (3, 4)], [(5, 1)], []]
-    T_w, T_l, slow = [5, 2, 3], [4, 6, 1], []                      # the last U_0 is empty
-    mask_w, mask_l = (torch.arange(n) < torch.tensor(T)[:, None] for n, T in ((5, T_w), (6, T_l)))
-    for k in range(3):
-        r_w, r_l = w[k, :T_w[k]].tolist(), l[k, :T_l[k]].tolist()
-        slow.append(log(1 + exp(1.5 * (sum(r_l) / size(r_l) - sum(r_w) / size(r_w)))))
-        for i, j in kept[k]:
-            square = 2 * (r_w[j] - r_l[i]) ** 2 + 0.5 * (r_w[j] ** 2 + r_l[i] ** 2) / 2
-            slow[k] += square / len(kept[k])
-    for part in (slice(0, 3), slice(0, 2), slice(2, 3)):
-        rows = (x[part] for x in (w, mask_w, l, mask_l, kept))
-        loss = two.fine_grained_loss(*rows, 3, 1.5, 2, 0.5, how)
-        assert loss.item() == pytest.approx(sum(slow[part]) / 3, rel=1e-5)
 
-def test_a5_a6_and_b2_of_rows_count_all_of_the_batch(new_model, monkeypatch):
-    reward = {"chosen_token_ids": [1.0, 0.0], "rejected_ids": [0.0, 2.0], "edited_ids": [3.0, 3.0]}
-    monkeypatch.setattr(two, "score", lambda *call: (torch.tensor([reward[call[3]]]).T, 1))
-    rows = [{"edit_ops": [["replace", 0, 0]], "rejected_ids": [4], "edited_ids": [5]}] * 2
-    for kind, margins in (("token", [2 * 3, 2 * 1]), ("sequence", [1, -2])):     # alpha is 2
-        loss = two.loss_of(kind, None, rows, 5, two.Args())
-        assert loss.item() == pytest.approx(sum(log(1 + exp(-x)) for x in margins) / 5)
+def test_b2_counts_the_outputs_and_not_the_prompts(new_model):
     model = new_model("generative")
-    for x, y in (([5, 6, 7], [8, 9, 2]), ([5] * 9, [9, 4, 7, 6, 5, 3, 2]), ([8], [11, 12, 0, 0])):
+    examples = [
+        {"prompt_ids": [5, 6, 7], "output_ids": [8, 9, 2]},
+        {"prompt_ids": [5] * 9, "output_ids": [9, 4, 7, 6, 2]},
+        {"prompt_ids": [8], "output_ids": [11, 0, 0]},  # 0, the padding token, is none here
+    ]
+    plain = 0.0
+    for example in examples:
+        x = example["prompt_ids"]
+        y = example["output_ids"]
         logits = model(torch.tensor([x + y])).logits[0, len(x) - 1:-1]
-        slow = F.cross_entropy(logits, torch.tensor(y), reduction="sum").item() / 14
-        loss = two.loss_of("generative", model, [(x, y)], 14, two.Args())
-        assert loss.item() == pytest.approx(slow, rel=1e-5)
+        plain += F.cross_entropy(logits, torch.tensor(y), reduction="sum").item()
+    loss = two.batch_loss("generative", model, examples, 13, two.Args())
+    assert loss.item() == approx(plain / 13, rel=1e-5)
 
-@pytest.mark.parametrize("kind", ["token", "sequence", "generative"])
-def test_micro_batches_give_the_gradient(new_model, tiny_run, tokenizer, kind, monkeypatch, grads):
-    model, calls, made, loss_of, AdamW = new_model(kind), [], [], two.loss_of, torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *call: made.append(call) or AdamW(*call))
-    edits = rows_of(tiny_run / "edits.jsonl")                      # the first: right, not located
-    edits[0].update(edited_ids=edits[0]["rejected_ids"], edit_ops=[], first_wrong_step=None)
-    monkeypatch.setattr(two, "loss_of", lambda *call: calls.append(call[2:4]) or loss_of(*call))
-    for n in (256, 3):
-        args = two.Args(str(tiny_run), epochs=1, locate_epochs=1, micro_batch=n, weight_decay=0.5)
-        rows, _ = two.rows_for(kind, edits, model, tokenizer, args)
-        two.train(kind, copy.deepcopy(model), rows[:7], args)
-    steps = len(grads) // 2                                        # of each of the two runs
-    for batch, N in calls[:steps]:
-        assert N == (sum(len(y) for _, y in batch) if kind == "generative" else len(batch))
-    assert sum(len(batch) for batch, _ in calls[:steps]) == (13 if kind == "generative" else 7)
-    assert (grads[0] - grads[steps]).norm() < 1e-5 * grads[0].norm() and made[0][4] == 0.5
 
-def test_prompts_and_examples_of_the_grm_carry_the_ids_as_they_are(tokenizer, tiny_run, new_model):
-    words = lambda text: tokenizer(text, add_special_tokens=False).input_ids
-    end, dot = tokenizer.eos_token_id, words("They send jam.")[-1]
-    problem = {"prompt_ids": [5, 6], "solution_ids": [8, 9, dot, 7, end]}
-    attempt, (first, second, third) = [7, 7, dot, 9, dot, 4], map(words, ("[1]", "[2]", "[3]"))
-    before, behind = [5, 6] + words("\nReference solution:\n"), words("\nAttempt:\n")
-    rewrite = before + [8, 9, dot, 7] + behind + attempt + words("\nCorrected attempt:\n")
-    locate = before + first + [8, 9, dot] + second + [7] + behind + first + [7, 7, dot] + second + [
-        9, dot] + third + [4] + words("\nFirst wrong step:\n")
-    for response in (attempt, attempt + [end]):                    # cut off, and ended
-        row = {"rejected_ids": response, "edited_ids": [7, 2], "first_wrong_step": 2}
-        assert two.examples_of(row, problem, tokenizer) == {
-            "rewrite": (rewrite, [7, 2]), "locate": (locate, second + [end])}
-    weight = new_model("generative").lm_head.weight                # the labels are told apart
-    assert F.cosine_similarity(*weight[first + second], dim=0).abs() < 0.7
-    policy = two.hf.AutoModelForCausalLM.from_pretrained(tiny_run / "policy").lm_head.weight
-    assert weight[:9].equal(policy[:9]) and not weight[first].equal(policy[first])
+@pytest.fixture
+def words(tokenizer):
+    return lambda text: tokenizer(text, add_special_tokens=False).input_ids
 
-def test_exact_is_what_greedy_decoding_writes(new_model):
-    model = new_model("generative")
-    write = lambda x: model.generate(torch.tensor([x]), do_sample=False, min_new_tokens=4,
-                                     max_new_tokens=4)[0, len(x):].tolist()
-    rows = [{"locate": (x, write(x))} for x in ([5, 6], [7] * 9, [8, 9, 4])]
-    assert two.exact("locate", model, rows, two.Args()) == 1.0
-    rows[1]["locate"][1][2] += 1
-    assert two.exact("locate", model, rows, two.Args(micro_batch=2)) == pytest.approx(2 / 3)
 
-def test_pairs_limit_the_models_of_a_and_not_the_grm(new_model, tokenizer, tiny_run):
-    model, rows = new_model("generative"), rows_of(tiny_run / "edits.jsonl")
-    rows.append({**rows[0], "chosen": "", "edit_ops": None})       # no edit: no pair, for A6 too
+@pytest.fixture
+def problem(words, tokenizer):
+    solution_ids = words(" One lives. They send.") + [tokenizer.eos_token_id]
+    return {"prompt_ids": words("Q: One"), "solution_ids": solution_ids}
+
+
+@pytest.fixture(params=[pytest.param(False, id="cut off"), pytest.param(True, id="ended")])
+def attempt(request, words, tokenizer):
+    """A response. Its first two tokens, Q and A, must be carried as ids: to read the text QA would
+    make one unknown word of them."""
+    ids = words("Q") + words("A") + words(". They go. The other")
+    if request.param:
+        ids = ids + [tokenizer.eos_token_id]
+    return ids
+
+
+def test_the_rewrite_prompt_holds_problem_solution_and_attempt(problem, attempt, tokenizer):
+    ids = two.grm_prompt("rewrite", problem, attempt, tokenizer)
+    assert tokenizer.decode(ids) == (
+        "Q: One"
+        "\nReference solution:\n One lives. They send."
+        "\nAttempt:\nQA. They go. The other"
+        "\nCorrected attempt:\n"
+    )
+
+
+def test_the_locate_prompt_numbers_the_steps_of_solution_and_attempt(problem, attempt, tokenizer):
+    ids = two.grm_prompt("locate", problem, attempt, tokenizer)
+    assert tokenizer.decode(ids) == (
+        "Q: One"
+        "\nReference solution:\n[1] One lives.[2] They send."
+        "\nAttempt:\n[1]QA.[2] They go.[3] The other"
+        "\nFirst wrong step:\n"
+    )
+
+
+def test_an_example_is_the_prompt_and_the_edit_or_the_label_of_the_wrong_step(
+        problem, words, tokenizer):
+    row = {"rejected_ids": [8, 9], "edited_ids": [8, 2], "first_wrong_step": 2}
+    rewrite = two.grm_prompt("rewrite", problem, [8, 9], tokenizer)
+    locate = two.grm_prompt("locate", problem, [8, 9], tokenizer)
+    label = words("[2]") + [tokenizer.eos_token_id]
+    assert two.grm_examples(row, problem, tokenizer) == {
+        "rewrite": {"prompt_ids": rewrite, "output_ids": [8, 2]},
+        "locate": {"prompt_ids": locate, "output_ids": label},
+    }
+
+
+def test_the_embeddings_of_b2s_words_are_drawn_anew_and_no_others(tiny_run, new_model, words):
+    policy = two.KINDS["generative"].from_pretrained(tiny_run / "policy")
+    before = policy.get_input_embeddings().weight
+    after = new_model("generative").get_input_embeddings().weight
+    changed = (before != after).any(dim=1).nonzero().flatten().tolist()
+    texts = [*two.INSTRUCTIONS.values(), *(f"[{k}]" for k in range(1, 10))]
+    assert changed == sorted(words(text)[0] for text in texts)
+    first, second = after[words("[1][2]")]
+    assert F.cosine_similarity(first, second, dim=0).abs() < 0.7  # so labels are told apart
+
+
+# --- Which rows ---
+
+def test_an_epoch_takes_every_row_once_in_a_new_order():
+    plan = two.plan_of("token", [*range(10)], two.Args(epochs=2, batch=4))
+    assert [len(batch) for batch in plan] == [4, 4, 2, 4, 4, 2]
+    first = sum(plan[:3], [])
+    second = sum(plan[3:], [])
+    assert sorted(first) == sorted(second) == [*range(10)]
+    assert first != second
+
+
+def grm_plan(**options):
+    """The batches for five rows, of which two are right; an example is its task and its row."""
+    rows = []
+    for k in range(5):
+        edit_ops = [] if k < 2 else [["delete", 0, 0]]
+        rows.append({"rewrite": ("rewrite", k), "locate": ("locate", k), "edit_ops": edit_ops})
+    return two.plan_of("generative", rows, two.Args(**options))
+
+
+def test_the_grm_rewrites_every_response_and_locates_in_wrong_ones_alone():
+    plan = grm_plan(epochs=1, locate_epochs=2)
+    wrong = [("locate", k) for k in (2, 2, 3, 3, 4, 4)]
+    assert sorted(sum(plan, [])) == wrong + [("rewrite", k) for k in range(5)]
+
+
+def test_a_batch_of_the_grm_has_one_task_and_the_tasks_are_mixed():
+    tasks = []
+    for batch in grm_plan(epochs=9, locate_epochs=9, batch=3):
+        assert len({task for task, _ in batch}) == 1
+        tasks.append(batch[0][0])
+    assert tasks != sorted(tasks) and tasks != sorted(tasks, reverse=True)
+
+
+@pytest.mark.parametrize("row", [
+    pytest.param({"chosen": None, "edit_ops": [["insert", 0, 0]]}, id="no sibling"),
+    pytest.param({"chosen": "", "edit_ops": None}, id="no edit"),
+    pytest.param({"chosen": "", "edit_ops": []}, id="an edit that changes nothing"),
+])
+def test_a_pair_has_a_preferred_response_and_an_edit(row):
+    for kind in ("token", "sequence"):
+        assert two.pairs_of(kind, [row, *ROWS]) == ROWS
+
+
+@pytest.fixture
+def edits(tiny_run):
+    return rows_of(tiny_run / "edits.jsonl")
+
+
+@pytest.fixture(scope="module")
+def pairs_10(tiny_run, tmp_path_factory):
+    """The metrics of stage 2 with --pairs 10; it takes no step."""
+    run = shutil.copytree(tiny_run, tmp_path_factory.mktemp("pairs") / "run")
+    two.main(two.Args(run=str(run), pairs=10, epochs=0, locate_epochs=0, overwrite=True))
+    return json.loads((run / "reward_metrics.json").read_text())
+
+
+def test_a5_and_a6_learn_from_the_pairs_of_the_budget(pairs_10):
+    assert pairs_10["token"]["training_rows"] == 10
+    assert pairs_10["sequence"]["training_rows"] == 10
+
+
+def test_the_budget_does_not_limit_the_grm(pairs_10, edits):
+    training = [row for row in edits if row["split"] == "train"]
+    assert pairs_10["generative"]["training_rows"] == len(training)
+
+
+def test_the_budget_does_not_limit_what_is_held_out(pairs_10, tiny_run):
+    without = json.loads((tiny_run / "reward_metrics.json").read_text())
     for kind in two.KINDS:
-        (training, held_out), (fewer, same) = (two.rows_for(
-            kind, rows, model, tokenizer, two.Args(str(tiny_run), pairs=n)) for n in (None, 10))
-        assert len(training) > 20 and same == held_out
-        assert fewer == training if kind == "generative" else fewer == training[:10]
-        assert (kind == "generative") == any(row["chosen"] is None for row in training)
-        assert kind == "generative" or rows[-1] not in training + held_out
+        assert pairs_10[kind]["pairs"] == without[kind]["pairs"] > 20
 
-def test_examples_keep_the_rewards_of_an_earlier_run(run, tokenizer):
-    before = rows_of(path := run / "reward_examples.jsonl")
-    pairs = two.rows_for("token", rows_of(run / "edits.jsonl"), None, None, two.Args())[1]
-    two.save_examples(path, pairs, tokenizer)
-    assert before == rows_of(path) and all(before[0][kind] is not None for kind in two.KINDS)
 
-def test_auroc_order_and_localisation():
-    assert two.auroc([3.0, 1.0], [2.0, 0.0]) == 0.75 and two.auroc([], [1.0]) is None
-    positive, negative = torch.randint(9, (40,)).tolist(), torch.randint(7, (60,)).tolist()
-    pairs = [(p > n) + (p == n) / 2 for p in positive for n in negative]
-    assert two.auroc(positive, negative) == pytest.approx(sum(pairs) / 2400)
-    better, worse = [[1.0, 1.0], [2.0]], [[1.5], [1.0, 1.0]]
-    assert two.in_order("token", better, worse, "sum") == 0.75     # the second is a tie
-    assert two.in_order("token", better, worse, "mean") == 0.5
-    assert two.in_order("sequence", [1.0, 2.0, 0.0], [0.0, 1.0, 0.0], "sum") == pytest.approx(5 / 6)
-    assert two.in_order("generative", [[-0.2, -0.2]], [[-0.45, 0.4]], "sum") == 1.0  # log p
-    rows = [{"first_error": 1, "edit_ops": [["replace", 1, 1], ["delete", 3, 3]]},
-            {"first_error": None, "edit_ops": [["insert", 1, 1]]},  # no token is the error
-            {"first_error": 2, "edit_ops": [["replace", 2, 2]]}]
-    rejected = [[-2.0, -1.0, -0.1, -0.3], [0.0, -9.0], [0.0, 0.5, -0.2]]
-    edited = [[-2.0, 0.0, -0.1], [0.0, 1.0, -9.0], [0.0, 0.5, -0.3]]
-    found = two.localisation("token", rows, rejected, edited)
-    assert (found["auroc"], found["first_edit"]) == pytest.approx((4 / 6, 2 / 3))
-    assert found["called_wrong"] == {"right": 0.2, "replace": 0.5, "first": 0.5, "delete": 1.0,
-                                     "insert": 1.0}
-    found = two.localisation("generative", rows, rejected, edited)["called_wrong"]
-    assert found["right"] == 0.4 and found["replace"] == 1.0       # p_t < 0.5
+# --- A training step ---
+
+@pytest.fixture
+def batch_of(edits, tiny_run, tokenizer):
+    """Seven rows of the tiny run; for the GRM seven of its examples."""
+    def call(kind, model):
+        if kind != "generative":
+            return two.pairs_of(kind, edits)[:7]
+        rows = two.grm_rows(edits[:7], model, tokenizer, two.Args(run=str(tiny_run)))
+        return [row["rewrite"] for row in rows]
+    return call
+
+
+@pytest.mark.parametrize("micro_batch", [256, 3])
+@pytest.mark.parametrize("kind", two.KINDS)
+def test_a_step_takes_the_gradient_of_the_whole_batch(
+        new_model, batch_of, grads, kind, micro_batch):
+    model = new_model(kind)
+    batch = batch_of(kind, model)
+    N = 7  # pairs; for B2 output tokens
+    if kind == "generative":
+        N = sum(len(example["output_ids"]) for example in batch)
+    two.batch_loss(kind, model, batch, N, two.Args()).backward()
+    whole = torch.cat([p.grad.flatten() for p in model.parameters()])
+    model.zero_grad()
+
+    two.train(kind, model, [batch], two.Args(micro_batch=micro_batch))
+    assert len(grads) == 1
+    assert (grads[0] - whole).norm() < 1e-5 * whole.norm()
+
+
+def weights(steps, **options):
+    """The weight w of SaysIds before every step, and after the last one, of A6 on a pair in which
+    the chosen response has R = 0 and the rejected one R = 8 w. The gradient, 8 sigmoid(8 w), is
+    clipped to 1: it is always the same, so that a step of Adam lowers w by the learning rate."""
+    seen = []
+    model = SaysIds()
+    model.register_forward_pre_hook(lambda *_: seen.append(model.weight.item()))
+    row = {"prompt_ids": [5], "chosen_token_ids": [0], "rejected_ids": [8]}
+    two.train("sequence", model, [[row]] * steps, two.Args(**options))
+    return seen[::2] + [model.weight.item()]  # each step looks at two responses
+
+
+@pytest.mark.parametrize("step, rate", [
+    pytest.param(0, 0, id="warm-up, 3 % of 40 steps"),
+    pytest.param(1, 1, id="cosine at 0"),
+    pytest.param(14, 0.75, id="cosine at 60 degrees, after 13 of 39 steps"),
+    pytest.param(27, 0.25, id="cosine at 120 degrees, after 26 of 39 steps"),
+])
+def test_the_learning_rate_warms_up_and_falls_as_a_cosine(step, rate):
+    w = weights(40, lr=0.01)
+    assert w[step] - w[step + 1] == approx(0.01 * rate, abs=1e-5)
+
+
+def test_weight_decay_is_that_of_adamw():
+    # w becomes w - lr weight_decay w - lr
+    assert weights(1, lr=0.01, weight_decay=0.5) == approx([1, 1 - 0.005 - 0.01])
+
+
+def after_a_step(*gradients):
+    """Parameters that were 0 and had these gradients, each of another model, after a step of
+    gradient descent with learning rate 1."""
+    parameters = []
+    for gradient in gradients:
+        p = torch.nn.Parameter(torch.zeros(len(gradient)))
+        p.grad = torch.tensor(gradient)
+        parameters.append(p)
+    optimizer = torch.optim.SGD([{"params": [p]} for p in parameters], lr=1.0)
+    two.optimizer_step(optimizer, two.Args())
+    return parameters
+
+
+@pytest.mark.parametrize("gradient, step", [
+    pytest.param([3.0, 4.0], [-0.6, -0.8], id="of norm 5"),
+    pytest.param([0.3, 0.4], [-0.3, -0.4], id="of norm 0.5"),
+])
+def test_the_gradient_is_clipped_to_norm_1(gradient, step):
+    [p] = after_a_step(gradient)
+    assert p.tolist() == approx(step)
+
+
+def test_each_model_is_clipped_by_itself():
+    small, large = after_a_step([0.5], [12.0])
+    assert small.item() == approx(-0.5)
+    assert large.item() == approx(-1)
+
+
+def test_a_step_leaves_no_gradient_behind():
+    [p] = after_a_step([3.0, 4.0])
+    assert p.grad is None
+
+
+# --- Metrics ---
+
+@pytest.mark.parametrize("positive, negative, area", [
+    pytest.param([3, 1], [2, 0], 3 / 4, id="3 is above 2 and 0, 1 is above 0"),
+    pytest.param([3, 1], [1], 1.5 / 2, id="a tie is one half"),
+    pytest.param([3, 1], [], None, id="nothing to compare with"),
+])
+def test_auroc_is_the_share_of_pairs_in_which_the_positive_is_above(positive, negative, area):
+    assert two.auroc(positive, negative) == area
+
+
+@pytest.mark.parametrize("kind, better, worse, share", [
+    pytest.param("token", [[1, 1], [2]], [[1.5], [1, 1]], 1.5 / 2, id="2 to 1.5, and a tie"),
+    pytest.param("sequence", [1, 2, 0], [2, 1, -1], 2 / 3, id="the first is not"),
+    pytest.param("generative", [[0.3, 0.3]], [[0.05, 0.9]], 1, id="products, 0.09 to 0.045"),
+])
+def test_accuracy_is_the_share_of_pairs_in_order(kind, better, worse, share):
+    assert two.in_order(kind, better, worse) == approx(share)
+
+
+@pytest.fixture
+def located():
+    """`localisation` on three rows, of which it uses:
+
+    row    first edit    its token    those before    the edited token there
+     1     replace 1       -1.0       -2.0              0.0, above it
+     2     insert 1        none                         1.0, above the -9.0 at its place
+     3     replace 2       -0.2        0.0, 0.5        -0.3, below it
+    """
+    rows = [
+        {"edit_ops": [["replace", 1, 1], ["delete", 3, 3]]},
+        {"edit_ops": [["insert", 1, 1]]},
+        {"edit_ops": [["replace", 2, 2]]},
+    ]
+    rejected_scores = [[-2.0, -1.0, -0.1, -0.3], [0.0, -9.0], [0.0, 0.5, -0.2]]
+    edited_scores = [[-2.0, 0.0, -0.1], [0.0, 1.0, -9.0], [0.0, 0.5, -0.3]]
+    return two.localisation(rows, rejected_scores, edited_scores)
+
+
+def test_a_low_score_marks_the_first_wrong_token(located):
+    # -1.0 is below 0.0 and 0.5, but not below -2.0; the same holds for -0.2
+    assert located["auroc"] == approx(4 / 6)
+
+
+def test_first_edit_is_the_share_of_edited_tokens_above_the_original(located):
+    assert located["first_edit"] == approx(2 / 3)
+
+
+def test_the_accuracies_are_those_of_edits_and_of_siblings():
+    # edited 4, rejected 3; edited 2, rejected 6; chosen 19, rejected 3; rejected 6, no sibling
+    rows = [ROWS[0], ROWS[1] | {"chosen": None, "chosen_token_ids": None}]
+    metrics, _ = two.evaluate("token", SaysIds(), rows, two.Args(micro_batch=1))
+    assert metrics["pair_accuracy"] == 1 / 2
+    assert metrics["preference_accuracy"] == 1
+
+
+def test_the_scale_is_that_of_both_siblings():
+    # the last tokens of rejected and chosen, 1, 2, 5, 1: the mean is 9 / 4, squares have 31 / 4
+    metrics, _ = two.evaluate("sequence", SaysIds(), ROWS, two.Args())
+    deviation = (31 / 4 - (9 / 4) ** 2) ** 0.5
+    assert metrics["scale"] == approx({"mean": 9 / 4, "std": deviation})
+
+
+def test_exact_is_the_share_of_outputs_that_greedy_decoding_writes(new_model):
+    model = new_model("generative")
+    examples = []
+    for x, T in (([5, 6], 4), ([7] * 9, 4), ([8, 9, 4], 2)):
+        ids = model.generate(torch.tensor([x]), do_sample=False, max_new_tokens=T)[0].tolist()
+        examples.append({"prompt_ids": x, "output_ids": ids[len(x):]})
+    assert two.exact(model, examples, two.Args()) == 1
+    examples[1]["output_ids"][-1] += 1
+    assert two.exact(model, examples, two.Args(micro_batch=2)) == approx(2 / 3)
+
+
+# --- reward_examples.jsonl ---
+
+@pytest.mark.parametrize("kind, scores", [
+    ("token", {3: [2, 1], 7: [4, 2]}),
+    ("sequence", {3: 1, 7: 2}),
+])
+def test_the_scores_of_rejected_responses_go_by_their_line_in_edits(kind, scores):
+    assert two.evaluate(kind, SaysIds(), ROWS, two.Args())[1] == scores
+
+
+def test_an_example_has_scores_of_all_models_of_the_run(tiny_run):
+    for example in rows_of(tiny_run / "reward_examples.jsonl"):
+        T = len(example["tokens"])
+        assert len(example["token"]) == len(example["generative"]) == T
+        assert isinstance(example["sequence"], float)
+
+
+def test_the_score_of_the_grm_is_the_probability_itself(tiny_run):
+    for example in rows_of(tiny_run / "reward_examples.jsonl"):
+        assert all(0 <= p <= 1 for p in example["generative"])  # p_t, not p_t - 0.5
+
+
+def test_an_example_names_its_wrong_tokens_and_keeps_earlier_scores(tmp_path, words, tokenizer):
+    row = {
+        "id": "a", "line": 3, "prompt": "Q:", "rejected_ids": words(" One lives. They"),
+        "edit_ops": [["replace", 1, 1], ["insert", 2, 2], ["delete", 3, 4]],
+    }
+    path = tmp_path / "reward_examples.jsonl"
+    two.save_examples(path, "token", [row], {3: [0.0, -1.0, 0.0, 0.5]}, tokenizer)
+    two.save_examples(path, "sequence", [row], {3: 2.0}, tokenizer)
+    assert rows_of(path) == [{
+        "id": "a", "prompt": "Q:", "tokens": [" One", " lives", ".", " They"], "wrong": [1, 3],
+        "token": [0.0, -1.0, 0.0, 0.5], "sequence": 2.0, "generative": None,
+    }]
+
+
+# --- Bad input ---
+
+def test_a_row_without_a_column_is_named_by_file_line_and_column(run, fails):
+    path = run / "edits.jsonl"
+    path.write_text(path.read_text().replace('"split"', '"part"'))
+    fails("edits.jsonl, line 1: KeyError.*'split'", two.main, two.Args(run=str(run)))

@@ -1,84 +1,168 @@
-"""`worker.py grads RUN OUT [--fsdp]`, alone or under torchrun: the gradient of one optimiser step
-of every loss. `worker.py die`: a rank that fails. `worker.py kill RUN`: a run killed five times."""
+"""What test_processes.py starts, alone or under torchrun:
+    worker.py grads RUN OUT    the gradients of every loss, and what is logged
+    worker.py die              a process that fails
+    worker.py kill FOLDER      a run that is killed five times, and one that is not"""
 
-import os, random, shutil, signal, sys, time
+import os
+import random
+import signal
+import sys
+import time
 from pathlib import Path
+
 import torch
+
+
+mode = sys.argv[1]
+if mode == "die" and os.environ["RANK"] == "1":
+    raise SystemExit("this rank dies")  # the other one goes on
 from conftest import rows_of, three, two
 
-mode, run, grads = sys.argv[1], Path(sys.argv[2]), []
 
-def keep(parameters, _):
+seen = []  # of every optimiser step the gradients, a vector a model; and logged numbers
+
+
+def keep(parameters, max_norm):
     """In the place of clipping: behind the sum over processes, before the step."""
-    whole = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x
-    grads.append(torch.cat([whole(p.grad).flatten() for p in parameters]))
+    gradients = []
+    for parameter in parameters:
+        gradient = parameter.grad
+        if isinstance(gradient, torch.distributed.tensor.DTensor):  # --fsdp has spread it
+            gradient = gradient.full_tensor()
+        gradients.append(gradient.flatten())
+    seen.append(torch.cat(gradients))
 
-def reward_models(tokenizer, fsdp):
-    """A5, A6 and B2 of a batch of 7 in micro-batches of 2, so that one rank has no last row."""
-    args = two.Args(str(run), epochs=1, locate_epochs=0, batch=7, micro_batch=2, fsdp=fsdp,
-                    device="cpu")
+
+def note(row):
+    """See what a row of the log says of scores and losses."""
+    names = {*row} - {"update", "episodes", "length", "seconds"}
+    seen.append(torch.tensor([row[name] for name in sorted(names)]))
+
+
+# --- Seven rows in micro-batches of three: two processes take 3 and 3, then one takes the last ---
+
+def reward_models(run, tokenizer, fsdp):
+    """A5, A6 and B2."""
+    args = two.Args(run=run, micro_batch=3, fsdp=fsdp, device="cpu")
+    edits = rows_of(f"{run}/edits.jsonl")
     for kind in two.KINDS:
         torch.manual_seed(0)
-        model = two.open_reward_model(kind, run / "policy", tokenizer)
-        if kind != "generative":
-            torch.nn.init.normal_(model.score.weight)
-        rows, _ = two.rows_for(kind, rows_of(run / "edits.jsonl"), model, tokenizer, args)
-        two.train(kind, two.shard(model, args), rows[:7], args)
+        model = two.open_reward_model(kind, f"{run}/policy", tokenizer)
+        if kind == "generative":
+            rows = two.grm_rows(edits[:7], model, tokenizer, args)
+            batch = [row["rewrite"] for row in rows]
+        else:
+            torch.nn.init.normal_(model.score.weight)  # it was 0
+            batch = two.pairs_of(kind, edits)[:7]
+        two.train(kind, two.shard(model, args), [batch], args)
 
-def policies(fsdp):
-    """A9 on a given rollout of 7 responses, B7 where only rank 0 has tokens with r_t != 0, C1."""
-    args = three.Args(micro_batch=2, minibatch=7, fsdp=fsdp, device="cpu", temperature=0.7)
-    edits = rows_of(run / "edits.jsonl")[:7]
-    prompts, responses = ([row[name] for row in edits] for name in ("prompt_ids", "rejected_ids"))
-    scale, models = {"mean": 0.0, "std": 1.0}, three.open_models("ppo_token", run, args)
-    groups = [{"params": [*models[name].parameters()]} for name in ("policy", "value")]
-    three.sample = lambda *_: responses
-    row, inputs, batch = three.rollout("token", models, prompts, scale, args)
-    losses = three.partial(three.ppo_loss, models, inputs, batch, args)
-    step = three.gradient_step(losses, range(7), torch.optim.SGD(groups, 0.0), args)
-    grads.append(torch.tensor([*row.values(), *step.values(), *batch["advantages"].flatten()]))
-    samples = [{"prompt_ids": x, "response_ids": y, "rewrite_ids": y, "gamma": torch.ones(len(y)),
-                "old_logprobs": torch.full((len(y),), -2.0),
-                "rewards": torch.full((len(y),), 0.1 * (k % 2 == 0))}
-               for k, (x, y) in enumerate(zip(prompts, responses))]
-    pairs = three.pairs_of("dpo_edit", models["reference"], run, args)[:7]
-    for method, rows in (("rlmec", samples), ("dpo_edit", pairs)):
-        losses = three.partial(three.offline_loss, method, models["policy"], args)
-        step = three.gradient_step(losses, rows, torch.optim.SGD(groups[:1], 0.0), args)
-        grads.append(torch.tensor([step["loss"]]))
 
-def start(name):
-    """A child with a run of its own; its parent never ran a model, so that a fork is safe."""
+def job_of(method, tokenizer, args):
+    """A job with plain steps: Adam's would magnify rounding errors."""
+    job = three.open_job(method, [], {}, tokenizer, args)
+    groups = [{"params": group["params"]} for group in job.optimizer.param_groups]
+    job.optimizer = torch.optim.SGD(groups, lr=3e-3)
+    return job
+
+
+def ppo(tokenizer, args, rows):
+    """A9 on given responses; in the second epoch ratios are no longer 1 and values not 0."""
+    responses = three.column(rows, "rejected_ids")
+    three.sample = lambda *_, **__: responses
+    job = job_of("ppo_token", tokenizer, args)
+    three.train_ppo(job, rows, args)
+    note(job.log[0])
+
+
+def offline(method, tokenizer, args, rows):
+    """B7 or C1."""
+    job = job_of(method, tokenizer, args)
+    three.train_offline(job, rows, args)
+    note(job.log[-1])
+
+
+def samples_of(rows):
+    """One of the samples of RLMEC has rewards: only one process has tokens with r_t != 0."""
+    samples = []
+    for k, row in enumerate(rows):
+        ones = torch.ones(len(row["rejected_ids"]))
+        samples.append({
+            "prompt_ids": row["prompt_ids"],
+            "response_ids": row["rejected_ids"],
+            "rewrite_ids": row["rejected_ids"],
+            "old_logprobs": -2 * ones,
+            "rewards": 0.1 * ones if k == 0 else 0 * ones,
+            "gamma": ones,
+        })
+    return samples
+
+
+def gradients(run, fsdp):
+    seen.clear()
+    tokenizer = three.hf.AutoTokenizer.from_pretrained(f"{run}/policy")
+    reward_models(run, tokenizer, fsdp)
+
+    flags = {"updates": 1, "rollout_batch": 7, "micro_batch": 3, "temperature": 0.7}
+    args = three.Args(run=run, fsdp=fsdp, device="cpu", **flags)
+    rows = rows_of(f"{run}/edits.jsonl")[:7]
+    ppo(tokenizer, args, rows)
+    offline("rlmec", tokenizer, args, samples_of(rows))
+    reference = three.open_model(three.hf.AutoModelForCausalLM, f"{run}/policy", args)
+    pairs = three.preference_pairs("dpo_edit", reference, Path(run), args)
+    offline("dpo_edit", tokenizer, args, pairs[:7])
+    return [*seen]
+
+
+# --- A run that is killed ---
+
+def start(run):
+    """A child that trains; its parent never ran a model, so that a fork is safe."""
     pid = os.fork()
-    if not pid:
-        three.main(three.Args(run=str(run / name), method="all_baselines", updates=4, save_every=1,
-                              rollout_batch=16, minibatch=16, max_new_tokens=12, overwrite=True))
+    if pid == 0:
+        flags = {"method": "all_baselines", "updates": 4, "save_every": 1, "max_new_tokens": 12}
+        flags |= {"rollout_batch": 16, "minibatch": 16, "device": "cpu", "overwrite": True}
+        three.main(three.Args(run=str(run), **flags))
         os._exit(0)
     return pid
 
-if mode == "kill":
-    shutil.rmtree(run / "reward_generative")                   # PPO and DPO are enough
-    for name in ("whole", "killed"):
-        shutil.move(shutil.copytree(run, run.parent / name), run / name)
-    began = time.time()
-    assert os.waitpid(start("whole"), 0)[1] == 0
-    seconds = time.time() - began
-    for k in range(5):
-        pid = start("killed")
-        time.sleep(random.uniform(0, seconds / 3) if k else seconds / 2)   # the first has a state
+
+def end_of(pid):
+    _, status = os.waitpid(pid, 0)
+    return status
+
+
+def has_state_of(method, run):
+    path = run / "03_state.pt"
+    return path.exists() and torch.load(path)["method"] == method
+
+
+def kill(folder):
+    """FOLDER/whole is not killed; FOLDER/killed is, at a random time and then in every method."""
+    sys.stdout.reconfigure(line_buffering=True)  # a killed child's lines are not lost
+    assert end_of(start(folder / "whole")) == 0
+
+    run = folder / "killed"
+    for method in (None, "ppo_token", "ppo_sequence", "dpo", "dpo_edit"):
+        pid = start(run)
+        time.sleep(random.random())
+        while method and not has_state_of(method, run):
+            time.sleep(0.01)
         os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    assert os.waitpid(start("killed"), 0)[1] == 0
-    raise SystemExit
+        end_of(pid)
+    assert end_of(start(run)) == 0
+
+
 if three.WORLD > 1:
     torch.distributed.init_process_group("gloo")
-if mode == "die" and three.RANK == 1:
-    raise SystemExit("this rank dies")
-torch.nn.utils.clip_grad_norm_ = keep
-tokenizer = three.hf.AutoTokenizer.from_pretrained(run / "policy")
-reward_models(tokenizer, "--fsdp" in sys.argv)
-policies("--fsdp" in sys.argv)
-if three.RANK == 0:
-    torch.save(grads, sys.argv[3])
-_ = three.WORLD > 1 and torch.distributed.barrier()
-os._exit(0)                        # gloo's threads may abort a process that ends otherwise
+if mode == "kill":
+    kill(Path(sys.argv[2]))
+if mode == "grads":
+    torch.nn.utils.clip_grad_norm_ = keep
+    found = {"copies": gradients(sys.argv[2], fsdp=False)}
+    if three.WORLD > 1:
+        found["parts"] = gradients(sys.argv[2], fsdp=True)
+    if three.RANK == 0:
+        torch.save(found, sys.argv[3])
+if three.WORLD > 1:
+    torch.distributed.barrier()
+os._exit(0)  # gloo's threads may abort a process that ends otherwise
