@@ -209,13 +209,13 @@ def grm_prompt(task, problem, response_ids, tokenizer):
     3+2=4;+1=5 -> [1]3+2=4;[2]+1=5"""
     ids = [*problem["prompt_ids"]]
     for part, text_ids in (("solution", problem["solution_ids"]), ("attempt", response_ids)):
-        ids += words(INSTRUCTIONS[part], tokenizer)
+        ids += ids_of(INSTRUCTIONS[part], tokenizer)
         if task == "rewrite":
             ids += [token for token in text_ids if token != tokenizer.eos_token_id]
         else:
             for k, step in enumerate(steps_of(text_ids, tokenizer), 1):
-                ids += words(f"[{k}]", tokenizer) + step
-    return ids + words(INSTRUCTIONS[task], tokenizer)
+                ids += ids_of(f"[{k}]", tokenizer) + step
+    return ids + ids_of(INSTRUCTIONS[task], tokenizer)
 
 
 # A step of a solution: "3+2=5;" in a chain of sums, a sentence, or a line
@@ -246,7 +246,7 @@ def grm_examples(row, problem, tokenizer):
     """B2, the prompt and the output of each task. rewrite: the edit, which for a right response is
     itself. locate: the label of the first wrong step, such as [2], and the end."""
     # a right response has no wrong step; plan_of leaves its `locate` out
-    label = words(f"[{row['first_wrong_step']}]", tokenizer)
+    label = ids_of(f"[{row['first_wrong_step']}]", tokenizer)
     return {
         "rewrite": {
             "prompt_ids": grm_prompt("rewrite", problem, row["rejected_ids"], tokenizer),
@@ -323,8 +323,7 @@ def train(kind, model, plan, args):
             N = sum(len(example["output_ids"]) for example in batch)
 
         # micro-batches are for memory, not mathematics: their gradients add up
-        for part, mine in micro_batches(batch, args.micro_batch):
-            weight = 1.0 if RANK < len(part) else 0.0
+        for _, mine, weight in micro_batches(batch, args.micro_batch):
             loss = weight * batch_loss(kind, model, mine, N, args)
             if not loss.isfinite():
                 fail(f"reward_{kind}: the loss is {loss.item()}; lower --lr")
@@ -491,8 +490,8 @@ def show(kind, rows, scores, tokenizer):
 # --- Plumbing: nothing to learn below this line ---
 
 @cache
-def words(text, tokenizer):
-    """Token ids of fixed words: an instruction, or a step's label, as [3]."""
+def ids_of(text, tokenizer):
+    """Token ids of a fixed text: an instruction, or a step's label such as [3]."""
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -517,10 +516,14 @@ def batches(rows, size):
 # --- Over several processes ---
 
 def micro_batches(rows, size):
-    """Parts of `size` rows a process: the whole part, and the rows of it that are this process's.
-    Where it has none it gets one that must not count, because all must take part."""
+    """Parts of `size` rows a process: the whole part, the rows of it that are this process's, and
+    their weight, 1. A process without a row gets another's with weight 0: all must take part."""
     for part in batches(rows, size * WORLD):
-        yield part, part[RANK::WORLD] or part[:1]
+        mine = part[RANK::WORLD]
+        if mine:
+            yield part, mine, 1.0
+        else:
+            yield part, part[:1], 0.0
 
 
 def shard(model, args):
@@ -632,7 +635,7 @@ def open_generative_model(path, tokenizer):
     pushed all of them to one place."""
     model = KINDS["generative"].from_pretrained(path)
     texts = [*INSTRUCTIONS.values(), *(f"[{k}]" for k in range(1, 10))]
-    ids = [words(text, tokenizer) for text in texts]
+    ids = [ids_of(text, tokenizer) for text in texts]
     new = [tokens[0] for tokens in ids if len(tokens) == 1]  # a text of several tokens is not new
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         weight = layer.weight.data

@@ -251,7 +251,7 @@ def rlmec_loss(logprobs, old_logprobs, rewards, clip, N):
     return -(weights * logprobs).sum() / max(N, 1)
 
 
-def imitation_weights(response_ids, rewrite_ids):
+def imitation_gamma(response_ids, rewrite_ids):
     """B6: gamma_t (T~,) of the tokens of the rewrite: 1 where the alignment (E1) replaces or
     inserts, 0.5 where it keeps; so 0.5 for a right response, which is its own rewrite."""
     gamma = torch.full((len(rewrite_ids),), 0.5)
@@ -303,8 +303,7 @@ def train_ppo(job, problems, args):
                 minibatch.sort(key=lengths.__getitem__)  # less padding in a micro-batch
 
                 # micro-batches are for memory, not mathematics: their gradients add up
-                for part, mine in micro_batches(minibatch, args.micro_batch):
-                    weight = 1.0 if RANK < len(part) else 0.0
+                for _, mine, weight in micro_batches(minibatch, args.micro_batch):
                     micro_inputs, old = select(inputs, batch, mine)
                     mask = old["mask"]
 
@@ -383,7 +382,7 @@ def sample(model, prompts, args, temperature):
     parts = [*micro_batches(prompts, 8 * args.micro_batch)]  # 8: no activations are kept
     drawn = []
 
-    for part, mine in tqdm(parts, desc="sampling", leave=False, delay=2, disable=RANK > 0):
+    for part, mine, _ in tqdm(parts, desc="sampling", leave=False, delay=2, disable=RANK > 0):
         responses = [[] for _ in mine]
         running = responses  # the same lists, those that have not ended: rows of the model's batch
         inputs, _ = pack(mine, responses, model)  # the prompts alone
@@ -482,7 +481,7 @@ def rewrite(grm, wrong, tokenizer, args):
         steps = steps_of(row["response_ids"], tokenizer)
         for n in range(len(steps)):
             # compared as ids, so that [12] is never read as step 1; the last token is the end
-            if label[:-1] == words(f"[{n + 1}]", tokenizer):
+            if label[:-1] == ids_of(f"[{n + 1}]", tokenizer):
                 kept[k] = [*chain.from_iterable(steps[:n])]
 
     # the kept steps are given as the beginning of the GRM's own output
@@ -505,7 +504,7 @@ def reward_samples(samples, policy, grm, args):
     rewarded = []
     for row, old, p in zip(samples, logprobs, probabilities):
         T = len(row["response_ids"])  # the rest is padding
-        gamma = imitation_weights(row["response_ids"], row["rewrite_ids"])  # B6
+        gamma = imitation_gamma(row["response_ids"], row["rewrite_ids"])  # B6
         rewards = generative_rewards(p[:T], row["is_right"])  # B3
         row = row | {"old_logprobs": old[:T], "rewards": rewards, "gamma": gamma.to(args.device)}
         rewarded.append(row)
@@ -560,8 +559,7 @@ def train_offline(job, rows, args):
         totals = Counter()
 
         # micro-batches are for memory, not mathematics: their gradients add up
-        for part, mine in micro_batches(batch, args.micro_batch):
-            weight = 1.0 if RANK < len(part) else 0.0
+        for _, mine, weight in micro_batches(batch, args.micro_batch):
             if job.method in DPO:
                 logratio_w = logratios(policy, mine, "preferred")
                 logratio_l = logratios(policy, mine, "rejected")
@@ -642,8 +640,8 @@ INSTRUCTIONS = {
 
 
 @cache
-def words(text, tokenizer):
-    """Token ids of fixed words: an instruction, or a step's label, as [3]."""
+def ids_of(text, tokenizer):
+    """Token ids of a fixed text: an instruction, or a step's label such as [3]."""
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
@@ -652,13 +650,13 @@ def grm_prompt(task, problem, response_ids, tokenizer):
     3+2=4;+1=5 -> [1]3+2=4;[2]+1=5"""
     ids = [*problem["prompt_ids"]]
     for part, text_ids in (("solution", problem["solution_ids"]), ("attempt", response_ids)):
-        ids += words(INSTRUCTIONS[part], tokenizer)
+        ids += ids_of(INSTRUCTIONS[part], tokenizer)
         if task == "rewrite":
             ids += [token for token in text_ids if token != tokenizer.eos_token_id]
         else:
             for k, step in enumerate(steps_of(text_ids, tokenizer), 1):
-                ids += words(f"[{k}]", tokenizer) + step
-    return ids + words(INSTRUCTIONS[task], tokenizer)
+                ids += ids_of(f"[{k}]", tokenizer) + step
+    return ids + ids_of(INSTRUCTIONS[task], tokenizer)
 
 
 # A step of a solution: "3+2=5;" in a chain of sums, a sentence, or a line
@@ -814,7 +812,7 @@ def forward_all(function, model, prompts, responses, args, *more):
     lengths = [len(response) for response in responses]
     order = sorted(range(len(lengths)), key=lengths.__getitem__)  # like lengths: less padding
     outputs = {}  # by the number of the row
-    for part, mine in micro_batches(order, args.micro_batch):
+    for part, mine, _ in micro_batches(order, args.micro_batch):
         inputs, mask = pack([prompts[k] for k in mine], [responses[k] for k in mine], model)
         output = function(model, inputs, mask, *more)
         own = [row[m].cpu() for row, m in zip(output, mask)]
@@ -827,10 +825,14 @@ def forward_all(function, model, prompts, responses, args, *more):
 # --- Over several processes ---
 
 def micro_batches(rows, size):
-    """Parts of `size` rows a process: the whole part, and the rows of it that are this process's.
-    Where it has none it gets one that must not count, because all must take part."""
+    """Parts of `size` rows a process: the whole part, the rows of it that are this process's, and
+    their weight, 1. A process without a row gets another's with weight 0: all must take part."""
     for part in batches(rows, size * WORLD):
-        yield part, part[RANK::WORLD] or part[:1]
+        mine = part[RANK::WORLD]
+        if mine:
+            yield part, mine, 1.0
+        else:
+            yield part, part[:1], 0.0
 
 
 def gather(rows, size):

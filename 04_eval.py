@@ -50,7 +50,7 @@ LIMITS = {
     "kl": 20,             # nats a response, on training prompts
     "val_kl": 20,         # the same on validation prompts
     "approx_kl": 0.1,     # nats a token, within one update
-    "score_std": 10,      # in standard deviations of stage 2's rewards
+    "score_std": 10,      # in standard deviations of stage 2's scores
     "advantage_rms": 10,  # the same
 }
 arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
@@ -84,6 +84,7 @@ def compare(run, logs, args):
     prompts = [problem["prompt_ids"] for problem in problems]
     rows = [{"id": problem["id"], "prompt": problem["prompt"]} for problem in problems]
     tokenizer = hf.AutoTokenizer.from_pretrained(run / "policy")
+    # what the log of the SFT policy would be
     untrained = {"update": 0, "episodes": 0, "seconds": 0, "val_kl": 0.0}
 
     policies = {}
@@ -203,23 +204,25 @@ def first_update(log, level):
 def checks(reward_models, policies, differences, logs):
     """The papers' checks as sentences."""
     said = [
-        "Reward models, held-out (edited, original) in order: "
+        "Reward models, held-out (edited, rejected) in order: "
         f"{listed(reward_models, 'pair_accuracy')}.",
-        "Reward models, held-out (preferred, original) in order: "
+        "Reward models, held-out (chosen, rejected) in order: "
         f"{listed(reward_models, 'preference_accuracy')}.",
     ]
 
     for contrast, row in differences.items():
         if contrast in CONTRASTS and row["ci95"]:
-            low, high = row["ci95"]
+            gap = 100 * row["difference"]
+            low = 100 * row["ci95"][0]
+            high = 100 * row["ci95"][1]
             said.append(
-                f"Win rate, {contrast}: {or_dash(row['difference'], '+.1%')} (95 % interval "
-                f"{or_dash(low, '+.1%')} to {or_dash(high, '+.1%')}, {row['n']} prompts)."
+                f"Win rate, {contrast}: {gap:+.1f} points "
+                f"(95 % interval {low:+.1f} to {high:+.1f}, {row['n']} prompts)."
             )
 
     # A: with the token reward it should take fewer updates
     said.append(
-        "Updates to 95 % of the own final accuracy: "
+        "Updates to 95 % of their own final accuracy: "
         f"{listed(policies, 'updates_to_95', 'd')}."
     )
     best = policies.get("ppo_sequence", {}).get("best_accuracy")
@@ -249,8 +252,8 @@ def failure_signatures(reward_models, policies, differences, logs):
     for name, log in logs.items():
         for column, limit in LIMITS.items():
             peak = np.max([abs(row.get(column, 0)) for row in log])
-            if not peak <= limit:  # true of nan as well
-                found.append(f"unstable: {name} reached a {column} of {peak:.3g}, over {limit}")
+            if not peak <= limit:  # true of nan as well, which np.max hands on
+                found.append(f"unstable: {column} of {name} reached {peak:.3g}, over {limit}")
         drop = policies[name]["largest_drop"] or 0
         if drop > 0.2:
             found.append(f"unstable: {name} lost {drop:.0%} accuracy")

@@ -64,7 +64,7 @@ def test_b6_the_weight_of_a_kept_token_is_0_5_and_of_a_new_one_1(a, b, ops, kept
     gamma = [1.0] * len(b)
     for i, j in kept:
         gamma[j] = 0.5
-    assert three.imitation_weights([*a], [*b]).tolist() == gamma
+    assert three.imitation_gamma([*a], [*b]).tolist() == gamma
 
 
 # --- E1: its properties ---
@@ -302,6 +302,16 @@ def test_about_a_fourth_of_the_steps_of_a_sum_are_wrong_and_the_rest_carries_on(
                 wrong += 1
             value = said
     assert 0.2 * 1200 < wrong < 0.28 * 1200  # 300 times 4 steps
+
+
+def test_who_makes_what_and_lives_where_is_the_same_in_all_problems():
+    facts = {}
+    for problem in problems_of("qa"):
+        a, b, c = re.findall("|".join(one.PEOPLE), problem["prompt"])
+        pattern = r"makes (\w+)\..* makes (\w+)\..* lives in (\w+)\."
+        x, y, town = re.search(pattern, problem["solution"]).groups()
+        for person, fact, value in ((a, "makes", x), (b, "makes", y), (c, "lives in", town)):
+            assert facts.setdefault((person, fact), value) == value
 
 
 # --- The policy and its responses ---
@@ -676,6 +686,7 @@ SOLVED = {"solution": " tea", "answer": "tea", "response": " soap"}
 LLM = {"editor": "some LLM"}
 GOOD = {"prompt": "What", **EDIT}
 USER = [{"role": "user", "content": "What"}]
+SAYS = {"role": "assistant", "content": " soap"}
 
 
 def as_chat(row):
@@ -723,6 +734,24 @@ def test_a_shape_of_data(stage, tmp_path, chat_model, is_chat, columns, editor, 
         assert edited or found["edit_ops"] is found["edited_ids"] is None
 
 
+def test_an_editor_may_be_chosen(stage, tmp_path):
+    row = {"prompt": "What", **SOLVED, **LLM, "edited": "tea"}
+    for found in stage(tmp_path, [row] * 3, editor="nearest"):
+        assert found["editor"] == "nearest"
+        assert found["edited"] == " tea"
+
+
+@pytest.mark.parametrize("rejected", [
+    pytest.param([SAYS], id="the response"),
+    pytest.param([*USER, SAYS], id="the whole chat"),
+])
+def test_a_prompt_is_taken_from_the_messages_of_a_pair(tmp_path, rejected):
+    one.write_jsonl(tmp_path / "data", [{"prompt": "What", "chosen": "", "rejected": rejected}])
+    args = one.Args(data=str(tmp_path / "data"), model="any")
+    [problem], _ = one.read_data(args, {})
+    assert problem["prompt"] == USER
+
+
 @pytest.mark.parametrize("prompt, text", [
     pytest.param("What", "What", id="text"),
     pytest.param(USER, "WhatA:</s>", id="chat"),
@@ -742,6 +771,11 @@ def test_a_prompt_does_not_end_as_every_text_of_a_tokenizer_does(tokenizer):
 
 def test_a_response_has_one_end_token(tokenizer):
     assert one.encode("3</s>", True, tokenizer) == one.encode("3", True, tokenizer)
+
+
+def test_a_tenth_of_the_problems_tests_and_a_tenth_validates():
+    problems = one.with_splits([{}] * 40, one.Args())
+    assert Counter(p["split"] for p in problems) == {"train": 32, "test": 4, "val": 4}
 
 
 def test_few_prompts_are_split_row_by_row(stage, tmp_path):

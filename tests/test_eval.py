@@ -129,11 +129,11 @@ def test_the_checks_of_the_papers(log):
     # only the first two differ in one thing alone
     gaps = {"ppo_token - ppo_sequence": gap, "ppo_token - rlmec": gap}
     assert four.checks(models, policies, gaps, {"ppo_token": log}) == [
-        "Reward models, held-out (edited, original) in order: token 99.9 %.",
-        "Reward models, held-out (preferred, original) in order: token 80.0 %, sequence 77.3 %.",
-        "Win rate, ppo_token - ppo_sequence: +12.7 % (95 % interval -2.0 % to +20.0 %, "
+        "Reward models, held-out (edited, rejected) in order: token 99.9 %.",
+        "Reward models, held-out (chosen, rejected) in order: token 80.0 %, sequence 77.3 %.",
+        "Win rate, ppo_token - ppo_sequence: +12.7 points (95 % interval -2.0 to +20.0, "
         "40 prompts).",
-        "Updates to 95 % of the own final accuracy: ppo_sequence 6.",
+        "Updates to 95 % of their own final accuracy: ppo_sequence 6.",
         "ppo_token reaches 95.0 %, ppo_sequence's best, at update –.",  # it never came
         "Steadiness, largest drop after the best: ppo_sequence 30.0 %.",
     ]
@@ -162,11 +162,11 @@ def test_within_the_limits_there_is_no_warning(changed):
     pytest.param({"pair_accuracy": 0.0}, "under 70 %: reward_token, 0.0%", id="0 is a number"),
     pytest.param({"pair_accuracy": None}, "reward_token, 60.0%", id="no edit was held out"),
     pytest.param({"difference": 0.0}, "win rate not above the baseline", id="no gain"),
-    pytest.param({"kl": -91.0}, "ppo_token reached a kl of 91, over 20", id="kl"),
-    pytest.param({"val_kl": 20.5}, "ppo_token reached a val_kl of 20.5, over 20", id="val_kl"),
-    pytest.param({"approx_kl": 0.11}, "a approx_kl of 0.11, over 0.1", id="approx_kl"),
-    pytest.param({"score_std": 10.1}, "a score_std of 10.1, over 10", id="score_std"),
-    pytest.param({"advantage_rms": np.nan}, "a advantage_rms of nan, over 10", id="nan"),
+    pytest.param({"kl": -91.0}, "kl of ppo_token reached 91, over 20", id="kl"),
+    pytest.param({"val_kl": 20.5}, "val_kl of ppo_token reached 20.5, over 20", id="val_kl"),
+    pytest.param({"approx_kl": 0.11}, "approx_kl of ppo_token reached 0.11,", id="approx_kl"),
+    pytest.param({"score_std": 10.1}, "score_std of ppo_token reached 10.1,", id="score_std"),
+    pytest.param({"advantage_rms": np.nan}, "advantage_rms of ppo_token reached nan,", id="nan"),
     pytest.param({"largest_drop": 0.21}, "ppo_token lost 21% accuracy", id="a drop"),
 ])
 def test_beyond_a_limit_there_is_one_warning(changed, warning):
@@ -321,7 +321,7 @@ def test_every_policy_samples_from_its_own_model(evaluated):
 
 
 @pytest.mark.parametrize("part", [
-    pytest.param("WARNING: unstable: ppo_token reached a kl of 91, over 20", id="a warning"),
+    pytest.param("WARNING: unstable: kl of ppo_token reached 91, over 20", id="a warning"),
     # x: the last update of 400; y: from the top, 75 % of 200
     pytest.param(f'stroke={four.COLOURS["ppo_token"]} points="400,50.0"', id="ppo_token's curve"),
     pytest.param(f'<polyline stroke={four.COLOURS["ppo_sequence"]}', id="ppo_sequence's curve"),

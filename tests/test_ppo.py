@@ -245,8 +245,8 @@ def test_rlmec_loss_is_0_where_no_token_has_a_reward():
     pytest.param([4, 5], [8, 9, 4, 5], [1, 1, 0.5, 0.5], id="inserted"),
     pytest.param([4, 9, 5], [4, 5], [0.5, 0.5], id="deleted: nothing is marked"),
 ])
-def test_imitation_weights_mark_what_the_rewrite_changes(response, rewrite, gamma):
-    assert three.imitation_weights(response, rewrite).tolist() == gamma
+def test_imitation_gamma_marks_what_the_rewrite_changes(response, rewrite, gamma):
+    assert three.imitation_gamma(response, rewrite).tolist() == gamma
 
 
 def test_imitation_loss_by_hand():
@@ -491,7 +491,7 @@ def b8(sft, tokenizer, monkeypatch):
     """`collect` on two problems whose solution is RIGHT, where each call of `sample` gives the
     next list of texts, and `asked` keeps its prompts. The policy is the GRM as well."""
     args = three.Args(device="cpu", temperature=0.7)
-    ids = lambda text: three.words(text, tokenizer)
+    ids = lambda text: three.ids_of(text, tokenizer)
     problem = {
         "prompt_ids": ids("Q:"),
         "solution_ids": ids(RIGHT),
@@ -744,7 +744,7 @@ def test_the_gradient_of_each_model_is_clipped_to_norm_1():
 def validation(job_of, monkeypatch):
     """A job with two held-out problems, whose samples are a right and a wrong response."""
     job, args = job_of("ppo_token", temperature=0.5)
-    right = three.words(RIGHT, job.tokenizer)
+    right = three.ids_of(RIGHT, job.tokenizer)
     problem = {"prompt_ids": [5, 6], "solutions": [RIGHT[:-4]]}
     job.validation = [problem, problem]
     monkeypatch.setattr(three, "sample", lambda *_, **__: [right, [7, 8]])
@@ -762,7 +762,7 @@ def test_val_kl_is_the_mean_log_ratio_of_a_response_to_the_reference(validation)
     val_kl = three.validate(job, 1, 1, args)["val_kl"]
 
     total = 0.0
-    for response in (three.words(RIGHT, job.tokenizer), [7, 8]):
+    for response in (three.ids_of(RIGHT, job.tokenizer), [7, 8]):
         total += plain_logprobs(job.models["policy"], [5, 6], response, 0.5).sum()
         total -= plain_logprobs(job.models["reference"], [5, 6], response, 0.5).sum()
     assert close(val_kl, total.item() / 2)

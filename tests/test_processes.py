@@ -29,7 +29,7 @@ def test_each_process_takes_its_rows_of_a_part_and_one_that_must_not_count(monke
     monkeypatch.setattr(three, "RANK", 1)
     parts = [*three.micro_batches([1, 2, 3, 4, 5], 2)]
     # the second process has no row of the last part, and takes the first process's
-    assert parts == [([1, 2, 3, 4], [2, 4]), ([5], [5])]
+    assert parts == [([1, 2, 3, 4], [2, 4], 1.0), ([5], [5], 0.0)]
 
 
 def test_processes_draw_the_same_prompts_and_different_tokens(monkeypatch):

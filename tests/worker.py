@@ -57,28 +57,22 @@ def reward_models(run, tokenizer, fsdp):
         two.train(kind, two.shard(model, args), [batch], args)
 
 
-def job_of(method, tokenizer, args):
-    """A job with plain steps: Adam's would magnify rounding errors."""
-    job = three.open_job(method, [], {}, tokenizer, args)
-    groups = [{"params": group["params"]} for group in job.optimizer.param_groups]
-    job.optimizer = torch.optim.SGD(groups, lr=3e-3)
-    return job
-
-
 def ppo(tokenizer, args, rows):
     """A9 on given responses; in the second epoch ratios are no longer 1 and values not 0."""
     responses = three.column(rows, "rejected_ids")
     three.sample = lambda *_, **__: responses
-    job = job_of("ppo_token", tokenizer, args)
+    job = three.open_job("ppo_token", [], {}, tokenizer, args)
+    groups = [{"params": group["params"]} for group in job.optimizer.param_groups]
+    job.optimizer = torch.optim.SGD(groups, lr=3e-3)  # Adam would magnify rounding errors
     three.train_ppo(job, rows, args)
     note(job.log[0])
 
 
 def offline(method, tokenizer, args, rows):
-    """B7 or C1."""
-    job = job_of(method, tokenizer, args)
+    """B7 or C1; with a learning rate of 0 the policy stays."""
+    job = three.open_job(method, [], {}, tokenizer, args)
     three.train_offline(job, rows, args)
-    note(job.log[-1])
+    note(job.log[0])
 
 
 def samples_of(rows):
@@ -102,7 +96,7 @@ def gradients(run, fsdp):
     tokenizer = three.hf.AutoTokenizer.from_pretrained(f"{run}/policy")
     reward_models(run, tokenizer, fsdp)
 
-    flags = {"updates": 1, "rollout_batch": 7, "micro_batch": 3, "temperature": 0.7}
+    flags = {"updates": 1, "rollout_batch": 7, "micro_batch": 3, "temperature": 0.7, "lr": 0.0}
     args = three.Args(run=run, fsdp=fsdp, device="cpu", **flags)
     rows = rows_of(f"{run}/edits.jsonl")[:7]
     ppo(tokenizer, args, rows)
