@@ -678,6 +678,13 @@ def test_later_stages_get_the_rules_that_judge(ruled, tmp_path):
         assert problem["rules"] == ["soap", "wine"]
 
 
+def test_an_edit_by_rules_of_data_makes_its_pair(stage, tmp_path, rules_file):
+    data = [{"prompt": "What", "response": " soap"}] * 3
+    for row in stage(tmp_path, data, editor=rules_file):
+        assert row["edit_ops"] == [["replace", 0, 0]]  # the end token stays
+        assert row["chosen"] == row["edited"] == " salt"
+
+
 # --- Data of a user's own ---
 
 PAIR = {"chosen": " tea", "rejected": " soap"}
@@ -741,15 +748,16 @@ def test_an_editor_may_be_chosen(stage, tmp_path):
         assert found["edited"] == " tea"
 
 
-@pytest.mark.parametrize("rejected", [
-    pytest.param([SAYS], id="the response"),
-    pytest.param([*USER, SAYS], id="the whole chat"),
+@pytest.mark.parametrize("prompt", [
+    pytest.param([], id="the response alone"),
+    pytest.param([{"role": "system", "content": "Be brief."}, *USER], id="the whole chat"),
 ])
-def test_a_prompt_is_taken_from_the_messages_of_a_pair(tmp_path, rejected):
-    one.write_jsonl(tmp_path / "data", [{"prompt": "What", "chosen": "", "rejected": rejected}])
+def test_the_prompt_of_a_pair_may_stand_among_its_messages(tmp_path, prompt):
+    row = {"prompt": "What", "chosen": "", "rejected": [*prompt, SAYS]}
+    one.write_jsonl(tmp_path / "data", [row])
     args = one.Args(data=str(tmp_path / "data"), model="any")
     [problem], _ = one.read_data(args, {})
-    assert problem["prompt"] == USER
+    assert problem["prompt"] == (prompt or USER)
 
 
 @pytest.mark.parametrize("prompt, text", [

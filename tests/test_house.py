@@ -23,9 +23,9 @@ COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 PARTS = (ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.cmpop)
 
 
-# the amount when this was written, and a little room: 16,000 nodes
-NODES = 16000
-LINES = 3400
+# syntax nodes and lines of the four scripts: they only ever go down, or a feature comes
+NODES = 16060
+LINES = 3370
 
 
 def read(path):

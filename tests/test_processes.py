@@ -24,12 +24,14 @@ def work(*arguments, processes=()):
 
 # --- Several processes ---
 
-def test_each_process_takes_its_rows_of_a_part_and_one_that_must_not_count(monkeypatch):
+def test_each_process_takes_its_rows_of_a_part_or_one_of_weight_0(monkeypatch):
     monkeypatch.setattr(three, "WORLD", 2)
     monkeypatch.setattr(three, "RANK", 1)
     parts = [*three.micro_batches([1, 2, 3, 4, 5], 2)]
-    # the second process has no row of the last part, and takes the first process's
-    assert parts == [([1, 2, 3, 4], [2, 4], 1.0), ([5], [5], 0.0)]
+    assert parts == [
+        ([1, 2, 3, 4], [2, 4], 1.0),
+        ([5], [5], 0.0),  # the first process's
+    ]
 
 
 def test_processes_draw_the_same_prompts_and_different_tokens(monkeypatch):
@@ -120,18 +122,26 @@ def test_a_finished_run_leaves_no_state(killed):
 
 @pytest.fixture
 def flags(run, tokenizer):
-    """The flags of a run that was killed when it had saved a state."""
-    flags = {"run": str(run), "method": "ppo_token", "device": "cpu", "updates": 2}
+    """The flags of a run that was killed when it had saved the last update of ppo_sequence."""
+    flags = {"run": str(run), "updates": 1, "device": "cpu"}
     args = three.Args(max_new_tokens=48, **flags)
-    job = three.open_job("ppo_token", [], {}, tokenizer, args)
+    job = three.open_job("ppo_sequence", [], {}, tokenizer, args)
     job.log = [{"update": 1, "seconds": 1.0}]
     three.save_state(job, run / "03_state.pt", args)
     return flags
 
 
+def test_a_method_that_was_finished_is_not_trained_again(flags, run):
+    (run / "reward_generative").rename(run / "no_generative")  # so that only PPO is trained
+    (run / "ppo_token.csv").write_text("finished")
+    three.main(three.Args(overwrite=True, **flags))
+    assert (run / "ppo_token.csv").read_text() == "finished"
+    assert (run / "ppo_sequence.csv").read_text() == "update,seconds\n1,1.0\n"
+
+
 def test_a_killed_run_with_other_flags_is_refused(flags, fails):
     args = three.Args(**(flags | {"updates": 3}))
-    fails("the killed run had --updates 2; remove it", three.main, args)
+    fails("the killed run had --updates 1; remove it", three.main, args)
 
 
 def test_a_state_that_cannot_be_read_is_refused(flags, fails, run):
