@@ -681,6 +681,12 @@ def test_micro_batches_of_rlmec_add_up_to_the_gradient(losses, samples, grads):
     assert_same(grads[0], grads[-1])
 
 
+def test_the_learning_rate_falls_to_0(job_of, samples):
+    job, args = job_of("rlmec", lr=1e-3)
+    three.train_offline(job, samples, args)
+    assert job.optimizer.param_groups[0]["lr"] == 0
+
+
 # --- C1: the same loop for DPO ---
 
 @pytest.fixture

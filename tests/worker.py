@@ -139,7 +139,8 @@ def kill(folder):
     run = folder / "killed"
     for method in (None, "ppo_token", "ppo_sequence", "dpo", "dpo_edit"):
         pid = start(run)
-        time.sleep(random.random())
+        if method is None:
+            time.sleep(random.random())
         while method and not has_state_of(method, run):
             time.sleep(0.01)
         os.kill(pid, signal.SIGKILL)
