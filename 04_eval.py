@@ -174,7 +174,8 @@ def measure(errors, log):
     curve = [row["accuracy"] for row in log if "accuracy" in row]
     last = log[-1]
 
-    largest_drop = updates_to_95 = None
+    largest_drop = None
+    updates_to_95 = None
     if curve:
         largest_drop = max(curve) - min(curve[np.argmax(curve):])
         if curve[-1] > 0:
@@ -433,7 +434,8 @@ def verdicts(path):
     try:
         rows = json.load(open(path, encoding="utf-8"))
         found = win_rate([win_of_verdict(row) for row in rows])
-        # 100 * None is an error as well: there was no verdict
+        if found["n"] == 0:
+            raise ValueError("no verdict")
         print(f"win_rate {100 * found['win_rate']:.3f}\n"
               f"standard_error {100 * found['win_rate_se']:.3f}\n"
               f"n {found['n']}")
@@ -541,7 +543,9 @@ def before_after(row):
     """A response of the SFT policy, and what every policy makes of it, word by word."""
     word = r"\s*(?:\w+|\S)"  # or a sign; with the space before it
     old = re.findall(word, row["sft"])
-    for name in [*row][2:]:  # behind id and prompt
+    for name in ["sft", *POLICIES]:
+        if name not in row:  # not trained
+            continue
         new = re.findall(word, row[name])
         html = ""
         # old[a:b] has become new[c:d]

@@ -24,7 +24,7 @@ PARTS = (ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.cmpop)
 
 
 # syntax nodes and lines of the four scripts: they only ever go down, or a feature comes
-NODES = 16060
+NODES = 16075
 LINES = 3370
 
 
