@@ -11,7 +11,7 @@ Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, 2401.06081):
     r_phi         scores                          (B, T)   what a reward model says of each token
     R             response_score, sequence_score  (B,)     of a whole response
     U_0           kept                            list     (i, j): in rejected_ids, edited_ids
-    p_t           probabilities                   (B, T)   of the GRM, of each token
+    p_t           scores, of the GRM              (B, T)   the probability of each token
 
 A batch has B rows of P + T tokens: prompts are padded on the left to P, responses on the right to
 T. So the last T columns are the responses, and response_mask (B, T) marks their tokens. What a
