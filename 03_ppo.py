@@ -520,15 +520,16 @@ def right_samples(samples):
 
 
 def preference_pairs(method, reference, run, args):
-    """C1: the pairs that the token model learnt from; y+ is the preferred sibling (dpo) or the
+    """C1: the pairs that the token model learnt from; y_w is the preferred sibling (dpo) or the
     edit (dpo_edit). log pi_ref is computed once."""
     limit = json.load(open(run / "reward_metrics.json"))["token"]["training_rows"]
     rows = json_lines(run / "edits.jsonl")
     pairs = [row for row in rows if row["split"] == "train" and is_pair(row)][:limit]
-
     prompts = column(pairs, "prompt_ids")
+
+    preferred = "edited_ids" if method == "dpo_edit" else "chosen_token_ids"
     for pair in pairs:
-        pair["preferred_ids"] = pair["edited_ids" if method == "dpo_edit" else "chosen_token_ids"]
+        pair["preferred_ids"] = pair[preferred]
     for name in ("preferred", "rejected"):
         responses = column(pairs, f"{name}_ids")
         logprobs = forward_all(response_logprobs, reference, prompts, responses, args)
@@ -1100,12 +1101,14 @@ def main(args):
                 size = min(len(training), args.updates * args.rollout_batch)
                 drawn = seed_update(args, 0).sample(training, size)  # seeds the samples, too
                 samples = collect(reference, grm, drawn, tokenizer, args)
+                del grm  # its memory is the training's
             rows = right_samples(samples) if method == "rejection" else samples
 
         job.seconds = time.time() - start
         train = train_ppo if method in PPO else train_offline
         train(job, rows, args)
         save_policy(job, args)
+        del job, reference  # these models go before those of the next method come
 
     if RANK == 0:
         (run / "03_state.pt").unlink(missing_ok=True)
