@@ -51,8 +51,9 @@ class Args:
     train_prompts: int = arg(16000, "training prompts of a task")
     edit_prompts: int = arg(11000, "training prompts whose responses are edited, at most")
     test_prompts: int = arg(1000, "test prompts; a quarter as many for validation")
-    sft_steps: int = arg(None, "SFT: steps of 128 rows; default: 500, or 0 with --data")
-    sft_lr: float = arg(3e-3, "SFT: learning rate of AdamW, cosine")
+    sft_steps: int = arg(None, "SFT: optimiser steps; default: 500, or 0 with --data")
+    sft_batch: int = arg(128, "SFT: rows per optimiser step")
+    sft_lr: float = arg(None, "SFT: of AdamW, cosine; default: 3e-3, with --model 1e-5")
     hidden_size: int = arg(64, "width of the small policy: 16, 32, ...")
     samples: int = arg(2, "B1: responses sampled for a prompt")
     max_new_tokens: int = arg(48, "longest response sampled")
@@ -180,24 +181,41 @@ STEP = re.compile(r"""
       | $ )         # or with the line
     """, re.VERBOSE | re.MULTILINE)
 
-NUMBER = re.compile(r"""
-    (?<![\w:/.])        # not the end of a word, a time 12:30, a fraction 1/2 or a decimal
-    (?<!}{)             # nor the denominator of \frac{1}{2}
-    -?\$?\d[\d,]*       # -$1,250
-    (?:\.\d+)?          # .50
-    (?![\w:/]|[.,]\d)   # not the beginning of one of these
-    (?!}{)              # nor the numerator
-    """, re.VERBOSE)
+# A final answer, in parts: the last marker, signs before the answer and behind it, words that may
+# follow a number, and where the answer's clause ends
+MARKER = r"(?i:answer[\s*_]*(?:is|was|would be|[:=])|####|\\boxed\{)"
+OPENING = r"[\s:*_`\"'(\[{$€£=\\]*(?:[a-zA-Z] ?= ?)?"
+CLOSING = r"[*_`\"')\]}$\\ ]*"
+UNITS = (
+    r"(?: (?!(?:or|and|to|out|over|times|plus|minus|divided|squared|cubed|percent|dozen|[kKMB]|"
+    r"hundred|thousand|[mb]illion|hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six|eigh|ten)ths?|"
+    r"(?:less|more|fewer) than)\b)[^\W\d_]+)*"
+)
+END = r"(?=\s*$|\n|[.;](?!\d)|,(?! ?(?:\d|[A-Z]\b))| \(| (?:for|since|because|as|so|not)\b)"
 
 
-def final_answer(text):
-    """The first number (or line) after the last `answer is` or `####`; without such a mark the
-    last number (or line) of the text. "It costs $1,200.00." -> "1200"."""
-    *marked, tail = re.split(r"(?i)answer is:?|####", text)
-    candidates = NUMBER.findall(tail) or tail.strip().split("\n")
-    answer = candidates[0] if marked else candidates[-1]
-    answer = re.sub(r"(\.\d*?)0*$", r"\1", answer.strip())  # 3.140 is 3.14
-    return re.sub(r"[$,]", "", answer).rstrip(".")
+def answer_pattern(answer):
+    """A regular expression (of re.search) for a right response: behind its last marker, `answer
+    is`, `answer:`, `####` or `\\boxed{`, stands the answer, as it is written, or a number of the
+    same value: "1200" finds "It is so. The answer is $1,200.00 a year." No operator, fraction,
+    ratio, power, second number or "or" may follow: "The answer is 1200 or 1300" is not right."""
+    answer = answer.strip()
+    number = re.fullmatch(
+        r"[$€£]?([-−]?)[$€£]?(\d+|\d{1,3}(?:,\d{3})+|(?=\.\d))(?:\.(\d*))?", answer)
+    if number:
+        sign, whole, fraction = number.groups(default="")
+        whole = whole.replace(",", "").lstrip("0")
+        fraction = fraction.rstrip("0")
+        gold = r"[-−–] ?[$€£]?" if sign else ""
+        gold += re.sub(r"\B(?=(\d{3})+$)", ",?", whole) or "0?"  # 1,?000,?000
+        gold += rf"\.{fraction}0*" if fraction else r"(?<=\d)(?:\.0+)?\\?%?"
+    else:
+        gold = r"\s*".join(re.escape(word) for word in answer.split())
+        if len(answer) > 1:  # a letter, A, is not the word a
+            gold = f"(?i:{gold})"
+
+    words = UNITS if number or len(answer) == 1 else ""
+    return rf"(?s){MARKER}(?!.*{MARKER}){OPENING}{gold}{CLOSING}{words}{CLOSING}{END}"
 
 
 def differing_steps(text, solution):
@@ -214,8 +232,8 @@ def wrong_steps(text, ended, problem):
         wrong = sum(len(re.findall(rule, text)) for rule in problem["rules"])
     elif problem.get("solutions"):
         wrong = min(differing_steps(text, solution) for solution in problem["solutions"])
-    elif problem.get("answer"):
-        wrong = int(final_answer(text) != final_answer(problem["answer"]))
+    elif problem.get("right"):
+        wrong = int(not re.search(problem["right"], text))
     else:
         return None
 
@@ -272,24 +290,25 @@ def edit_ops(a, b):
 
 
 # --- B1: responses of the policy ---
-def sample_responses(problems, model, tokenizer, args):
+def sample_responses(problems, model, encoder, args):
     """B1: the problems, each with `responses`: those of --data, else --samples of the policy."""
     # by length: the longest prompt of a batch limits the room for its responses
     jobs = []
     for problem in sorted(problems, key=lambda problem: len(problem["prompt_ids"])):
         if not problem["responses"]:  # --data has none
             jobs += [problem] * args.samples
-    samples = generate(model, tokenizer, [problem["prompt_ids"] for problem in jobs], args)
+    samples = generate(model, encoder.tokenizer, [problem["prompt_ids"] for problem in jobs], args)
 
     sampled = defaultdict(list)  # id of a problem -> its responses
-    for problem, ids in zip(jobs, samples):
-        text = tokenizer.decode(ids, skip_special_tokens=True)
-        ended = ids[-1] == tokenizer.eos_token_id
+    for problem, drawn in zip(jobs, samples):
+        ended = drawn[-1] in encoder.ends
+        text, ids, verbatim = encoder.encode_sample(problem, drawn, ended)
         sampled[problem["id"]].append({
             "from_data": False,
             "ended": ended,
+            "verbatim": verbatim,
             "rejected": text,  # right or wrong: the name of its column
-            "rejected_ids": encode(text, ended, tokenizer),  # anew, like an edit
+            "rejected_ids": ids,
             "wrong_steps": wrong_steps(text, ended, problem),
             "chosen": None,
             "chosen_token_ids": None,
@@ -307,7 +326,7 @@ EDIT_COLUMNS = (
 ).split()
 
 
-def edit_responses(problems, editor, rules, args, tokenizer):
+def edit_responses(problems, editor, rules, args, encoder):
     """The rows of edits.jsonl, and a count of the responses without a row, by reason. B1: a row for
     every wrong response with a usable edit. B2: rows of right ones, which it leaves alone."""
     rows = []
@@ -317,17 +336,16 @@ def edit_responses(problems, editor, rules, args, tokenizer):
         for response in problem["responses"]:
             row = problem | response
             ended = editor != "rules" or row["ended"]  # rules change words, they end nothing
-            texts = editor_texts(editor, row, rules)
-            row |= nearest_edit(row["rejected_ids"], texts, ended, tokenizer)  # B1
+            row |= nearest_edit(row["rejected_ids"], accepted(editor, row, rules, encoder))  # B1
             row |= preferred(row, editor)  # A1
 
             reason = gate(row, ended, args)
             if reason is not None:
                 reasons[reason] += 1
             elif row["wrong_steps"] == 0:
-                right_rows.append(edit_row(row, editor, tokenizer))
+                right_rows.append(edit_row(row, editor, encoder.tokenizer))
             else:
-                rows.append(edit_row(row, editor, tokenizer))
+                rows.append(edit_row(row, editor, encoder.tokenizer))
 
     # B2: right responses in the proportion of usable edits; none where rules judge, since breaking
     # no rule does not make a response right
@@ -338,31 +356,31 @@ def edit_responses(problems, editor, rules, args, tokenizer):
     return rows + kept, reasons
 
 
-def editor_texts(editor, row, rules):
-    """The texts that an editor accepts in place of a response; none where it has no edit."""
+def accepted(editor, row, rules, encoder):
+    """The (text, ids) that an editor accepts in place of a response; none where it has no edit."""
     if row["wrong_steps"] == 0:  # B2: a right response is its own edit
-        return [row["rejected"]]
+        return [(row["rejected"], row["rejected_ids"])]
     if editor == "oracle":  # knows every right solution
-        return row["solutions"]
+        return [(text, encoder.encode_response(row, text)) for text in row["solutions"]]
     if editor == "nearest":  # knows one, and which responses are right
-        right = [sibling["rejected"] for sibling in row["responses"] if sibling["wrong_steps"] == 0]
-        return [row["solution"], *right]
+        right = [(sibling["rejected"], sibling["rejected_ids"])
+                 for sibling in row["responses"] if sibling["wrong_steps"] == 0]
+        return [(row["solution"], row["solution_ids"]), *right]
     if editor == "human":  # a person, or an LLM, has edited some responses of --data
-        return [row["edited"]] if row["edited"] else []
+        return [(row["edited"], row["edited_ids"])] if row["edited"] else []
 
     text = row["rejected"]  # rules replace what they match
     for pattern, replacement in rules.items():
         text = re.sub(pattern, replacement, text)
-    return [text]
+    return [(text, encoder.encode_response(row, text, row["ended"], row["verbatim"]))]
 
 
-def nearest_edit(rejected_ids, texts, ended, tokenizer):
-    """B1: y~ = argmin ED(y^, y) over the texts y of an editor: its text, ids and operations."""
+def nearest_edit(rejected_ids, texts):
+    """B1: y~ = argmin ED(y^, y) over the (text, ids) of an editor: its text, ids, operations."""
     edits = []
-    for text in texts:
-        edited_ids = encode(text, ended, tokenizer)
-        ops = edit_ops(rejected_ids, edited_ids)  # E1: ED is their number
-        edits.append({"edited": text, "edited_ids": edited_ids, "edit_ops": ops})
+    for text, ids in texts:
+        ops = edit_ops(rejected_ids, ids)  # E1: ED is their number
+        edits.append({"edited": text, "edited_ids": ids, "edit_ops": ops})
 
     no_edit = {"edited": None, "edited_ids": None, "edit_ops": None}
     return min(edits, key=lambda edit: len(edit["edit_ops"]), default=no_edit)  # B1
@@ -392,6 +410,8 @@ def gate(row, ended, args):
     ops = row["edit_ops"]
     errors = row["wrong_steps"]  # None where nobody knows
 
+    if row["chosen_token_ids"] == row["rejected_ids"]:
+        return "pair: chosen and rejected are the same"
     if ops is None:  # a preferred response still makes a pair, for A6
         return "editor: no edit" if row["chosen"] is None else None
     if ops == [] and errors != 0:
@@ -413,7 +433,10 @@ def edit_row(row, editor, tokenizer):
         op, i, _ = row["edit_ops"][0]
         if op != "insert":  # a missing token stands nowhere
             new["first_error"] = i
-        before = tokenizer.decode(row["rejected_ids"][:i + 1], skip_special_tokens=True)
+        for stop in range(i + 1, i + 5):  # a character has at most four tokens
+            before = tokenizer.decode(row["rejected_ids"][:stop], skip_special_tokens=True)
+            if not before.endswith("\ufffd"):  # half a character: does not show its step yet
+                break
         new["first_wrong_step"] = max(1, len(STEP.findall(before)))
 
     if isinstance(row["prompt"], list):  # a chat: its responses are messages, too
@@ -471,18 +494,24 @@ def small_policy(problems, args):
 
 
 def open_policy(args):
-    """--model, made fit for all stages: with a pad token that is not the end token, no embedding
-    without a token (it would be sampled), and its end and its context in the config."""
+    """--model, made fit for all stages: with a pad token that ends nothing, no embedding without a
+    token (it would be sampled), and in its config its context and what ends a turn."""
     try:
         model = hf.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         tokenizer = hf.AutoTokenizer.from_pretrained(args.model)
+        # a token as stage 3 draws it: with positions, and a cache from which rows are taken
+        ids = torch.zeros(2, 1, dtype=torch.long)
+        inputs = {"input_ids": ids, "attention_mask": ids + 1, "position_ids": ids}
+        output = model(**inputs, use_cache=True, logits_to_keep=torch.tensor([-1]))
+        output.past_key_values.reorder_cache(torch.tensor([1]))
     except Exception as error:  # transformers raises many kinds
-        fail(f"--model {args.model} is no causal LM that can be opened: {error!r:.150}")
+        fail(f"--model {args.model} is no causal LM that can be opened, and sampled from with "
+             f"positions and a cache of keys and values: {error!r:.150}")
 
-    end = tokenizer.eos_token
-    if end is None:
+    ends = turn_ends(model, tokenizer)
+    if not ends:
         fail(f"--model {args.model}: its tokenizer has no end token, so no response can end")
-    if tokenizer.pad_token in (None, end):
+    if tokenizer.pad_token_id in (None, *ends):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     model.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1)
 
@@ -490,10 +519,31 @@ def open_policy(args):
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     config.update({
         "max_position_embeddings": context or 10**9,  # some models name no limit
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
         "pad_token_id": tokenizer.pad_token_id,
     })
+    # others' `generate` stops there, too
+    model.generation_config = hf.GenerationConfig.from_model_config(config)
     return model, tokenizer
+
+
+def turn_ends(model, tokenizer):
+    """The ids that end a response. The first is the special or added token that the chat template
+    puts behind the assistant's turn; then the end tokens of the model and the tokenizer."""
+    ends = []
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes-Yes"}]
+        behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("Yes-Yes")[2]
+        marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+        for token in tokenizer(behind, add_special_tokens=False).input_ids:
+            is_text = token == tokenizer.unk_token_id or not tokenizer.decode([token]).strip()
+            if token in marks and not is_text:  # a line break ends nothing
+                ends.append(token)
+                break
+
+    own = model.generation_config.eos_token_id
+    ends += [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    return [end for end in dict.fromkeys(ends) if end is not None]
 
 
 def fine_tune(model, tokenizer, problems, args):
@@ -511,7 +561,7 @@ def fine_tune(model, tokenizer, problems, args):
     schedule = hf.get_scheduler("cosine", optimizer, round(0.03 * steps), steps)
 
     for _ in trange(steps, desc="SFT"):
-        batch = rng.sample(examples, min(128, len(examples)))
+        batch = rng.sample(examples, min(args.sft_batch, len(examples)))
         N = sum(len(y) for x, y in batch)  # target tokens of the whole batch
         for part in batches(batch, args.micro_batch):
             # -100: no loss on the prompt
@@ -527,16 +577,52 @@ def fine_tune(model, tokenizer, problems, args):
 
 
 # --- What a user wrote ---
-def text_of(row, name):
-    """The text of a column: a string, or the content of the last of a list of chat messages."""
-    text = row.get(name)
-    if isinstance(text, list) and text and isinstance(text[-1], dict):
-        text = text[-1].get("content", text)
-    needed = name in ("prompt", "solution")
-    if not isinstance(text, str | None) or (needed and not text):
+class Dropped(Exception):
+    """Why a row of --data is left out."""
+
+
+def chat_of(row, name):
+    """A column of --data that is a list of chat messages; None where it is a string or missing."""
+    turns = row.get(name)
+    if turns is None or isinstance(turns, str):
+        return None
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         fail(f"{row['place']}: column `{name}` is no text: write a string, or a list of chat "
-             "messages of which the last has a `content`")
-    return text
+             "messages, each with `role` and `content`")
+    if not all(isinstance(turn.get("content"), str) for turn in turns):
+        raise Dropped("chat: a turn is not text alone (a tool call, parts, an image)")
+    return turns
+
+
+def response_of(row, name):
+    """The text of a response column, and the turns before it. A chat's response is its last turn;
+    a string has no turns: None."""
+    turns = chat_of(row, name)
+    if turns is None:
+        return row.get(name), None
+    if not turns or turns[-1]["role"] != "assistant" or turns[-1].get("tool_calls"):
+        raise Dropped("chat: it does not end with words of the assistant")
+    return turns[-1]["content"], turns[:-1]
+
+
+def prompt_of(row, chats):
+    """The prompt of a row: a string; or a chat, if it is one or its responses end one. The turns
+    before the responses belong to it. chats: those of the response columns."""
+    if not row["prompt"]:
+        fail(f"{row['place']}: column `prompt` is empty")
+    prompt = chat_of(row, "prompt")
+    if prompt is None:
+        prompt = [{"role": "user", "content": row["prompt"]}]
+        if not chats:
+            return row["prompt"]
+
+    turns = chats[0] if chats else []
+    if any(chat != turns for chat in chats):
+        raise Dropped("chat: its columns differ before the last turn")
+    turns = [turn for turn in prompt if turn not in turns] + turns  # some columns repeat the prompt
+    if turns[-1]["role"] == "assistant":
+        raise Dropped("chat: its prompt ends with words of the assistant")
+    return turns
 
 
 def needed_columns(row, rules):
@@ -550,27 +636,53 @@ def needed_columns(row, rules):
     return ["response"]  # prompt, response[, edited]: edits
 
 
-def data_responses(row, problem):
-    """The response of a row of --data, in a list, which is empty if it has none."""
-    rejected = text_of(row, "response" if row.get("rejected") is None else "rejected")
-    edited = text_of(row, "edited")
-    if rejected is None:
-        return []
-    return [{
-        "from_data": True,
-        "ended": True,
-        "rejected": rejected,
-        "wrong_steps": wrong_steps(rejected, True, problem),
-        "chosen": text_of(row, "chosen") or None,
-        "chosen_token_ids": None,  # until encode_problem
-        "edited": edited,
-        "editor": row.get("editor") if edited else None,
-    }]
+def data_problem(row, columns, rules, number):
+    """The problem of a row of --data, with its response, if it has one."""
+    for name in columns:
+        if name not in row:
+            fail(f"{row['place']}: the column {name!r} is missing; by the columns of the first "
+                 f"row, every row needs {columns}")
+
+    texts = {}
+    chats = []
+    for name in ("response", "rejected", "chosen", "edited", "solution"):
+        texts[name], chat = response_of(row, name)
+        if chat is not None:
+            chats.append(chat)
+    problem = {
+        "id": f"row-{number}",
+        "place": row["place"],  # for messages
+        "prompt": prompt_of(row, chats),
+        "rules": [*rules],
+        "responses": [],
+    }
+    if "answer" in columns:
+        if not texts["solution"]:
+            fail(f"{row['place']}: column `solution` is no text: write a string")
+        problem |= {"solution": texts["solution"], "answer": str(row["answer"])}
+        problem["right"] = answer_pattern(problem["answer"])
+        if not re.search(problem["right"], problem["solution"]):
+            raise Dropped("row: its solution does not end in its answer")
+
+    rejected = texts["response"] if texts["rejected"] is None else texts["rejected"]
+    if rejected is not None:
+        problem["responses"].append({
+            "from_data": True,
+            "ended": True,
+            "verbatim": False,
+            "rejected": rejected,
+            "wrong_steps": wrong_steps(rejected, True, problem),
+            "chosen": texts["chosen"] or None,
+            "chosen_token_ids": None,  # until encode_problem
+            "edited": texts["edited"],
+            "editor": row.get("editor") if texts["edited"] else None,
+        })
+    return problem
 
 
 def read_data(args, rules):
-    """The problems of --data, one a prompt, each with its responses; and how many rows were left
-    out, since their solution does not end in their answer."""
+    """The problems of --data, one a prompt, each with its responses; and a count of the rows that
+    were left out, by reason."""
     if not args.model:
         fail("--data needs --model: the small policy knows the words of the built-in tasks alone")
     rows = read_jsonl(args.data, "prompt")
@@ -579,33 +691,28 @@ def read_data(args, rules):
         fail(f"--sft_steps: {args.data} has no column `solution` from which the policy can learn")
 
     few = len({str(row["prompt"]) for row in rows}) < 20
+    dropped = Counter()
     problems = {}  # by prompt; where these are few, each row is a problem of its own
-    bad_rows = 0
     for k, row in enumerate(rows):
-        row["place"] = f"{args.data}, line {k + 1}"
-        for name in columns:
-            if name not in row:
-                fail(f"{row['place']}: the column {name!r} is missing; by the columns of the first "
-                     f"row, every row needs {columns}")
-        if isinstance(row["prompt"], str) and isinstance(row.get("rejected"), list):
-            # a chat whose prompt is only its text: the template needs messages
-            row["prompt"] = row["rejected"][:-1] or [{"role": "user", "content": row["prompt"]}]
-
-        problem = {"id": f"row-{k}", "prompt": row["prompt"], "rules": [*rules], "responses": []}
-        problem["place"] = row["place"]  # for messages
-        if "answer" in columns:
-            problem["solution"] = text_of(row, "solution")
-            problem["answer"] = str(row["answer"])
-            if wrong_steps(problem["solution"], True, problem) != 0:
-                bad_rows += 1
-                continue
-        problem = problems.setdefault(k if few else str(row["prompt"]), problem)
-        problem["responses"] += data_responses(row, problem)
+        try:
+            problem = data_problem(row, columns, rules, k)
+        except Dropped as reason:
+            dropped[str(reason)] += 1
+            continue
+        first = problems.setdefault(k if few else str(problem["prompt"]), problem)
+        if first is not problem:
+            first["responses"] += problem["responses"]
 
     if not problems:
-        fail(f"{args.data}: no row is left, since no solution ends in its answer: end each with "
-             "`The answer is ...`")
-    return with_splits([*problems.values()], args), bad_rows
+        fail(f"{args.data}: no row is left; dropped: {dict(dropped)}. A solution must end in its "
+             "answer, as in `The answer is ...`; a chat in a turn of the assistant")
+    problems = with_splits([*problems.values()], args)
+    if few:
+        prompts = {(str(problem["prompt"]), problem["split"]) for problem in problems}
+        print(f"{args.data} has fewer than 20 prompts: its rows are split one by one, and "
+              f"{len(prompts) - len({prompt for prompt, _ in prompts})} prompts are duplicates in "
+              "another split")
+    return problems, dropped
 
 
 def with_splits(problems, args):
@@ -668,52 +775,134 @@ ID_COLUMNS = {  # a text -> its token ids
     "chosen": "chosen_token_ids",
     "edited": "edited_ids",
 }
+# A thought that a generation prompt opens, at its end: <think>, [THINK], ...
+THOUGHT = re.compile(r"[<\[◁]\|?(think|thinking|thought|reasoning)\|?[>\]▷]\s*$", re.IGNORECASE)
 
 
-def encode(text, ended, tokenizer):
-    """Token ids of a response; the end token is one of them, once, where it ended."""
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    end = [tokenizer.eos_token_id]
-    if ended and ids[-1:] != end:
-        ids = ids + end
-    return ids
+class Encoder:
+    """Texts to token ids: a response is what the tokenizer, or its chat template, makes of it
+    behind its prompt. ends: the ids that end a response, first that of an assistant's turn."""
 
+    def __init__(self, tokenizer, ends):
+        self.tokenizer = tokenizer
+        self.ends = ends
+        self.notes = Counter()  # what was not as usual
+        whole = tokenizer("a").input_ids
+        self.begin = whole[:whole.index(self.plain_ids("a")[0])]  # what begins every text
 
-def encode_prompt(problem, tokenizer):
-    """Token ids of a prompt: of a text, or of a chat by the chat template."""
-    prompt = problem["prompt"]
-    if prompt == text_of(problem, "prompt"):
-        ids = tokenizer(prompt).input_ids
-    else:
-        ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    def plain_ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    # some tokenizers end every text with the end token, but behind a prompt comes the response
-    end = [tokenizer.eos_token_id]
-    if ids[-1:] == end == tokenizer("").input_ids[-1:]:
-        ids = ids[:-1]
-    return ids
+    def text_ids(self, text, is_chat):
+        """The ids of a whole text. Of a chat, the template writes the begin token, and some strings
+        have it: it comes once."""
+        ids = self.plain_ids(text)
+        if is_chat or ids[:len(self.begin)] == self.begin:
+            return ids
+        return self.begin + ids
 
+    def encode_prompt(self, prompt):
+        """The text up to where the response begins, and its ids."""
+        is_chat = isinstance(prompt, list)
+        if is_chat:
+            if self.tokenizer.chat_template is None:
+                fail("--data has chat messages, but --model no chat template: write strings")
+            text = self.tokenizer.apply_chat_template(
+                prompt, tokenize=False, add_generation_prompt=True)
+        else:
+            text = prompt
+        return {"prompt_text": text, "prompt_ids": self.text_ids(text, is_chat)}
 
-def encode_problem(problem, tokenizer, args):
-    """The problem with `prompt_ids`, the ids of its texts and of its responses, and `tokens`: the
-    length of its prompt and its longest response."""
-    rows = []
-    longest = args.max_new_tokens
-    try:
-        prompt_ids = encode_prompt(problem, tokenizer)
-        for row in [problem, *problem["responses"]]:
-            row = {**row}
-            for name, id_name in ID_COLUMNS.items():
-                if row.get(name) is not None:
-                    row[id_name] = encode(row[name], True, tokenizer)
-                    longest = max(longest, len(row[id_name]))
-            rows.append(row)
-    except Exception as error:  # no template, or a broken character
-        fail(f"{problem['place']}: the tokenizer or its chat template refuses the row: {error}")
+    def encode_response(self, problem, text, ended=True, verbatim=False):
+        """The ids of a response, with its end if it ended. verbatim: without the chat template."""
+        ids, notes = self.behind_prompt(problem, text, ended, verbatim)
+        self.notes.update(notes)
+        return ids
 
-    problem, *responses = rows
-    tokens = len(prompt_ids) + longest
-    return {**problem, "prompt_ids": prompt_ids, "responses": responses, "tokens": tokens}
+    def behind_prompt(self, problem, text, ended, verbatim):
+        """The ids of `encode_response`, and what is to be noted."""
+        notes = []
+        prompt = problem["prompt_text"]
+        is_chat = isinstance(problem["prompt"], list)
+        whole = prompt + text
+        if is_chat and not verbatim:
+            turn = {"role": "assistant", "content": text}
+            whole = self.tokenizer.apply_chat_template([*problem["prompt"], turn], tokenize=False)
+
+        thought = THOUGHT.search(prompt)
+        if not whole.startswith(prompt):
+            notes.append("behind the generation prompt, where the chat template does not show it")
+            if thought and text.lstrip().startswith(thought[0].strip()):  # not opened again
+                text = text.lstrip().removeprefix(thought[0]).removeprefix(thought[0].strip())
+            whole = prompt + text
+        if thought and f"/{thought[1]}" not in whole[len(prompt):]:
+            notes.append("leaves the thought open that its prompt opens")
+
+        ids = self.text_ids(whole, is_chat)
+        P = len(problem["prompt_ids"])
+        if ids[:P] == problem["prompt_ids"]:
+            ids = ids[P:]
+        else:
+            notes.append("encoded apart from its prompt, since a token would straddle the border")
+            ids = self.encode_apart(whole[len(prompt):], problem["prompt_ids"])
+
+        end = self.ends[0]
+        if not is_chat and self.tokenizer.decode([end]) not in prompt:  # nor a rendered chat
+            end = self.tokenizer.eos_token_id or end
+        if is_chat and end in ids:  # what the template writes behind the turn is not the turn's
+            ids = ids[:len(ids) - ids[::-1].index(end)]
+        elif not ids or ids[-1] not in self.ends:
+            ids = ids + [end]
+        return ids if ended else ids[:-1], notes
+
+    def encode_apart(self, text, prompt_ids):
+        """The ids of a text that goes on behind others: encoded behind an anchor with which none of
+        its tokens merges, such that the decoded text is exact."""
+        decode = self.tokenizer.decode
+        for anchor in ("\n", decode(self.ends[:1])):
+            ids = self.plain_ids(anchor + text)[len(self.plain_ids(anchor)):]
+            if decode(prompt_ids + ids) == decode(prompt_ids) + text:
+                break
+        return ids
+
+    def encode_sample(self, problem, drawn, ended):
+        """The text and the ids of a response that the policy drew, and whether it is verbatim: not
+        what the template writes. The ids stay as drawn, unless the tokenizer splits the text
+        otherwise, which an edit would show: then it is encoded anew."""
+        prompt_ids = problem["prompt_ids"]
+        no_text = [self.tokenizer.pad_token_id, self.tokenizer.unk_token_id]
+        ids = [token for token in (drawn[:-1] if ended else drawn) if token not in no_text]
+        text = self.tokenizer.decode(prompt_ids + ids)[len(self.tokenizer.decode(prompt_ids)):]
+        words = text
+        if isinstance(problem["prompt"], list):  # some templates write a space before the response
+            words = text.strip()
+
+        for way in ((words, False), (text, True)):
+            if self.behind_prompt(problem, way[0], ended, way[1])[0] == drawn:
+                return way[0], drawn, way[1]
+        self.notes["sample: encoded anew, its tokens are not the tokenizer's own"] += 1
+        return words, self.encode_response(problem, words, ended), False
+
+    def encode_problem(self, problem, args):
+        """The problem with `prompt_ids`, the ids of its texts and of its responses, and `tokens`:
+        the length of its prompt and its longest response."""
+        rows = []
+        longest = args.max_new_tokens
+        try:
+            prompt = self.encode_prompt(problem["prompt"])
+            for row in [problem, *problem["responses"]]:
+                row = {**row}
+                for name, id_name in ID_COLUMNS.items():
+                    if row.get(name) is not None:
+                        row[id_name] = self.encode_response(problem | prompt, row[name])
+                        longest = max(longest, len(row[id_name]))
+                rows.append(row)
+        except Exception as error:  # a role that the template refuses, or a broken character
+            raise Dropped(f"problem: the tokenizer or its chat template refuses it ({error!s:.80})")
+
+        problem, *responses = rows
+        tokens = len(prompt["prompt_ids"]) + longest
+        return {**problem, **prompt, "responses": responses, "tokens": tokens}
 
 
 # --- Helpers, the same in several scripts ---
@@ -724,16 +913,20 @@ def fail(message):
 
 
 def read_jsonl(path, *columns):
-    """The rows of a JSONL file; each has these columns. A fault is named by file and line."""
+    """The rows of a JSONL file; each has these columns, and gets its `place` for messages. A fault
+    is named by file and line."""
     rows = []
+    number = 0
     try:
-        for line in open(path, encoding="utf-8"):
-            row = json.loads(line)
-            for name in columns:
-                row[name]  # a missing column is a KeyError
-            rows.append(row)
+        for number, line in enumerate(open(path, "rb"), 1):
+            if line.strip():
+                row = json.loads(line) | {"place": f"{path}, line {number}"}
+                for name in columns:
+                    row[name]  # a missing column is a KeyError
+                rows.append(row)
     except Exception as error:
-        fail(f"{path}, line {len(rows) + 1}: {error!r}; a row is a JSON object with {columns}")
+        fail(f"{path}, line {number}: {type(error).__name__}, {error}; a row is a JSON object with "
+             f"{columns}, in UTF-8")
 
     if not rows:
         fail(f"{path}: has no rows")
@@ -785,7 +978,7 @@ def batches(rows, size):
 def generate(model, tokenizer, prompts, args, temperature=1.0):
     """A response (ids) to each prompt (ids), its end token included; at temperature 0 the likeliest
     tokens. Plain transformers: only stage 3 needs to see how a token is drawn."""
-    end = tokenizer.eos_token_id
+    ends = np.atleast_1d(model.config.eos_token_id)  # one id or several
     responses = []
 
     for part in tqdm(batches(prompts, args.micro_batch), desc="sampling", leave=False):
@@ -797,27 +990,36 @@ def generate(model, tokenizer, prompts, args, temperature=1.0):
             temperature=temperature,
             top_k=0,  # from all tokens
             max_new_tokens=min(args.max_new_tokens, room),
-            eos_token_id=end,
+            eos_token_id=ends.tolist(),
             pad_token_id=tokenizer.pad_token_id,
         )
         output = model.generate(**inputs.to(args.device))  # (B, P + T)
-        responses += output[:, P:].tolist()
-
-    # what follows the end token is padding
-    return [row[:row.index(end) + 1] if end in row else row for row in responses]
+        for row in output[:, P:].tolist():
+            stops = [t for t, token in enumerate(row, 1) if token in ends]
+            responses.append(row[:min(stops, default=len(row))])  # what follows is padding
+    return responses
 
 
 def token_texts(ids, tokenizer):
-    """The text that each token adds: joined, they are the decoded text. A character of several
-    tokens stands at the last of them."""
-    prefixes = tokenizer.decode([ids[:k + 1] for k in range(len(ids))])
-    texts = []
-    shown = ""
-    for prefix in prefixes:
-        if prefix.endswith("\ufffd"):  # half a character: wait for the rest
-            prefix = shown
-        texts.append(prefix[len(shown):])
-        shown = prefix
+    """The text that each token adds: joined, they are decode(ids). A character of several tokens
+    stands at the last of them. A few tokens are decoded at a time, so it is fast for long ids."""
+    whole = tokenizer.decode(ids)
+    texts = [""] * len(ids)
+    place = 0  # in `whole`: where the text that is still missing begins
+    back = first = 0  # the tokens from `first` on have no text yet; `back` is one text before
+    for k in range(len(ids)):
+        waiting = k - first
+        if waiting > 32 and waiting & (waiting - 1):  # no characters: look ever more rarely
+            continue
+        known = tokenizer.decode(ids[back:first])
+        text = tokenizer.decode(ids[back:k + 1])[len(known):]
+        if text and not text.endswith("\ufffd") and whole.startswith(text, place):
+            texts[k] = text
+            place += len(text)
+            back = first
+            first = k + 1
+    if ids:
+        texts[-1] += whole[place:]  # a character that the limit cut
     return texts
 
 
@@ -839,33 +1041,58 @@ def marked(row, tokenizer):
     return "".join(old).strip()
 
 
-def report(rows, dropped, tokenizer):
+def report(rows, dropped, encoder):
     """Print three edits, how many rows there are, and what was dropped."""
     edited = [row for row in rows if row["edit_ops"]]
     for row in edited[:3]:
-        print(" ".join(text_of(row, "prompt").split()))
-        print("    " + marked(row, tokenizer))
+        prompt = row["prompt"]
+        if isinstance(prompt, list):  # a chat: its last message
+            prompt = prompt[-1]["content"]
+        print(" ".join(prompt.split()))
+        print("    " + marked(row, encoder.tokenizer))
 
     pairs = sum(row["chosen"] is not None for row in rows)
     print(f"{len(rows)} rows: {len(edited)} edits, {pairs} with a preferred response; "
           f"dropped: {dict(dropped)}")
+    if encoder.notes:
+        print(f"responses: {dict(encoder.notes)}")
+
+
+def fitting(problems, encoder, context, dropped, args):
+    """The problems with their token ids, where they fit the model's context; the others are counted
+    in `dropped`."""
+    fit = []
+    for problem in problems:
+        try:
+            problem = encoder.encode_problem(problem, args)
+            if problem["tokens"] > context:
+                raise Dropped("problem: longer than the model's context")
+            fit.append(problem)
+        except Dropped as reason:
+            dropped[str(reason)] += 1
+    if not fit:
+        fail(f"no problem is left; dropped: {dict(dropped)}. The model's context has {context} "
+             "tokens, for a prompt and its longest response or --max_new_tokens")
+    return fit
 
 
 def problem_row(problem):
     """A row of problems.jsonl: the columns that the problem has."""
-    columns = "id split prompt prompt_ids solution solution_ids answer solutions rules".split()
-    return {name: problem[name] for name in columns if problem.get(name)}
+    columns = "id split prompt prompt_ids solution solution_ids answer solutions rules right"
+    return {name: problem[name] for name in columns.split() if problem.get(name)}
 
 
 def main(args):
+    if args.sft_lr is None:
+        args.sft_lr = 1e-5 if args.model else 3e-3
     torch.manual_seed(args.seed)
     run = Path(args.run)
 
     # the problems, of --data or of a task, and who edits
     rules = read_rules(args.editor or "")
-    bad_rows = 0
+    dropped = Counter()
     if args.data:
-        problems, bad_rows = read_data(args, rules)
+        problems, dropped = read_data(args, rules)
     else:
         problems = make_problems(args)
     editor = choose_editor(args, problems, rules)
@@ -874,11 +1101,8 @@ def main(args):
     model, tokenizer = open_policy(args) if args.model else small_policy(problems, args)
     model = model.to(args.device)
     context = model.config.max_position_embeddings
-    problems = [encode_problem(problem, tokenizer, args) for problem in problems]
-    fit = [problem for problem in problems if problem["tokens"] <= context]
-    if not fit:
-        fail(f"no problem fits the model's context of {context} tokens together with its longest "
-             "response: shorten the texts, or lower --max_new_tokens")
+    encoder = Encoder(tokenizer, np.atleast_1d(model.config.eos_token_id).tolist())
+    fit = fitting(problems, encoder, context, dropped, args)
     training = [problem for problem in fit if problem["split"] == "train"]
     held_out = [problem for problem in fit if problem["split"] != "train"]
 
@@ -890,18 +1114,16 @@ def main(args):
     write_jsonl(run / "problems.jsonl", [problem_row(problem) for problem in fit])
 
     # B1: responses; A1, B1: the edits of the wrong ones
-    used = sample_responses(training[:args.edit_prompts] + held_out, model, tokenizer, args)
-    rows, reasons = edit_responses(used, editor, rules, args, tokenizer)
-    dropped = Counter({
-        "row: its solution does not end in its answer": bad_rows,
-        "problem: longer than the model's context": len(problems) - len(fit),
-        "problem: beyond --edit_prompts": len(fit) - len(used),
-    }) + reasons  # without zeros
+    used = sample_responses(training[:args.edit_prompts] + held_out, model, encoder, args)
+    rows, reasons = edit_responses(used, editor, rules, args, encoder)
+    dropped["problem: beyond --edit_prompts"] = len(fit) - len(used)
+    dropped = +(dropped + reasons)  # without zeros
     if not rows:
         fail(f"no response has a usable edit: {dict(dropped)}")
     write_jsonl(run / "edits.jsonl", rows)
-    report(rows, dropped, tokenizer)
+    report(rows, dropped, encoder)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # whatever the console can show
     main(hf.HfArgumentParser(Args).parse_args_into_dataclasses()[0])

@@ -29,7 +29,7 @@ import atexit, json, os, random, re, shutil, sys, time
 from bisect import bisect
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -50,7 +50,7 @@ RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
 KINDS = {
-    "token": hf.AutoModelForTokenClassification,
+    "token": hf.AutoModelForSequenceClassification,  # its head is read at every token
     "sequence": hf.AutoModelForSequenceClassification,
     "generative": hf.AutoModelForCausalLM,
 }
@@ -58,6 +58,11 @@ TRAINING = {  # epochs, rows per optimiser step, learning rate
     "token": (8, 64, 1.5e-3),
     "sequence": (12, 32, 1e-3),
     "generative": (1, 16, 1.5e-3),
+}
+PRETRAINED = {  # the same where the policy came from --model
+    "token": (1, 16, 3e-5),
+    "sequence": (1, 16, 3e-5),
+    "generative": (1, 16, 2e-5),
 }
 LOW = {"token": -0.25, "generative": 0.5}  # scores below it are shown
 # gather the weights of all processes, on the CPU
@@ -75,10 +80,14 @@ class Args:
     alpha: float = arg(2.0, "A5: scale of the preference, alpha")
     beta: float = arg(1.0, "A5: weight of equal scores on kept tokens")
     zero: float = arg(5.0, "ours: weight of the squared scores of kept tokens")
-    epochs: int = arg(None, "default: token 8, sequence 12, generative 1 (of `rewrite`)")
+    epochs: int = arg(None, "default: token 8, sequence 12, generative 1; with --model's policy 1")
     locate_epochs: int = arg(5, "B2: epochs of `locate`")
-    batch: int = arg(None, "rows per optimiser step; default: token 64, sequence 32, generative 16")
-    lr: float = arg(None, "cosine, 3 %% warm-up; default: sequence 1e-3, others 1.5e-3")
+    batch: int = arg(
+        None, "rows per optimiser step; default: token 64, sequence 32, generative 16; with "
+        "--model's policy 16")
+    lr: float = arg(
+        None, "cosine, 3 %% warm-up; default: sequence 1e-3, others 1.5e-3; with --model's policy "
+        "3e-5, generative 2e-5")
     weight_decay: float = arg(0.0, "of AdamW")
     micro_batch: int = arg(256, "rows per forward pass")
     bf16: bool = arg(False, "autocast to bfloat16; weights stay float32")
@@ -114,8 +123,9 @@ def pack(prompts, responses, model):
 def token_scores(model, inputs, response_mask):
     """A2: r_phi(s_t, a_t) (B, T), read at the position of token t itself; 0 outside."""
     T = response_mask.shape[1]
-    logits = model(**inputs, use_cache=False).logits  # (B, P + T, 1)
-    return logits[:, -T:, 0].float() * response_mask
+    hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
+    scores = model.score(hidden[:, -T:])  # (B, T, 1)
+    return scores[:, :, 0].float() * response_mask
 
 
 def sequence_score(model, inputs):
@@ -204,16 +214,16 @@ INSTRUCTIONS = {
 }
 
 
-def grm_prompt(task, problem, response_ids, tokenizer):
+def grm_prompt(task, problem, response_ids, tokenizer, ends):
     """B2: ids of (x, y*, y^) for `rewrite`; for `locate` with a label before every step, as in
     3+2=4;+1=5 -> [1]3+2=4;[2]+1=5"""
     ids = [*problem["prompt_ids"]]
     for part, text_ids in (("solution", problem["solution_ids"]), ("attempt", response_ids)):
         ids += ids_of(INSTRUCTIONS[part], tokenizer)
         if task == "rewrite":
-            ids += [token for token in text_ids if token != tokenizer.eos_token_id]
+            ids += [token for token in text_ids if token not in ends]
         else:
-            for k, step in enumerate(steps_of(text_ids, tokenizer), 1):
+            for k, step in enumerate(steps_of(text_ids, tokenizer, ends), 1):
                 ids += ids_of(f"[{k}]", tokenizer) + step
     return ids + ids_of(INSTRUCTIONS[task], tokenizer)
 
@@ -228,33 +238,36 @@ STEP = re.compile(r"""
     """, re.VERBOSE | re.MULTILINE)
 
 
-def steps_of(ids, tokenizer):
+def steps_of(ids, tokenizer, ends):
     """The steps of a response, each a list of ids, without the end token:
     3+2=4;+1=5</s> -> 3+2=4; and +1=5"""
-    ids = [token for token in ids if token != tokenizer.eos_token_id]
-    prefixes = tokenizer.decode([ids[:k] for k in range(len(ids))])  # a text for each k
-    begins = [len(text) for text in prefixes]  # the character at which token k begins
-    text = tokenizer.decode(ids)
+    ids = [token for token in ids if token not in ends]
+    texts = token_texts(ids, tokenizer)
+    stops = [*accumulate(map(len, texts))]  # the character behind each token
 
-    # a step begins with the token in which its first character stands
-    starts = [bisect(begins, step.start()) - 1 for step in STEP.finditer(text)]
+    starts = []  # the first token of each step
+    for step in STEP.finditer("".join(texts)):
+        t = bisect(stops, step.start())  # its first character stands at this token
+        while t > 0 and not texts[t - 1]:  # and perhaps at those before, if it has several
+            t -= 1
+        starts.append(t)
     borders = [0, *starts[1:], len(ids)]  # what precedes the first step belongs to it
     return [ids[a:b] for a, b in pairwise(borders)]
 
 
-def grm_examples(row, problem, tokenizer):
+def grm_examples(row, problem, tokenizer, ends):
     """B2, the prompt and the output of each task. rewrite: the edit, which for a right response is
     itself. locate: the label of the first wrong step, such as [2], and the end."""
     # a right response has no wrong step; plan_of leaves its `locate` out
     label = ids_of(f"[{row['first_wrong_step']}]", tokenizer)
     return {
         "rewrite": {
-            "prompt_ids": grm_prompt("rewrite", problem, row["rejected_ids"], tokenizer),
+            "prompt_ids": grm_prompt("rewrite", problem, row["rejected_ids"], tokenizer, ends),
             "output_ids": row["edited_ids"],
         },
         "locate": {
-            "prompt_ids": grm_prompt("locate", problem, row["rejected_ids"], tokenizer),
-            "output_ids": label + [tokenizer.eos_token_id],
+            "prompt_ids": grm_prompt("locate", problem, row["rejected_ids"], tokenizer, ends),
+            "output_ids": label + [int(ends[0])],
         },
     }
 
@@ -288,14 +301,18 @@ def plan_batches(rows, epochs, size, rng):
     return plan
 
 
-def plan_of(kind, rows, args):
-    """The batches of all epochs, in order. Those of the GRM's two tasks are shuffled together."""
-    epochs, size, _ = TRAINING[kind]
-    if args.epochs is not None:
-        epochs = args.epochs
-    if args.batch is not None:
-        size = args.batch
+def settings(kind, args):
+    """Epochs, rows per optimiser step, learning rate: the flags, or what fits the policy."""
+    pretrained = json.load(open(f"{args.run}/01_args.json"))["model"]
+    defaults = (PRETRAINED if pretrained else TRAINING)[kind]
+    flags = (args.epochs, args.batch, args.lr)
+    chosen = [default if flag is None else flag for flag, default in zip(flags, defaults)]
+    print("reward_{}: {} epochs, {} rows a step, learning rate {}".format(kind, *chosen))
+    return chosen
 
+
+def plan_of(kind, rows, epochs, size, args):
+    """The batches of all epochs, in order. Those of the GRM's two tasks are shuffled together."""
     rng = random.Random(args.seed)
     if kind != "generative":
         return plan_batches(rows, epochs, size, rng)
@@ -309,10 +326,9 @@ def plan_of(kind, rows, args):
 
 # --- Training ---
 
-def train(kind, model, plan, args):
+def train(kind, model, plan, lr, args):
     """An optimiser step for each batch of the plan: A5, A6 or B2, whose N is counted over the
     whole batch: pairs, and output tokens for B2."""
-    lr = TRAINING[kind][2] if args.lr is None else args.lr
     optimizer = torch.optim.AdamW(
         model.parameters(), lr, betas=(0.9, 0.95), weight_decay=args.weight_decay)
     schedule = hf.get_scheduler("cosine", optimizer, round(0.03 * len(plan)), len(plan))
@@ -391,6 +407,8 @@ def evaluate(kind, model, rows, args):
     totals = [np.sum(scores) for scores in worse_scores + chosen_scores]
     if not siblings:
         totals = [np.sum(scores) for scores in rejected_scores + edited_scores]
+    if not np.std(totals):
+        print(f"reward_{kind}: its rewards do not vary; train it longer, or on more pairs")
     metrics = {
         "pair_accuracy": in_order(kind, edited_scores, rejected_scores),
         "preference_accuracy": in_order(kind, chosen_scores, worse_scores),
@@ -496,16 +514,25 @@ def ids_of(text, tokenizer):
 
 
 def token_texts(ids, tokenizer):
-    """The text that each token adds: joined, they are the decoded text. A character of several
-    tokens stands at the last of them."""
-    prefixes = tokenizer.decode([ids[:k + 1] for k in range(len(ids))])
-    texts = []
-    shown = ""
-    for prefix in prefixes:
-        if prefix.endswith("\ufffd"):  # half a character: wait for the rest
-            prefix = shown
-        texts.append(prefix[len(shown):])
-        shown = prefix
+    """The text that each token adds: joined, they are decode(ids). A character of several tokens
+    stands at the last of them. A few tokens are decoded at a time, so it is fast for long ids."""
+    whole = tokenizer.decode(ids)
+    texts = [""] * len(ids)
+    place = 0  # in `whole`: where the text that is still missing begins
+    back = first = 0  # the tokens from `first` on have no text yet; `back` is one text before
+    for k in range(len(ids)):
+        waiting = k - first
+        if waiting > 32 and waiting & (waiting - 1):  # no characters: look ever more rarely
+            continue
+        known = tokenizer.decode(ids[back:first])
+        text = tokenizer.decode(ids[back:k + 1])[len(known):]
+        if text and not text.endswith("\ufffd") and whole.startswith(text, place):
+            texts[k] = text
+            place += len(text)
+            back = first
+            first = k + 1
+    if ids:
+        texts[-1] += whole[place:]  # a character that the limit cut
     return texts
 
 
@@ -561,16 +588,20 @@ def fail(message):
 
 
 def read_jsonl(path, *columns):
-    """The rows of a JSONL file; each has these columns. A fault is named by file and line."""
+    """The rows of a JSONL file; each has these columns, and gets its `place` for messages. A fault
+    is named by file and line."""
     rows = []
+    number = 0
     try:
-        for line in open(path, encoding="utf-8"):
-            row = json.loads(line)
-            for name in columns:
-                row[name]  # a missing column is a KeyError
-            rows.append(row)
+        for number, line in enumerate(open(path, "rb"), 1):
+            if line.strip():
+                row = json.loads(line) | {"place": f"{path}, line {number}"}
+                for name in columns:
+                    row[name]  # a missing column is a KeyError
+                rows.append(row)
     except Exception as error:
-        fail(f"{path}, line {len(rows) + 1}: {error!r}; a row is a JSON object with {columns}")
+        fail(f"{path}, line {number}: {type(error).__name__}, {error}; a row is a JSON object with "
+             f"{columns}, in UTF-8")
 
     if not rows:
         fail(f"{path}: has no rows")
@@ -615,16 +646,23 @@ def start_stage(args, stage, later):
     write_text(run / f"{stage}_args.json", json.dumps(vars(args)) + "\n")
 
 
+def check_family(path):
+    """Token and sequence models need a head `score`: said before anything is trained."""
+    config = hf.AutoConfig.from_pretrained(path)
+    try:
+        with torch.device("meta"):  # without weights
+            hf.AutoModelForSequenceClassification.from_config(config).score
+    except (AttributeError, ValueError):
+        fail(f"{path}: transformers has no AutoModelForSequenceClassification with a head `score` "
+             f"for a {config.model_type}; --kind generative needs none")
+
+
 def open_reward_model(kind, path, tokenizer):
     """A2, A6: the policy with one output and a head of zeros, so that r = 0. B2: the policy."""
     if kind == "generative":
         return open_generative_model(path, tokenizer)
-    try:  # regression: so a pipeline of transformers shows R itself
-        model, info = KINDS[kind].from_pretrained(
-            path, num_labels=1, problem_type="regression", output_loading_info=True)
-    except ValueError:
-        fail(f"{path}: transformers has no {KINDS[kind].__name__} for this family of models; "
-             "--kind generative needs none")
+    model, info = KINDS[kind].from_pretrained(  # regression: a pipeline of transformers shows R
+        path, num_labels=1, problem_type="regression", output_loading_info=True)
     for name in info["missing_keys"]:  # the head
         torch.nn.init.zeros_(model.get_parameter(name))
     return model
@@ -647,9 +685,10 @@ def grm_rows(rows, model, tokenizer, args):
     """The rows with a known solution, each with its examples, where these fit the context."""
     problems = {row["id"]: row for row in read_jsonl(f"{args.run}/problems.jsonl", "id")}
     known = [row for row in rows if "solution_ids" in problems[row["id"]]]
+    ends = np.atleast_1d(model.config.eos_token_id)
     fitting = []
     for row in tqdm(known, desc="prompts", leave=False, disable=RANK > 0):
-        row = row | grm_examples(row, problems[row["id"]], tokenizer)
+        row = row | grm_examples(row, problems[row["id"]], tokenizer, ends)
         responses = [row["rejected_ids"], row["edited_ids"], row["chosen_token_ids"] or []]
         longest = max(len(ids) for ids in responses)
         if len(row["locate"]["prompt_ids"]) + longest <= model.config.max_position_embeddings:
@@ -690,6 +729,8 @@ def main(args):
     metrics = json.loads(path.read_text()) if path.exists() else {}
 
     kinds = [*KINDS] if args.kind == "all" else [args.kind]
+    if kinds != ["generative"]:
+        check_family(run / "policy")
     for kind in kinds:
         start = time.time()
         torch.manual_seed(args.seed)
@@ -706,7 +747,8 @@ def main(args):
             print(f"reward_{kind}: skipped, no rows for training, or for testing")
             continue
 
-        train(kind, model, plan_of(kind, training, args), args)
+        epochs, size, lr = settings(kind, args)
+        train(kind, model, plan_of(kind, training, epochs, size, args), lr, args)
         metrics[kind], scores = evaluate(kind, model, held_out, args)
         metrics[kind] |= {"training_rows": len(training), "seconds": round(time.time() - start, 1)}
         if kind != "sequence":
@@ -730,6 +772,7 @@ if __name__ == "__main__":
             sys.stdout = open(os.devnull, "w")
         if args.device == "cuda":
             torch.cuda.set_device(RANK % torch.cuda.device_count())
+    sys.stdout.reconfigure(errors="replace")  # whatever the console can show
     # cache_enabled=False: no stale bfloat16 copies of weights that have changed
     device_type = torch.device(args.device).type
     with torch.autocast(device_type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):

@@ -38,7 +38,7 @@ from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
-from itertools import chain, pairwise, zip_longest
+from itertools import accumulate, chain, pairwise, zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -59,19 +59,14 @@ hf.logging.disable_progress_bar()
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-KINDS = {
-    "token": hf.AutoModelForTokenClassification,
-    "sequence": hf.AutoModelForSequenceClassification,
-    "generative": hf.AutoModelForCausalLM,
-}
-METHODS = {  # the reward model that a method needs, its learning rate
-    "ppo_token": ("token", 1e-4),
-    "ppo_sequence": ("sequence", 1e-4),
-    "dpo": ("token", 3e-5),  # it learns from as many pairs as that model
-    "dpo_edit": ("token", 3e-5),
-    "rlmec": ("generative", 1e-3),
-    "rlmec_imitation": ("generative", 1e-3),
-    "rejection": ("generative", 1e-3),
+METHODS = {  # the reward model that a method needs, its learning rate, that for --model's policy
+    "ppo_token": ("token", 1e-4, 1e-6),
+    "ppo_sequence": ("sequence", 1e-4, 1e-6),
+    "dpo": (None, 3e-5, 5e-7),
+    "dpo_edit": (None, 3e-5, 5e-7),
+    "rlmec": ("generative", 1e-3, 5e-6),
+    "rlmec_imitation": ("generative", 1e-3, 5e-6),
+    "rejection": (None, 1e-3, 5e-6),
 }
 PPO = {"ppo_token", "ppo_sequence"}
 DPO = {"dpo", "dpo_edit"}
@@ -95,12 +90,15 @@ class Args:
     rollout_batch: int = arg(256, "responses sampled per update")
     ppo_epochs: int = arg(2, "A9: passes over a rollout")
     minibatch: int = arg(64, "responses per optimiser step")
-    lr: float = arg(None, "of the policy; default: PPO 1e-4, DPO 3e-5, others 1e-3")
-    value_lr: float = arg(1e-3, "A9: learning rate of the value model")
+    lr: float = arg(
+        None, "of the policy; default: PPO 1e-4, DPO 3e-5, others 1e-3; where the policy came from "
+        "--model: PPO 1e-6, DPO 5e-7, others 5e-6")
+    value_lr: float = arg(None, "A9: learning rate of the value model; default: 10 times --lr")
     kappa: float = arg(0.1, "A7: KL coefficient, kappa, in reward per nat")
     lam: float = arg(0.95, "A8: lambda of GAE")
     clip: float = arg(None, "clip range, epsilon; default: A9 0.2, B5 0.3")
     imitation_weight: float = arg(1.0, "B7: weight of L_IR, lambda")
+    pairs: int = arg(7500, "C1: preference pairs for DPO, at most")
     dpo_beta: float = arg(1.0, "C1: beta, the scale of the log ratios")
     temperature: float = arg(1.0, "of samples, and of log-probs in A7, A9, B5; above 0")
     max_new_tokens: int = arg(None, "longest response in tokens; default: stage 1's")
@@ -152,15 +150,17 @@ def response_logprobs(model, inputs, response_mask, temperature=1.0):
 def token_scores(model, inputs, response_mask):
     """A2: r_phi(s_t, a_t) (B, T), read at the position of token t itself; 0 outside."""
     T = response_mask.shape[1]
-    logits = model(**inputs, use_cache=False).logits  # (B, P + T, 1)
-    return logits[:, -T:, 0].float() * response_mask
+    hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
+    scores = model.score(hidden[:, -T:])  # (B, T, 1)
+    return scores[:, :, 0].float() * response_mask
 
 
 def token_values(model, inputs, response_mask):
     """V(s_t) (B, T), read at position t-1, where token t is not yet known; 0 outside."""
     T = response_mask.shape[1]
-    logits = model(**inputs, use_cache=False).logits  # (B, P + T, 1)
-    return logits[:, -T - 1:-1, 0].float() * response_mask
+    hidden = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states[-1]
+    values = model.score(hidden[:, -T - 1:-1])  # (B, T, 1)
+    return values[:, :, 0].float() * response_mask
 
 
 def sequence_score(model, inputs):
@@ -278,8 +278,9 @@ def dpo_loss(logratio_w, logratio_l, beta, N):
 def train_ppo(job, problems, args):
     """A7 to A9: sample, score, take a few clipped steps; args.updates times. `job` (see Job) has
     the models, the optimiser and the log."""
-    kind, _ = METHODS[job.method]
+    kind = METHODS[job.method][0]
     scale = json.load(open(f"{args.run}/reward_metrics.json"))[kind]["scale"]
+    scale["std"] = scale["std"] or 1.0  # of rewards that do not vary
     models = job.models
     clip = 0.2 if args.clip is None else args.clip
     if job.state:
@@ -377,7 +378,7 @@ def rollout(kind, models, prompts, scale, args):
 @torch.no_grad()
 def sample(model, prompts, args, temperature):
     """A response (ids) to each prompt (ids), drawn from pi(a_t | s_t), with its end token."""
-    end = model.config.eos_token_id
+    ends = np.atleast_1d(model.config.eos_token_id)  # one id or several
     context = model.config.max_position_embeddings
     parts = [*micro_batches(prompts, 8 * args.micro_batch)]  # 8: no activations are kept
     drawn = []
@@ -398,7 +399,7 @@ def sample(model, prompts, args, temperature):
             # a response goes on until its end token, or until the context is full: the token just
             # drawn stands one position on; is there room for another one after it?
             room = (inputs["position_ids"][:, -1] + 2 < context).tolist()
-            going = [k for k, row in enumerate(running) if room[k] and row[-1] != end]
+            going = [k for k, row in enumerate(running) if room[k] and row[-1] not in ends]
             if not any(gather([going], WORLD)):  # all processes stop at the same token
                 break
 
@@ -431,20 +432,33 @@ def draw(logits, temperature):
 
 # --- The off-line methods: RLMEC, rejection sampling, DPO ---
 
-def collect(policy, grm, problems, tokenizer, args):
-    """B8: one sample a problem, rewritten (B4), rewarded (B3) and aligned (B6). A sample is its
-    problem with response_ids as they were drawn, is_right, rewrite_ids, old_logprobs and rewards
-    (T,), gamma (T~,)."""
+def draw_samples(policy, problems, tokenizer, args):
+    """B8: one sample a problem, which is the problem with response_ids as drawn, and is_right."""
+    size = min(len(problems), args.updates * args.rollout_batch)
+    problems = seed_update(args, 0).sample(problems, size)  # seeds the samples, too
     responses = sample(policy, column(problems, "prompt_ids"), args, args.temperature)
+    ends = np.atleast_1d(policy.config.eos_token_id)
+    samples = []
+    for problem, ids in zip(problems, responses):
+        right = is_right(ids, problem, tokenizer, ends)
+        samples.append({**problem, "response_ids": ids, "is_right": right})
+    return samples
+
+
+def collect(policy, samples, tokenizer, args):
+    """B8: the samples rewritten (B4), rewarded (B3) and aligned (B6): each with rewrite_ids,
+    old_logprobs and rewards (T,), gamma (T~,)."""
+    grm = open_model(hf.AutoModelForCausalLM, f"{args.run}/reward_generative", args)
+    ends = np.atleast_1d(policy.config.eos_token_id)
     fates = Counter()
     right = []
     wrong = []
-    for problem, ids in zip(problems, responses):
-        row = {**problem, "response_ids": ids, "is_right": is_right(ids, problem, tokenizer)}
-        row["rewrite_prompt"] = grm_prompt("rewrite", problem, ids, tokenizer)
+    for row in samples:
+        ids = row["response_ids"]
+        row = {**row, "rewrite_prompt": grm_prompt("rewrite", row, ids, tokenizer, ends)}
         longest = len(row["rewrite_prompt"])
         if not row["is_right"]:
-            row["locate_prompt"] = grm_prompt("locate", problem, ids, tokenizer)
+            row["locate_prompt"] = grm_prompt("locate", row, ids, tokenizer, ends)
             longest = max(longest, len(row["locate_prompt"]))
 
         if longest + len(ids) > grm.config.max_position_embeddings:
@@ -460,7 +474,7 @@ def collect(policy, grm, problems, tokenizer, args):
     for row, rewrite_ids in zip(wrong, rewrite(grm, wrong, tokenizer, args)):
         if rewrite_ids is None:
             fates["the locator names no step"] += 1
-        elif not is_right(rewrite_ids, row, tokenizer):
+        elif not is_right(rewrite_ids, row, tokenizer, ends):
             fates["the rewrite is wrong"] += 1
         else:
             fates["rewritten"] += 1
@@ -476,9 +490,10 @@ def rewrite(grm, wrong, tokenizer, args):
     """B4: the GRM locates the first wrong step of each wrong sample, keeps the steps before it and
     writes the rest anew: the ids of each rewrite, None where the locator names no step."""
     kept = {}  # index of a sample -> the ids of the steps before the wrong one
+    ends = np.atleast_1d(grm.config.eos_token_id)
     labels = sample(grm, column(wrong, "locate_prompt"), args, temperature=0.0)
     for k, (row, label) in enumerate(zip(wrong, labels)):
-        steps = steps_of(row["response_ids"], tokenizer)
+        steps = steps_of(row["response_ids"], tokenizer, ends)
         for n in range(len(steps)):
             # compared as ids, so that [12] is never read as step 1; the last token is the end
             if label[:-1] == ids_of(f"[{n + 1}]", tokenizer):
@@ -511,20 +526,28 @@ def reward_samples(samples, policy, grm, args):
     return rewarded
 
 
-def right_samples(samples):
+def right_samples(samples, args):
     """C2: rejection sampling learns from the right samples alone, all tokens alike."""
-    right = [row | {"gamma": torch.ones_like(row["gamma"])} for row in samples if row["is_right"]]
+    right = []
+    for row in samples:
+        if row["is_right"]:
+            gamma = torch.ones(len(row["response_ids"]), device=args.device)
+            right.append(row | {"rewrite_ids": row["response_ids"], "gamma": gamma})
     if not right:
         fail("rejection: no sample is right; train the policy of stage 1 longer")
     return right
 
 
 def preference_pairs(method, reference, run, args):
-    """C1: the pairs that the token model learnt from; y_w is the preferred sibling (dpo) or the
-    edit (dpo_edit). log pi_ref is computed once."""
-    limit = json.load(open(run / "reward_metrics.json"))["token"]["training_rows"]
-    rows = json_lines(run / "edits.jsonl")
-    pairs = [row for row in rows if row["split"] == "train" and is_pair(row)][:limit]
+    """C1: as many pairs as the reward models of paper A learn from, the same ones; y_w is the
+    preferred sibling (dpo) or the edit (dpo_edit). log pi_ref is computed once."""
+    rows = [row for row in json_lines(run / "edits.jsonl") if row["split"] == "train"]
+    pairs = [row for row in rows if is_pair(row)]
+    if not pairs and method == "dpo":  # nobody has edited
+        pairs = [row for row in rows if row["chosen"] is not None]
+    if not pairs:
+        fail(f"{method}: {run}/edits.jsonl has no pair that it can learn from")
+    pairs = pairs[:args.pairs]
     prompts = column(pairs, "prompt_ids")
 
     preferred = "edited_ids" if method == "dpo_edit" else "chosen_token_ids"
@@ -646,16 +669,16 @@ def ids_of(text, tokenizer):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def grm_prompt(task, problem, response_ids, tokenizer):
+def grm_prompt(task, problem, response_ids, tokenizer, ends):
     """B2: ids of (x, y*, y^) for `rewrite`; for `locate` with a label before every step, as in
     3+2=4;+1=5 -> [1]3+2=4;[2]+1=5"""
     ids = [*problem["prompt_ids"]]
     for part, text_ids in (("solution", problem["solution_ids"]), ("attempt", response_ids)):
         ids += ids_of(INSTRUCTIONS[part], tokenizer)
         if task == "rewrite":
-            ids += [token for token in text_ids if token != tokenizer.eos_token_id]
+            ids += [token for token in text_ids if token not in ends]
         else:
-            for k, step in enumerate(steps_of(text_ids, tokenizer), 1):
+            for k, step in enumerate(steps_of(text_ids, tokenizer, ends), 1):
                 ids += ids_of(f"[{k}]", tokenizer) + step
     return ids + ids_of(INSTRUCTIONS[task], tokenizer)
 
@@ -670,16 +693,42 @@ STEP = re.compile(r"""
     """, re.VERBOSE | re.MULTILINE)
 
 
-def steps_of(ids, tokenizer):
+def token_texts(ids, tokenizer):
+    """The text that each token adds: joined, they are decode(ids). A character of several tokens
+    stands at the last of them. A few tokens are decoded at a time, so it is fast for long ids."""
+    whole = tokenizer.decode(ids)
+    texts = [""] * len(ids)
+    place = 0  # in `whole`: where the text that is still missing begins
+    back = first = 0  # the tokens from `first` on have no text yet; `back` is one text before
+    for k in range(len(ids)):
+        waiting = k - first
+        if waiting > 32 and waiting & (waiting - 1):  # no characters: look ever more rarely
+            continue
+        known = tokenizer.decode(ids[back:first])
+        text = tokenizer.decode(ids[back:k + 1])[len(known):]
+        if text and not text.endswith("\ufffd") and whole.startswith(text, place):
+            texts[k] = text
+            place += len(text)
+            back = first
+            first = k + 1
+    if ids:
+        texts[-1] += whole[place:]  # a character that the limit cut
+    return texts
+
+
+def steps_of(ids, tokenizer, ends):
     """The steps of a response, each a list of ids, without the end token:
     3+2=4;+1=5</s> -> 3+2=4; and +1=5"""
-    ids = [token for token in ids if token != tokenizer.eos_token_id]
-    prefixes = tokenizer.decode([ids[:k] for k in range(len(ids))])  # a text for each k
-    begins = [len(text) for text in prefixes]  # the character at which token k begins
-    text = tokenizer.decode(ids)
+    ids = [token for token in ids if token not in ends]
+    texts = token_texts(ids, tokenizer)
+    stops = [*accumulate(map(len, texts))]  # the character behind each token
 
-    # a step begins with the token in which its first character stands
-    starts = [bisect(begins, step.start()) - 1 for step in STEP.finditer(text)]
+    starts = []  # the first token of each step
+    for step in STEP.finditer("".join(texts)):
+        t = bisect(stops, step.start())  # its first character stands at this token
+        while t > 0 and not texts[t - 1]:  # and perhaps at those before, if it has several
+            t -= 1
+        starts.append(t)
     borders = [0, *starts[1:], len(ids)]  # what precedes the first step belongs to it
     return [ids[a:b] for a, b in pairwise(borders)]
 
@@ -737,27 +786,6 @@ def edit_ops(a, b):
     return ops[::-1]
 
 
-# ---------------------------------------------------------------- 01, 03, 04
-NUMBER = re.compile(r"""
-    (?<![\w:/.])        # not the end of a word, a time 12:30, a fraction 1/2 or a decimal
-    (?<!}{)             # nor the denominator of \frac{1}{2}
-    -?\$?\d[\d,]*       # -$1,250
-    (?:\.\d+)?          # .50
-    (?![\w:/]|[.,]\d)   # not the beginning of one of these
-    (?!}{)              # nor the numerator
-    """, re.VERBOSE)
-
-
-def final_answer(text):
-    """The first number (or line) after the last `answer is` or `####`; without such a mark the
-    last number (or line) of the text. "It costs $1,200.00." -> "1200"."""
-    *marked, tail = re.split(r"(?i)answer is:?|####", text)
-    candidates = NUMBER.findall(tail) or tail.strip().split("\n")
-    answer = candidates[0] if marked else candidates[-1]
-    answer = re.sub(r"(\.\d*?)0*$", r"\1", answer.strip())  # 3.140 is 3.14
-    return re.sub(r"[$,]", "", answer).rstrip(".")
-
-
 def differing_steps(text, solution):
     """How many steps of the two differ, position by position; a missing one differs, too."""
     steps = zip_longest(STEP.findall(text), STEP.findall(solution))
@@ -772,8 +800,8 @@ def wrong_steps(text, ended, problem):
         wrong = sum(len(re.findall(rule, text)) for rule in problem["rules"])
     elif problem.get("solutions"):
         wrong = min(differing_steps(text, solution) for solution in problem["solutions"])
-    elif problem.get("answer"):
-        wrong = int(final_answer(text) != final_answer(problem["answer"]))
+    elif problem.get("right"):
+        wrong = int(not re.search(problem["right"], text))
     else:
         return None
 
@@ -782,10 +810,11 @@ def wrong_steps(text, ended, problem):
     return wrong
 
 
-def is_right(ids, problem, tokenizer):
+def is_right(ids, problem, tokenizer, ends):
     """Whether a response (ids) has ended and has no wrong step; None where nobody knows."""
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    wrong = wrong_steps(text, ids[-1:] == [tokenizer.eos_token_id], problem)
+    words = [token for token in ids if token not in ends]
+    text = tokenizer.decode(words, skip_special_tokens=True)
+    wrong = wrong_steps(text, ids[-1] in ends, problem)
     return None if wrong is None else wrong == 0
 
 
@@ -904,15 +933,19 @@ def open_job(method, validation, state, tokenizer, args):
     reference = open_model(hf.AutoModelForCausalLM, sft, args)
     models = {"policy": policy, "reference": reference}
     trained = torch.nn.ModuleDict({"policy": policy})
-    kind, lr = METHODS[method]
-    groups = [{"params": policy.parameters(), "lr": lr if args.lr is None else args.lr}]
+    pretrained = json.load(open(run / "01_args.json"))["model"]
+    kind, *lrs = METHODS[method]
+    lr = args.lr or lrs[bool(pretrained)]
+    groups = [{"params": policy.parameters(), "lr": lr}]
 
     if method in PPO:
-        value = open_model(KINDS["token"], sft, args, num_labels=1)
+        auto_class = hf.AutoModelForSequenceClassification
+        value = open_model(auto_class, sft, args, num_labels=1)
         models["value"] = trained["value"] = value
-        models["reward"] = open_model(KINDS[kind], run / f"reward_{kind}", args)
-        groups.append({"params": value.parameters(), "lr": args.value_lr})
+        models["reward"] = open_model(auto_class, run / f"reward_{kind}", args)
+        groups.append({"params": value.parameters(), "lr": args.value_lr or 10 * lr})
 
+    print(f"{method}: learning rates {[group['lr'] for group in groups]}")
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     if state.get("method") != method:  # it is another method's
         state = {}
@@ -973,7 +1006,8 @@ def validate(job, update, updates, args):
         response_logprobs, job.models["reference"], prompts, responses, args, args.temperature)
     metrics = {"val_kl": (logprobs - ref_logprobs).sum(dim=1).mean().item()}
 
-    right = [is_right(ids, problem, job.tokenizer)
+    ends = np.atleast_1d(job.models["policy"].config.eos_token_id)
+    right = [is_right(ids, problem, job.tokenizer, ends)
              for ids, problem in zip(responses, job.validation)]
     if None not in right:
         metrics["accuracy"] = float(np.mean(right))
@@ -1058,8 +1092,11 @@ def chosen_methods(args, tokenizer):
     """The methods of --method whose reward model is there. It must have the policy's vocabulary."""
     there = []
     for method in SETS.get(args.method, [args.method]):
-        path = f"{args.run}/reward_{METHODS[method][0]}"
-        if not Path(path).is_dir():
+        kind = METHODS[method][0]
+        path = f"{args.run}/reward_{kind}"
+        if kind is None:
+            there.append(method)
+        elif not Path(path).is_dir():
             print(f"{method} is left out: no {path}, which 02_reward_model.py makes")
         elif hf.AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
             fail(f"{path}: its vocabulary is not that of the policy; run 02_reward_model.py again")
@@ -1071,6 +1108,9 @@ def chosen_methods(args, tokenizer):
 
 
 def main(args):
+    for name in ("updates", "rollout_batch", "minibatch", "micro_batch", "temperature"):
+        if getattr(args, name) <= 0:
+            fail(f"--{name} must be above 0")
     run = Path(args.run)
     tokenizer = hf.AutoTokenizer.from_pretrained(run / "policy")
     methods = chosen_methods(args, tokenizer)
@@ -1085,7 +1125,8 @@ def main(args):
     problems = json_lines(run / "problems.jsonl")
     training = [problem for problem in problems if problem["split"] == "train"]
     validation = [problem for problem in problems if problem["split"] == "val"]
-    samples = []  # B8: drawn once for all methods that learn from them
+    samples = []  # B8: drawn once for all methods that learn from them,
+    rewarded = []  # and rewritten and rewarded once
 
     for method in methods:
         start = time.time()
@@ -1097,12 +1138,13 @@ def main(args):
             rows = preference_pairs(method, reference, run, args)
         else:
             if not samples:
-                grm = open_model(hf.AutoModelForCausalLM, run / "reward_generative", args)
-                size = min(len(training), args.updates * args.rollout_batch)
-                drawn = seed_update(args, 0).sample(training, size)  # seeds the samples, too
-                samples = collect(reference, grm, drawn, tokenizer, args)
-                del grm  # its memory is the training's
-            rows = right_samples(samples) if method == "rejection" else samples
+                samples = draw_samples(reference, training, tokenizer, args)
+            if method == "rejection":
+                rows = right_samples(samples, args)
+            else:
+                if not rewarded:
+                    rewarded = collect(reference, samples, tokenizer, args)
+                rows = rewarded
 
         job.seconds = time.time() - start
         train = train_ppo if method in PPO else train_offline
@@ -1123,6 +1165,7 @@ if __name__ == "__main__":
             sys.stdout = open(os.devnull, "w")
         if args.device == "cuda":
             torch.cuda.set_device(RANK % torch.cuda.device_count())
+    sys.stdout.reconfigure(errors="replace")  # whatever the console can show
     # cache_enabled=False: no stale bfloat16 copies of weights that have changed
     device_type = torch.device(args.device).type
     with torch.autocast(device_type, torch.bfloat16, enabled=args.bf16, cache_enabled=False):

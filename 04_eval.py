@@ -96,10 +96,11 @@ def compare(run, logs, args):
         sampled = generate(model, tokenizer, prompts, args, args.temperature)
 
         errors = []  # the number of wrong steps of each response
+        ends = np.atleast_1d(model.config.eos_token_id)
         for problem, row, response_ids in zip(problems, rows, sampled):
-            row[name] = tokenizer.decode(response_ids, skip_special_tokens=True)
-            ended = response_ids[-1] == tokenizer.eos_token_id
-            errors.append(wrong_steps(row[name], ended, problem))
+            words = [token for token in response_ids if token not in ends]
+            row[name] = tokenizer.decode(words, skip_special_tokens=True)
+            errors.append(wrong_steps(row[name], response_ids[-1] in ends, problem))
 
         if name == "sft":  # comes first: the opponent of all
             sft_errors = errors
@@ -324,26 +325,6 @@ STEP = re.compile(r"""
       | $ )         # or with the line
     """, re.VERBOSE | re.MULTILINE)
 
-NUMBER = re.compile(r"""
-    (?<![\w:/.])        # not the end of a word, a time 12:30, a fraction 1/2 or a decimal
-    (?<!}{)             # nor the denominator of \frac{1}{2}
-    -?\$?\d[\d,]*       # -$1,250
-    (?:\.\d+)?          # .50
-    (?![\w:/]|[.,]\d)   # not the beginning of one of these
-    (?!}{)              # nor the numerator
-    """, re.VERBOSE)
-
-
-def final_answer(text):
-    """The first number (or line) after the last `answer is` or `####`; without such a mark the
-    last number (or line) of the text. "It costs $1,200.00." -> "1200"."""
-    *marked, tail = re.split(r"(?i)answer is:?|####", text)
-    candidates = NUMBER.findall(tail) or tail.strip().split("\n")
-    answer = candidates[0] if marked else candidates[-1]
-    answer = re.sub(r"(\.\d*?)0*$", r"\1", answer.strip())  # 3.140 is 3.14
-    return re.sub(r"[$,]", "", answer).rstrip(".")
-
-
 def differing_steps(text, solution):
     """How many steps of the two differ, position by position; a missing one differs, too."""
     steps = zip_longest(STEP.findall(text), STEP.findall(solution))
@@ -358,8 +339,8 @@ def wrong_steps(text, ended, problem):
         wrong = sum(len(re.findall(rule, text)) for rule in problem["rules"])
     elif problem.get("solutions"):
         wrong = min(differing_steps(text, solution) for solution in problem["solutions"])
-    elif problem.get("answer"):
-        wrong = int(final_answer(text) != final_answer(problem["answer"]))
+    elif problem.get("right"):
+        wrong = int(not re.search(problem["right"], text))
     else:
         return None
 
@@ -371,7 +352,7 @@ def wrong_steps(text, ended, problem):
 def generate(model, tokenizer, prompts, args, temperature=1.0):
     """A response (ids) to each prompt (ids), its end token included; at temperature 0 the likeliest
     tokens. Plain transformers: only stage 3 needs to see how a token is drawn."""
-    end = tokenizer.eos_token_id
+    ends = np.atleast_1d(model.config.eos_token_id)  # one id or several
     responses = []
 
     for part in tqdm(batches(prompts, args.micro_batch), desc="sampling", leave=False):
@@ -383,14 +364,14 @@ def generate(model, tokenizer, prompts, args, temperature=1.0):
             temperature=temperature,
             top_k=0,  # from all tokens
             max_new_tokens=min(args.max_new_tokens, room),
-            eos_token_id=end,
+            eos_token_id=ends.tolist(),
             pad_token_id=tokenizer.pad_token_id,
         )
         output = model.generate(**inputs.to(args.device))  # (B, P + T)
-        responses += output[:, P:].tolist()
-
-    # what follows the end token is padding
-    return [row[:row.index(end) + 1] if end in row else row for row in responses]
+        for row in output[:, P:].tolist():
+            stops = [t for t, token in enumerate(row, 1) if token in ends]
+            responses.append(row[:min(stops, default=len(row))])  # what follows is padding
+    return responses
 
 
 def training_log(path):
@@ -577,7 +558,11 @@ def main(args):
 
     # Which policy is better, and is it as the papers say
     policies, differences, rows = compare(run, logs, args)
-    reward_models = json.load(open(run / "reward_metrics.json"))
+    reward_models = {}  # DPO and rejection sampling need none
+    held_out = []
+    if (run / "reward_metrics.json").exists():
+        reward_models = json.load(open(run / "reward_metrics.json"))
+        held_out = json_lines(run / "reward_examples.jsonl")
     warnings = failure_signatures(reward_models, policies, differences, logs)
     said = checks(reward_models, policies, differences, logs)
     result = {
@@ -591,10 +576,10 @@ def main(args):
     # The same for people
     numbers = table(policies)
     sentences = said + [f"WARNING: {text}" for text in warnings]
-    held_out = json_lines(run / "reward_examples.jsonl")
     write_text(run / "report.html", page(numbers, sentences, logs, held_out, rows))
     print(numbers, *sentences, run / "report.html", sep="\n")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # whatever the console can show
     main(hf.HfArgumentParser(Args).parse_args_into_dataclasses()[0])
