@@ -208,7 +208,7 @@ def answer_pattern(answer):
         fraction = fraction.rstrip("0")
         gold = r"[-−–] ?[$€£]?" if sign else ""
         gold += re.sub(r"\B(?=(\d{3})+$)", ",?", whole) or "0?"  # 1,?000,?000
-        gold += rf"\.{fraction}0*" if fraction else r"(?<=\d)(?:\.0+)?\\?%?"
+        gold += rf"\.{fraction}0*" if fraction else r"(?<=\d)(?:\.0+)?"
     else:
         gold = r"\s*".join(re.escape(word) for word in answer.split())
         if len(answer) > 1:  # a letter, A, is not the word a
@@ -504,11 +504,11 @@ def open_policy(args):
         inputs = {"input_ids": ids, "attention_mask": ids + 1, "position_ids": ids}
         output = model(**inputs, use_cache=True, logits_to_keep=torch.tensor([-1]))
         output.past_key_values.reorder_cache(torch.tensor([1]))
+        ends = turn_ends(model, tokenizer)
     except Exception as error:  # transformers raises many kinds
         fail(f"--model {args.model} is no causal LM that can be opened, and sampled from with "
              f"positions and a cache of keys and values: {error!r:.150}")
 
-    ends = turn_ends(model, tokenizer)
     if not ends:
         fail(f"--model {args.model}: its tokenizer has no end token, so no response can end")
     if tokenizer.pad_token_id in (None, *ends):
@@ -560,7 +560,7 @@ def fine_tune(model, tokenizer, problems, args):
     optimizer = torch.optim.AdamW(model.parameters(), args.sft_lr, (0.9, 0.95), weight_decay=0.0)
     schedule = hf.get_scheduler("cosine", optimizer, round(0.03 * steps), steps)
 
-    for _ in trange(steps, desc="SFT"):
+    for _ in trange(steps, desc=f"SFT, learning rate {args.sft_lr}"):
         batch = rng.sample(examples, min(args.sft_batch, len(examples)))
         N = sum(len(y) for x, y in batch)  # target tokens of the whole batch
         for part in batches(batch, args.micro_batch):
@@ -878,8 +878,10 @@ class Encoder:
             words = text.strip()
 
         for way in ((words, False), (text, True)):
-            if self.behind_prompt(problem, way[0], ended, way[1])[0] == drawn:
-                return way[0], drawn, way[1]
+            ids, notes = self.behind_prompt(problem, way[0], ended, way[1])
+            if ids == drawn:
+                self.notes.update(notes)
+                return way[0], ids, way[1]
         self.notes["sample: encoded anew, its tokens are not the tokenizer's own"] += 1
         return words, self.encode_response(problem, words, ended), False
 
