@@ -24,6 +24,7 @@ import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import accumulate, zip_longest
+from os.path import commonprefix
 from pathlib import Path
 from typing import Literal
 
@@ -186,12 +187,17 @@ STEP = re.compile(r"""
 MARKER = r"(?i:answer[\s*_]*(?:is|was|would be|[:=])|####|\\boxed\{)"
 OPENING = r"[\s:*_`\"'(\[{$€£=\\]*(?:[a-zA-Z] ?= ?)?"
 CLOSING = r"[*_`\"')\]}$\\ ]*"
-UNITS = (
-    r"(?: (?!(?:or|and|to|out|over|times|plus|minus|divided|squared|cubed|percent|dozen|[kKMB]|"
-    r"hundred|thousand|[mb]illion|hal(?:f|ves)|thirds?|quarters?|(?:four|fif|six|eigh|ten)ths?|"
-    r"(?:less|more|fewer) than)\b)[^\W\d_]+)*"
+UNITS = (  # "18 dollars", but not "18 million" or "18 plus"
+    r"(?: (?!(?i:or|and|to|out|over|times|plus|minus|divided|squared|cubed|per ?cent|point|versus|"
+    r"vs|pi|[b-z]|bn|lakhs?|crores?|dozens?|pairs?|hal(?:f|ves)|thirds?|quarters?|(?:less|more|"
+    r"fewer) than|hundreds?|thousands?|[mbtr]+illions?|one|two|three|four|five|six|seven|eight|"
+    r"nine|ten|eleven|twelve|\w+teen|\w+ty|"
+    r"\w*(?:four|fif|six|seven|eigh|nin|ten|elf|teen|tie|dred|sand)ths?)\b)[A-Za-z]+)*"
 )
-END = r"(?=\s*$|\n|[.;](?!\d)|,(?! ?(?:\d|[A-Z]\b))| \(| (?:for|since|because|as|so|not)\b)"
+END = (  # of the text, line or sentence; or an aside
+    r"(?=\.?[*_`\"')\]}$]*(?:\s*$|\n(?!\s*[-+*/^=×÷])|(?<=\.)\s+(?!(?i:or)\b)[^\W\d])"
+    r"| \((?!(?i:or|mod)\b)|,? (?:for|since|because|as|not|which|with)\b)"
+)
 
 
 def answer_pattern(answer):
@@ -210,7 +216,7 @@ def answer_pattern(answer):
         gold += re.sub(r"\B(?=(\d{3})+$)", ",?", whole) or "0?"  # 1,?000,?000
         gold += rf"\.{fraction}0*" if fraction else r"(?<=\d)(?:\.0+)?"
     else:
-        gold = r"\s*".join(re.escape(word) for word in answer.split())
+        gold = r"\s*".join(re.escape(word) for word in answer.split()) or "(?!)"  # never
         if len(answer) > 1:  # a letter, A, is not the word a
             gold = f"(?i:{gold})"
 
@@ -372,7 +378,10 @@ def accepted(editor, row, rules, encoder):
     text = row["rejected"]  # rules replace what they match
     for pattern, replacement in rules.items():
         text = re.sub(pattern, replacement, text)
-    return [(text, encoder.encode_response(row, text, row["ended"], row["verbatim"]))]
+    ids = encoder.encode_response(row, text, False, row["verbatim"])
+    if row["ended"]:
+        ids = ids + row["rejected_ids"][-1:]
+    return [(text, ids)]
 
 
 def nearest_edit(rejected_ids, texts):
@@ -504,11 +513,11 @@ def open_policy(args):
         inputs = {"input_ids": ids, "attention_mask": ids + 1, "position_ids": ids}
         output = model(**inputs, use_cache=True, logits_to_keep=torch.tensor([-1]))
         output.past_key_values.reorder_cache(torch.tensor([1]))
-        ends = turn_ends(model, tokenizer)
     except Exception as error:  # transformers raises many kinds
         fail(f"--model {args.model} is no causal LM that can be opened, and sampled from with "
              f"positions and a cache of keys and values: {error!r:.150}")
 
+    ends = turn_ends(model, tokenizer)
     if not ends:
         fail(f"--model {args.model}: its tokenizer has no end token, so no response can end")
     if tokenizer.pad_token_id in (None, *ends):
@@ -528,22 +537,28 @@ def open_policy(args):
 
 
 def turn_ends(model, tokenizer):
-    """The ids that end a response. The first is the special or added token that the chat template
-    puts behind the assistant's turn; then the end tokens of the model and the tokenizer."""
-    ends = []
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes-Yes"}]
-        behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("Yes-Yes")[2]
-        marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-        for token in tokenizer(behind, add_special_tokens=False).input_ids:
-            is_text = token == tokenizer.unk_token_id or not tokenizer.decode([token]).strip()
-            if token in marks and not is_text:  # a line break ends nothing
-                ends.append(token)
-                break
-
-    own = model.generation_config.eos_token_id
-    ends += [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])]
+    """The ids that end a response: that of a turn, then those of the tokenizer and the model."""
+    own = np.atleast_1d(model.generation_config.eos_token_id).tolist()
+    ends = [template_end(tokenizer), tokenizer.eos_token_id, *own]
     return [end for end in dict.fromkeys(ends) if end is not None]
+
+
+def template_end(tokenizer):
+    """The id that ends an assistant's turn: the special or added token that the chat template puts
+    behind it; None without such a token. A line break ends nothing."""
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Yes-Yes"}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # no template, or one that refuses such a chat: then it refuses the rows, too
+        return None
+
+    _, found, behind = text.rpartition("Yes-Yes")
+    marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    for token in tokenizer(behind, add_special_tokens=False).input_ids:
+        is_mark = token in marks and token != tokenizer.unk_token_id
+        if found and is_mark and tokenizer.decode([token]).strip():
+            return token
+    return None
 
 
 def fine_tune(model, tokenizer, problems, args):
@@ -586,7 +601,8 @@ def chat_of(row, name):
     turns = row.get(name)
     if turns is None or isinstance(turns, str):
         return None
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+    are_turns = isinstance(turns, list) and len(turns) > 0
+    if not are_turns or not all(isinstance(turn, dict) and "role" in turn for turn in turns):
         fail(f"{row['place']}: column `{name}` is no text: write a string, or a list of chat "
              "messages, each with `role` and `content`")
     if not all(isinstance(turn.get("content"), str) for turn in turns):
@@ -600,9 +616,10 @@ def response_of(row, name):
     turns = chat_of(row, name)
     if turns is None:
         return row.get(name), None
-    if not turns or turns[-1]["role"] != "assistant" or turns[-1].get("tool_calls"):
+    *before, last = turns
+    if last["role"] != "assistant" or not last["content"] or last.get("tool_calls"):
         raise Dropped("chat: it does not end with words of the assistant")
-    return turns[-1]["content"], turns[:-1]
+    return last["content"], before
 
 
 def prompt_of(row, chats):
@@ -619,7 +636,10 @@ def prompt_of(row, chats):
     turns = chats[0] if chats else []
     if any(chat != turns for chat in chats):
         raise Dropped("chat: its columns differ before the last turn")
-    turns = [turn for turn in prompt if turn not in turns] + turns  # some columns repeat the prompt
+    if not turns or turns[0]["role"] == "assistant":  # they go on from the prompt
+        turns = prompt + turns
+    elif not any(turns[k:k + len(prompt)] == prompt for k in range(len(turns))):
+        raise Dropped("chat: its columns do not repeat its prompt")
     if turns[-1]["role"] == "assistant":
         raise Dropped("chat: its prompt ends with words of the assistant")
     return turns
@@ -665,6 +685,8 @@ def data_problem(row, columns, rules, number):
             raise Dropped("row: its solution does not end in its answer")
 
     rejected = texts["response"] if texts["rejected"] is None else texts["rejected"]
+    if rejected is None and columns and "answer" not in columns:
+        raise Dropped("row: its response is null")
     if rejected is not None:
         problem["responses"].append({
             "from_data": True,
@@ -708,10 +730,10 @@ def read_data(args, rules):
              "answer, as in `The answer is ...`; a chat in a turn of the assistant")
     problems = with_splits([*problems.values()], args)
     if few:
-        prompts = {(str(problem["prompt"]), problem["split"]) for problem in problems}
-        print(f"{args.data} has fewer than 20 prompts: its rows are split one by one, and "
-              f"{len(prompts) - len({prompt for prompt, _ in prompts})} prompts are duplicates in "
-              "another split")
+        prompts = {str(problem["prompt"]) for problem in problems}
+        places = {(str(problem["prompt"]), problem["split"]) for problem in problems}
+        print(f"{args.data} has fewer than 20 prompts, so its rows are split one by one: "
+              f"{len(places) - len(prompts)} duplicates of prompts over the splits")
     return problems, dropped
 
 
@@ -781,14 +803,16 @@ THOUGHT = re.compile(r"[<\[◁]\|?(think|thinking|thought|reasoning)\|?[>\]▷]\
 
 class Encoder:
     """Texts to token ids: a response is what the tokenizer, or its chat template, makes of it
-    behind its prompt. ends: the ids that end a response, first that of an assistant's turn."""
+    behind its prompt. ends: all ids that end a response."""
 
     def __init__(self, tokenizer, ends):
         self.tokenizer = tokenizer
         self.ends = ends
+        self.turn_end = template_end(tokenizer)
+        self.text_end = ends[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
         self.notes = Counter()  # what was not as usual
-        whole = tokenizer("a").input_ids
-        self.begin = whole[:whole.index(self.plain_ids("a")[0])]  # what begins every text
+        # the tokens with which every text begins
+        self.begin = commonprefix([tokenizer("a").input_ids, tokenizer("").input_ids])
 
     def plain_ids(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -809,6 +833,8 @@ class Encoder:
                 fail("--data has chat messages, but --model no chat template: write strings")
             text = self.tokenizer.apply_chat_template(
                 prompt, tokenize=False, add_generation_prompt=True)
+            if prompt[-1]["content"].strip() not in text:
+                raise ValueError("its text is not shown")
         else:
             text = prompt
         return {"prompt_text": text, "prompt_ids": self.text_ids(text, is_chat)}
@@ -824,17 +850,19 @@ class Encoder:
         notes = []
         prompt = problem["prompt_text"]
         is_chat = isinstance(problem["prompt"], list)
-        whole = prompt + text
+        thought = THOUGHT.search(prompt)
+        behind = text
+        if thought and text.lstrip().startswith(thought[0].strip()):  # not opened again
+            behind = text.lstrip().removeprefix(thought[0]).removeprefix(thought[0].strip())
+
+        whole = prompt + behind
         if is_chat and not verbatim:
             turn = {"role": "assistant", "content": text}
-            whole = self.tokenizer.apply_chat_template([*problem["prompt"], turn], tokenize=False)
-
-        thought = THOUGHT.search(prompt)
-        if not whole.startswith(prompt):
-            notes.append("behind the generation prompt, where the chat template does not show it")
-            if thought and text.lstrip().startswith(thought[0].strip()):  # not opened again
-                text = text.lstrip().removeprefix(thought[0]).removeprefix(thought[0].strip())
-            whole = prompt + text
+            chat = self.tokenizer.apply_chat_template([*problem["prompt"], turn], tokenize=False)
+            if chat.startswith(prompt):
+                whole = chat
+            else:
+                notes.append("behind the generation prompt, where the template does not show it")
         if thought and f"/{thought[1]}" not in whole[len(prompt):]:
             notes.append("leaves the thought open that its prompt opens")
 
@@ -846,12 +874,13 @@ class Encoder:
             notes.append("encoded apart from its prompt, since a token would straddle the border")
             ids = self.encode_apart(whole[len(prompt):], problem["prompt_ids"])
 
-        end = self.ends[0]
-        if not is_chat and self.tokenizer.decode([end]) not in prompt:  # nor a rendered chat
-            end = self.tokenizer.eos_token_id or end
-        if is_chat and end in ids:  # what the template writes behind the turn is not the turn's
-            ids = ids[:len(ids) - ids[::-1].index(end)]
-        elif not ids or ids[-1] not in self.ends:
+        end = self.text_end
+        if self.turn_end is not None:
+            if is_chat or self.tokenizer.decode([self.turn_end]) in prompt:  # or a rendered chat
+                end = self.turn_end
+            if is_chat and end in ids:  # what stands behind the end of a turn belongs to no turn
+                ids = ids[:len(ids) - ids[::-1].index(end)]
+        if not ids or ids[-1] not in self.ends:
             ids = ids + [end]
         return ids if ended else ids[:-1], notes
 
@@ -859,7 +888,7 @@ class Encoder:
         """The ids of a text that goes on behind others: encoded behind an anchor with which none of
         its tokens merges, such that the decoded text is exact."""
         decode = self.tokenizer.decode
-        for anchor in ("\n", decode(self.ends[:1])):
+        for anchor in ("\n", decode([self.text_end])):
             ids = self.plain_ids(anchor + text)[len(self.plain_ids(anchor)):]
             if decode(prompt_ids + ids) == decode(prompt_ids) + text:
                 break
@@ -870,20 +899,23 @@ class Encoder:
         what the template writes. The ids stay as drawn, unless the tokenizer splits the text
         otherwise, which an edit would show: then it is encoded anew."""
         prompt_ids = problem["prompt_ids"]
+        body = drawn[:-1] if ended else drawn
         no_text = [self.tokenizer.pad_token_id, self.tokenizer.unk_token_id]
-        ids = [token for token in (drawn[:-1] if ended else drawn) if token not in no_text]
-        text = self.tokenizer.decode(prompt_ids + ids)[len(self.tokenizer.decode(prompt_ids)):]
+        ids = prompt_ids + [token for token in body if token not in no_text]
+        text = self.tokenizer.decode(ids)[len(self.tokenizer.decode(prompt_ids)):]
         words = text
         if isinstance(problem["prompt"], list):  # some templates write a space before the response
             words = text.strip()
 
         for way in ((words, False), (text, True)):
-            ids, notes = self.behind_prompt(problem, way[0], ended, way[1])
-            if ids == drawn:
+            ids, notes = self.behind_prompt(problem, way[0], False, way[1])
+            if ids == body:
                 self.notes.update(notes)
-                return way[0], ids, way[1]
+                return way[0], drawn, way[1]
         self.notes["sample: encoded anew, its tokens are not the tokenizer's own"] += 1
-        return words, self.encode_response(problem, words, ended), False
+        way = (words, False) if ended else (text, True)
+        ids = self.encode_response(problem, way[0], False, way[1])
+        return way[0], ids + drawn[len(body):], way[1]
 
     def encode_problem(self, problem, args):
         """The problem with `prompt_ids`, the ids of its texts and of its responses, and `tokens`:
@@ -917,8 +949,9 @@ def fail(message):
 def read_jsonl(path, *columns):
     """The rows of a JSONL file; each has these columns, and gets its `place` for messages. A fault
     is named by file and line."""
+    if not Path(path).is_file():
+        fail(f"{path}: no such file")
     rows = []
-    number = 0
     try:
         for number, line in enumerate(open(path, "rb"), 1):
             if line.strip():

@@ -590,8 +590,9 @@ def fail(message):
 def read_jsonl(path, *columns):
     """The rows of a JSONL file; each has these columns, and gets its `place` for messages. A fault
     is named by file and line."""
+    if not Path(path).is_file():
+        fail(f"{path}: no such file")
     rows = []
-    number = 0
     try:
         for number, line in enumerate(open(path, "rb"), 1):
             if line.strip():

@@ -6,7 +6,8 @@ from html import escape
 
 import numpy as np
 import pytest
-from conftest import four, rows_of
+from conftest import four, one, rows_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 HTML = "<script>alert(1)</script>&"  # in the prompts below: no browser may run it
 
@@ -53,6 +54,41 @@ def test_a_response_that_has_ended_may_be_right(run, problems):
     four.write_jsonl(run / "problems.jsonl", problems)
     policies, *_ = four.compare(run, {}, four.Args(max_new_tokens=48))
     assert policies["sft"]["accuracy"] > 0
+
+
+@pytest.fixture
+def two_ends(run, problems):
+    """The run, where a full stop ends a response as well, and no word is wrong."""
+    path = run / "policy" / "config.json"
+    config = json.loads(path.read_text())
+    tokenizer = AutoTokenizer.from_pretrained(run / "policy")
+    config["eos_token_id"] = [config["eos_token_id"], *tokenizer(".").input_ids]
+    path.write_text(json.dumps(config))
+    for problem in problems:
+        problem["rules"] = ["zebra"]
+    four.write_jsonl(run / "problems.jsonl", problems)
+    return run
+
+
+def test_each_of_several_end_tokens_ends_a_response(two_ends):
+    policies, _, rows = four.compare(two_ends, {}, four.Args(max_new_tokens=48))
+    assert policies["sft"]["accuracy"] == 1
+    for row in rows:
+        assert "." not in row["sft"]
+
+
+@pytest.mark.parametrize("stage", [one, four])
+def test_generate_keeps_the_first_end_token_and_drops_what_follows(two_ends, stage):
+    model = AutoModelForCausalLM.from_pretrained(two_ends / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(two_ends / "policy")
+    prompts = [row["prompt_ids"] for row in rows_of(two_ends / "problems.jsonl")]
+    args = stage.Args(max_new_tokens=48, device="cpu")
+    lengths = set()
+    for response in stage.generate(model, tokenizer, prompts, args):
+        assert response[-1] in model.config.eos_token_id
+        assert not {*response[:-1]} & {*model.config.eos_token_id}
+        lengths.add(len(response))
+    assert len(lengths) > 1  # so that some are padded
 
 
 # --- Statistics ---
@@ -318,6 +354,17 @@ def test_every_policy_samples_with_the_same_seed(evaluated):
 def test_every_policy_samples_from_its_own_model(evaluated):
     rows = rows_of(evaluated / "responses.jsonl")
     assert any(row["sft"] != row["ppo_token"] for row in rows)
+
+
+def test_without_a_reward_model_policies_are_compared_all_the_same(evaluated, tmp_path):
+    run = shutil.copytree(evaluated, tmp_path / "run")
+    for name in ("reward_metrics.json", "reward_examples.jsonl"):
+        (run / name).unlink()
+    four.main(four.Args(run=str(run)))
+    result = json.loads((run / "eval.json").read_text())
+    assert result["reward_models"] == {}
+    assert [*result["policies"]] == ["sft", "ppo_token", "ppo_sequence"]
+    assert "Held-out rewards" in (run / "report.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("part", [

@@ -4,12 +4,13 @@ and PPO's loop; sampling; the off-line methods (B7, B8, C1, C2); what stands bel
 import csv
 import json
 import math
+import shutil
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import rows_of, three
+from conftest import judge_by_the_end, rows_of, three, two
 from torch import tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -109,6 +110,17 @@ def test_token_scores_are_divided_by_the_deviation_and_not_centred(packed):
 def test_the_sequence_score_is_centred_and_stands_on_the_last_token_alone(packed):
     scores = three.scores_of(Positions(), *packed, "sequence", SCALE)
     assert scores.tolist() == [[0, 0, (5 - 1) / 2], [(2 - 1) / 2, 0, 0]]
+
+
+def test_rewards_that_do_not_vary_are_not_divided(job_of, run):
+    path = run / "reward_metrics.json"
+    scores = []
+    for std in (0.0, 1.0):
+        path.write_text(json.dumps({"token": {"scale": {"mean": 0.0, "std": std}}}))
+        job, args = job_of("ppo_token", run=str(run), updates=1, rollout_batch=4)
+        three.train_ppo(job, rows_of(run / "problems.jsonl"), args)
+        scores.append(job.log[0]["score"])
+    assert scores[0] == scores[1] != 0
 
 
 def test_the_kl_penalty_is_subtracted_token_by_token_and_has_no_gradient():
@@ -449,6 +461,17 @@ def test_likeliest_samples_are_those_of_generate_without_a_cache(policy, micro_b
     assert len({len(response) for response in expected}) > 2  # they end at several times
 
 
+def test_each_of_several_end_tokens_ends_a_sample(policy, monkeypatch):
+    monkeypatch.setattr(policy.config, "eos_token_id", [END, 7])
+    args = three.Args(device="cpu", max_new_tokens=12)
+    last = set()
+    for response in three.sample(policy, [[5, 6], [4, 9, 3]] * 50, args, 1.0):
+        assert not {END, 7} & {*response[:-1]}
+        if len(response) < 12:
+            last.add(response[-1])
+    assert last == {END, 7}
+
+
 @pytest.fixture
 def long_samples(policy):
     """Prompts of several lengths and their responses, with more room than the context has."""
@@ -487,10 +510,10 @@ LAST = " The friend lives in Rome.</s>"
 
 
 @pytest.fixture
-def b8(sft, tokenizer, monkeypatch):
-    """`collect` on two problems whose solution is RIGHT, where each call of `sample` gives the
-    next list of texts, and `asked` keeps its prompts. The policy is the GRM as well."""
-    args = three.Args(device="cpu", temperature=0.7)
+def b8(sft, tiny_run, tokenizer, monkeypatch):
+    """`draw_samples` and `collect` on two problems whose solution is RIGHT, where each call of
+    `sample` gives the next list of texts, and `asked` keeps its prompts."""
+    args = three.Args(run=str(tiny_run), device="cpu", temperature=0.7)
     ids = lambda text: three.ids_of(text, tokenizer)
     problem = {
         "prompt_ids": ids("Q:"),
@@ -508,9 +531,10 @@ def b8(sft, tokenizer, monkeypatch):
             return [ids(text) for text in next(answers)]
 
         monkeypatch.setattr(three, "sample", sample)
-        return three.collect(sft, sft, problems, tokenizer, args)
+        samples = three.draw_samples(sft, problems, tokenizer, args)
+        return three.collect(sft, samples, tokenizer, args)
 
-    return SimpleNamespace(collect=collect, asked=asked, ids=ids)
+    return SimpleNamespace(collect=collect, asked=asked, ids=ids, problems=problems)
 
 
 def test_a_right_sample_is_its_own_rewrite_and_a_wrong_one_keeps_its_right_steps(b8):
@@ -559,8 +583,46 @@ def test_a_wrong_sample_is_never_praised(b8, capsys, label, endings, reason):
     assert f"'{reason}': 1" in capsys.readouterr().out
 
 
+def test_a_sample_that_is_too_long_for_the_grm_is_left_out(b8, capsys):
+    b8.problems[0]["prompt_ids"] = b8.ids("Q:") * 120  # of 256 tokens
+    [row] = b8.collect([WRONG, RIGHT], [], [])
+    assert row["prompt_ids"] == b8.ids("A:")
+    assert "GRM's context\": 1" in capsys.readouterr().out
+
+
 def test_no_usable_sample_is_refused(b8, fails):
     fails("no sample is right, and none was", b8.collect, [WRONG] * 2, ["</s>"] * 2, [])
+
+
+def test_a_sample_is_a_problem_with_its_response_and_whether_it_is_right(
+        sft, tokenizer, monkeypatch):
+    wrong = three.ids_of(WRONG, tokenizer)
+    right = three.ids_of(RIGHT, tokenizer)
+    monkeypatch.setattr(three, "sample", lambda *_, **__: [wrong, right, right[:-1]])
+    problem = {"id": "a", "prompt_ids": [5], "solutions": [RIGHT[:-4]]}
+    args = three.Args(updates=1, rollout_batch=3)  # of five problems
+    samples = three.draw_samples(sft, [problem] * 5, tokenizer, args)
+    assert samples == [
+        problem | {"response_ids": wrong, "is_right": False},
+        problem | {"response_ids": right, "is_right": True},
+        problem | {"response_ids": right[:-1], "is_right": False},
+    ]
+
+
+@pytest.mark.parametrize("last", [END, 9])
+def test_a_response_that_ends_in_any_end_token_may_be_right(tokenizer, last):
+    ids = three.ids_of(RIGHT[:-4], tokenizer)
+    problem = {"solutions": [RIGHT[:-4]]}
+    assert three.is_right(ids + [last], problem, tokenizer, [END, 9])
+    assert not three.is_right(ids, problem, tokenizer, [END, 9])
+    assert not three.is_right(ids + [last, 11], problem, tokenizer, [END, 9])
+
+
+def test_a_response_with_a_right_final_answer_is_right(tokenizer):
+    problem = {"right": "Rome[.]$"}
+    right = [three.is_right(three.ids_of(text, tokenizer), problem, tokenizer, [END])
+             for text in (RIGHT, WRONG)]
+    assert right == [True, False]
 
 
 @pytest.mark.parametrize("is_right", [True, False])
@@ -589,14 +651,39 @@ def test_rewards_are_read_from_the_grm_behind_the_rewrite_prompt(policy, is_righ
     pytest.param("dpo_edit", "edited_ids", 999, id="dpo_edit: the edit; of all for training"),
 ])
 def test_dpo_prefers_the_sibling_or_the_edit_in_the_token_models_pairs(
-        job_of, run, method, name, limit):
-    metrics = {"token": {"training_rows": limit}}
-    (run / "reward_metrics.json").write_text(json.dumps(metrics))
-    job, args = job_of(method)
-    pairs = three.preference_pairs(method, job.models["reference"], run, args)
-    edits = rows_of(run / "edits.jsonl")
-    learnt = [row for row in edits if row["split"] == "train" and row["chosen"] is not None]
+        job_of, tiny_run, method, name, limit):
+    job, args = job_of(method, pairs=limit)
+    pairs = three.preference_pairs(method, job.models["reference"], tiny_run, args)
+    edits = rows_of(tiny_run / "edits.jsonl")
+    learnt = [row for row in two.pairs_of("token", edits) if row["split"] == "train"]
+    assert len(learnt) > 5
     assert three.column(pairs, "preferred_ids") == three.column(learnt[:limit], name)
+
+
+@pytest.fixture
+def no_edits(run):
+    """A run whose preferred responses have no edit, in part since nobody has edited."""
+    rows = rows_of(run / "edits.jsonl")
+    for row in rows[::2]:
+        row["edit_ops"] = []
+    for row in rows[1::2]:
+        row["edit_ops"] = None
+    (run / "edits.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return run
+
+
+def test_without_edits_dpo_learns_from_all_preferred_siblings(job_of, no_edits):
+    job, args = job_of("dpo")
+    pairs = three.preference_pairs("dpo", job.models["reference"], no_edits, args)
+    edits = rows_of(no_edits / "edits.jsonl")
+    learnt = [row for row in edits if row["split"] == "train" and row["chosen"] is not None]
+    assert three.column(pairs, "preferred_ids") == three.column(learnt, "chosen_token_ids")
+
+
+def test_without_edits_dpo_on_edits_is_refused(job_of, no_edits, fails):
+    job, args = job_of("dpo_edit")
+    fails("dpo_edit: .*edits.jsonl has no pair", three.preference_pairs, "dpo_edit",
+          job.models["reference"], no_edits, args)
 
 
 # --- B7, B8, C2: the loop of the off-line methods ---
@@ -655,7 +742,7 @@ def test_b7_row_by_row(losses, samples, sft, method, weight, micro_batch):
 
 @pytest.mark.parametrize("micro_batch", [32, 1])
 def test_rejection_learns_all_tokens_of_the_right_samples_alone(losses, samples, sft, micro_batch):
-    right = three.right_samples(samples)
+    right = three.right_samples(samples, three.Args(device="cpu"))
     # C2: -(1/3) log pi of the three tokens of the two right samples
     first = plain_logprobs(sft, [5, 6, 7, 8, 9], [11, 2])
     second = plain_logprobs(sft, [3, 4], [2])
@@ -664,15 +751,34 @@ def test_rejection_learns_all_tokens_of_the_right_samples_alone(losses, samples,
 
 
 def test_rejection_sampling_without_a_right_sample_is_refused(samples, fails):
-    fails("rejection: no sample is right", three.right_samples, samples[:1])
+    fails("rejection: no sample is right", three.right_samples, samples[:1], three.Args())
 
 
 def test_main_gives_rejection_sampling_the_right_samples_alone(run, samples, monkeypatch):
-    monkeypatch.setattr(three, "collect", lambda *_, **__: samples)
+    monkeypatch.setattr(three, "draw_samples", lambda *_, **__: samples)
     args = three.Args(run=str(run), method="rejection", device="cpu", overwrite=True)
     three.main(args)
     row = next(csv.DictReader(open(run / "rejection.csv")))
     assert row["episodes"] == "2"
+
+
+def test_rejection_sampling_is_the_same_without_a_reward_model_and_behind_rlmec(
+        run, tmp_path, monkeypatch):
+    solutions = lambda grm, wrong, *_, **__: [row["solution_ids"] for row in wrong]
+    monkeypatch.setattr(three, "rewrite", solutions)
+    monkeypatch.setitem(three.SETS, "all", ["rlmec", "rejection"])
+    judge_by_the_end(run)
+    alone = tmp_path / "alone"
+    shutil.copytree(run, alone, ignore=shutil.ignore_patterns("reward_*"))
+    flags = {"updates": 2, "rollout_batch": 32, "device": "cpu", "overwrite": True}
+    three.main(three.Args(run=str(run), method="all", **flags))
+    three.main(three.Args(run=str(alone), method="rejection", **flags))
+
+    assert (run / "rlmec.csv").exists()
+    policies = []
+    for path in (run, alone):
+        policies.append((path / "rejection" / "model.safetensors").read_bytes())
+    assert policies[0] == policies[1] != (run / "policy" / "model.safetensors").read_bytes()
 
 
 def test_micro_batches_of_rlmec_add_up_to_the_gradient(losses, samples, grads):
@@ -732,7 +838,38 @@ def test_the_first_gradient_of_dpo_is_that_of_the_batch_times_b(dpo, grads, flag
     assert_same(factor * grads[0], grads[-1])
 
 
-# --- Below the line: a step, validation, the log, bad input ---
+# --- Below the line: learning rates, a step, validation, the log, bad input ---
+
+@pytest.mark.parametrize("model, method, rates", [
+    pytest.param(None, "ppo_token", [1e-4, 1e-3], id="PPO, the small policy"),
+    pytest.param("org/name", "ppo_sequence", [1e-6, 1e-5], id="PPO, --model's"),
+    pytest.param(None, "dpo", [3e-5], id="DPO, the small policy"),
+    pytest.param("org/name", "dpo_edit", [5e-7], id="DPO, --model's"),
+    pytest.param(None, "rlmec", [1e-3], id="RLMEC, the small policy"),
+    pytest.param("org/name", "rlmec_imitation", [5e-6], id="RLMEC, --model's"),
+    pytest.param(None, "rejection", [1e-3], id="rejection, the small policy"),
+    pytest.param("org/name", "rejection", [5e-6], id="rejection, --model's"),
+])
+def test_the_default_learning_rates_fit_the_policy(job_of, run, capsys, model, method, rates):
+    (run / "01_args.json").write_text(json.dumps({"model": model}))
+    job, _ = job_of(method, run=str(run), lr=None, value_lr=None)
+    found = three.column(job.optimizer.param_groups, "lr")
+    assert found == pytest.approx(rates)
+    assert f"{method}: learning rates {found}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, rates", [
+    pytest.param({"lr": 0.5}, [0.5, 5.0], id="--lr: of the value model ten times as much"),
+    pytest.param({"value_lr": 0.5}, [1e-4, 0.5], id="--value_lr alone"),
+    pytest.param({"lr": 0.25, "value_lr": 0.5}, [0.25, 0.5], id="both"),
+    pytest.param({"lr": 0.0}, [0, 0], id="0 is a rate"),
+    pytest.param({"value_lr": 0.0}, [1e-4, 0], id="0 for the value model alone"),
+])
+def test_flags_are_the_learning_rates(job_of, flags, rates):
+    job, _ = job_of("ppo_token", **({"lr": None, "value_lr": None} | flags))
+    assert three.column(job.optimizer.param_groups, "lr") == pytest.approx(rates)
+
+
 
 def test_the_gradient_of_each_model_is_clipped_to_norm_1():
     large = torch.zeros(2, requires_grad=True)
@@ -822,3 +959,22 @@ def test_a_missing_reward_model_is_named(run, fails):
     (run / "reward_token").rename(run / "gone")
     args = three.Args(run=str(run), method="ppo_token", overwrite=True)
     fails("no reward model for --method ppo_token; run 02_reward_model.py", three.main, args)
+
+
+def test_without_a_reward_model_the_methods_that_need_none_are_trained(run, tokenizer, capsys):
+    for kind in ("token", "sequence", "generative"):
+        shutil.rmtree(run / f"reward_{kind}")
+    args = three.Args(run=str(run), method="all_baselines")
+    assert three.chosen_methods(args, tokenizer) == ["dpo", "dpo_edit", "rejection"]
+    assert "rlmec is left out: no " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [
+    {"updates": 0}, {"rollout_batch": 0}, {"minibatch": -1}, {"micro_batch": 0},
+    {"temperature": 0.0}, {"temperature": -0.5},
+], ids=str)
+def test_a_number_that_must_be_above_0_is_refused(run, fails, flags):
+    [name] = flags
+    args = three.Args(run=str(run), overwrite=True, **flags)
+    fails(f"--{name} must be above 0", three.main, args)
+    assert (run / "eval.json").exists()  # nothing was removed

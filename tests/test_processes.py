@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, three
+from conftest import ROOT, judge_by_the_end, three
 
 
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--"]
@@ -72,16 +72,17 @@ def test_a_process_that_dies_ends_the_run():
 
 # --- A run that was killed ---
 
-METHODS = ["ppo_token", "ppo_sequence", "dpo", "dpo_edit"]
+METHODS = ["ppo_token", "ppo_sequence", "dpo", "dpo_edit", "rejection"]
 
 
 @pytest.fixture(scope="module")
 def killed(tiny_run, tmp_path_factory):
     """A folder with two runs, `whole` and `killed`, and what was printed."""
     folder = tmp_path_factory.mktemp("runs")
-    for name in ("whole", "killed"):  # without a GRM: PPO and DPO are enough
+    for name in ("whole", "killed"):  # without a GRM: RLMEC would take long
         ignored = shutil.ignore_patterns("reward_generative")
         shutil.copytree(tiny_run, folder / name, ignore=ignored)
+        judge_by_the_end(folder / name)  # else no sample is right
     printed = work("kill", folder)
     return folder, printed
 

@@ -2,6 +2,7 @@
 learns from, a training step, and the metrics."""
 
 import json
+import random
 import shutil
 from math import exp, log
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from conftest import rows_of, two
 from pytest import approx
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 
 class SaysIds(torch.nn.Module):
@@ -204,18 +207,25 @@ def problem(words, tokenizer):
     return {"prompt_ids": words("Q: One"), "solution_ids": solution_ids}
 
 
-@pytest.fixture(params=[pytest.param(False, id="cut off"), pytest.param(True, id="ended")])
-def attempt(request, words, tokenizer):
+@pytest.fixture
+def ends(words, tokenizer):
+    """Two tokens end a response."""
+    return [tokenizer.eos_token_id, *words(" Rome")]
+
+
+@pytest.fixture(params=[
+    pytest.param("", id="cut off"),
+    pytest.param("</s>", id="ended"),
+    pytest.param(" Rome", id="ended by the other end token"),
+])
+def attempt(request, words):
     """A response. Its first two tokens, Q and A, must be carried as ids: to read the text QA would
     make one unknown word of them."""
-    ids = words("Q") + words("A") + words(". They go. The other")
-    if request.param:
-        ids = ids + [tokenizer.eos_token_id]
-    return ids
+    return words("Q") + words("A") + words(". They go. The other" + request.param)
 
 
-def test_the_rewrite_prompt_holds_problem_solution_and_attempt(problem, attempt, tokenizer):
-    ids = two.grm_prompt("rewrite", problem, attempt, tokenizer)
+def test_the_rewrite_prompt_holds_problem_solution_and_attempt(problem, attempt, tokenizer, ends):
+    ids = two.grm_prompt("rewrite", problem, attempt, tokenizer, ends)
     assert tokenizer.decode(ids) == (
         "Q: One"
         "\nReference solution:\n One lives. They send."
@@ -224,8 +234,9 @@ def test_the_rewrite_prompt_holds_problem_solution_and_attempt(problem, attempt,
     )
 
 
-def test_the_locate_prompt_numbers_the_steps_of_solution_and_attempt(problem, attempt, tokenizer):
-    ids = two.grm_prompt("locate", problem, attempt, tokenizer)
+def test_the_locate_prompt_numbers_the_steps_of_solution_and_attempt(
+        problem, attempt, tokenizer, ends):
+    ids = two.grm_prompt("locate", problem, attempt, tokenizer, ends)
     assert tokenizer.decode(ids) == (
         "Q: One"
         "\nReference solution:\n[1] One lives.[2] They send."
@@ -235,15 +246,107 @@ def test_the_locate_prompt_numbers_the_steps_of_solution_and_attempt(problem, at
 
 
 def test_an_example_is_the_prompt_and_the_edit_or_the_label_of_the_wrong_step(
-        problem, words, tokenizer):
+        problem, words, tokenizer, ends):
     row = {"rejected_ids": [8, 9], "edited_ids": [8, 2], "first_wrong_step": 2}
-    rewrite = two.grm_prompt("rewrite", problem, [8, 9], tokenizer)
-    locate = two.grm_prompt("locate", problem, [8, 9], tokenizer)
+    rewrite = two.grm_prompt("rewrite", problem, [8, 9], tokenizer, ends)
+    locate = two.grm_prompt("locate", problem, [8, 9], tokenizer, ends)
     label = words("[2]") + [tokenizer.eos_token_id]
-    assert two.grm_examples(row, problem, tokenizer) == {
+    assert two.grm_examples(row, problem, tokenizer, ends) == {
         "rewrite": {"prompt_ids": rewrite, "output_ids": [8, 2]},
         "locate": {"prompt_ids": locate, "output_ids": label},
     }
+
+
+# --- B2: steps and token texts, where a character has several tokens ---
+
+def byte_fallback():
+    """As SentencePiece has it: a character that is no token of its own is one of bytes."""
+    tokens = ["</s>", "<unk>", *(f"<0x{k:02X}>" for k in range(256)), *"▁+=;.0123456789abn"]
+    numbers = {token: k for k, token in enumerate(tokens)}
+    backend = Tokenizer(models.BPE(numbers, [], byte_fallback=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace(" ", "▁")
+    backend.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])
+    return backend
+
+
+def byte_level():
+    """As GPT-2 has it: every token is a byte."""
+    tokens = ["</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE({token: k for k, token in enumerate(tokens)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+@pytest.fixture(params=[byte_fallback, byte_level], ids=["byte fallback", "byte-level"])
+def of_bytes(request):
+    """A tokenizer with which 山 has three tokens, an emoji four."""
+    return PreTrainedTokenizerFast(tokenizer_object=request.param(), eos_token="</s>")
+
+
+def plain_ids(text, tokenizer):
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("steps", [
+    pytest.param(["3+2=4;", "😀+1=5;", "n山."], id="a step begins with several tokens"),
+    pytest.param(["😀😀;", "😀;", "b"], id="a step ends behind several"),
+    pytest.param([" é. ", "山山.\n\n", "😀"], id="sentences and lines, with the space behind"),
+])
+def test_a_step_begins_at_the_first_token_of_its_first_character(of_bytes, steps):
+    end = of_bytes.eos_token_id
+    ids = plain_ids("".join(steps), of_bytes)
+    expected = [plain_ids(step, of_bytes) for step in steps]
+    assert two.steps_of([*ids, end], of_bytes, [end]) == expected
+
+
+def test_a_character_of_several_tokens_stands_at_its_last_one(of_bytes):
+    ids = plain_ids("a山b", of_bytes)
+    assert two.token_texts(ids, of_bytes) == ["a", "", "", "山", "b"]
+
+
+def test_a_character_that_the_limit_cut_is_shown_as_decode_shows_it(of_bytes):
+    ids = plain_ids("a😀", of_bytes)[:-1]
+    texts = two.token_texts(ids, of_bytes)
+    assert texts[0] == "a"
+    assert "".join(texts) == of_bytes.decode(ids) != "a"
+
+
+def test_of_any_ids_texts_add_up_to_decode_and_steps_to_the_ids(of_bytes):
+    rng = random.Random(0)
+    end = of_bytes.eos_token_id
+    valid = plain_ids("a😀; 1.\n山. ", of_bytes)
+    for length in range(1, 200):
+        ids = [rng.choice([rng.randrange(1, 250), *valid]) for _ in range(length)]
+        assert "".join(two.token_texts(ids, of_bytes)) == of_bytes.decode(ids)
+        assert sum(two.steps_of([*ids, end], of_bytes, [end]), []) == ids
+
+
+@pytest.mark.parametrize("text", [
+    pytest.param("3+2=4;", id="a token a character"),
+    pytest.param("😀山;", id="several"),
+    pytest.param("", id="no characters: half of one again and again"),
+])
+def test_steps_take_time_in_proportion_to_the_tokens(of_bytes, monkeypatch, text):
+    unit = plain_ids(text, of_bytes) or plain_ids("山", of_bytes)[1:]
+    decode = of_bytes.decode
+    decoded = []
+
+    def count(ids, **options):
+        decoded.append(len(ids))
+        return decode(ids, **options)
+
+    monkeypatch.setattr(of_bytes, "decode", count)
+    sums = []
+    for length in (600, 1200):
+        decoded.clear()
+        ids = (unit * length)[:length]
+        two.steps_of(ids, of_bytes, [of_bytes.eos_token_id])
+        sums.append(sum(decoded))
+    assert sums[1] <= 2.1 * sums[0] <= 2.1 * 20 * 600
 
 
 def test_the_embeddings_of_b2s_words_are_drawn_anew_and_no_others(tiny_run, new_model, words):
@@ -260,7 +363,7 @@ def test_the_embeddings_of_b2s_words_are_drawn_anew_and_no_others(tiny_run, new_
 # --- Which rows ---
 
 def test_an_epoch_takes_every_row_once_in_a_new_order():
-    plan = two.plan_of("token", [*range(10)], two.Args(epochs=2, batch=4))
+    plan = two.plan_of("token", [*range(10)], 2, 4, two.Args())
     assert [len(batch) for batch in plan] == [4, 4, 2, 4, 4, 2]
     first = sum(plan[:3], [])
     second = sum(plan[3:], [])
@@ -268,13 +371,13 @@ def test_an_epoch_takes_every_row_once_in_a_new_order():
     assert first != second
 
 
-def grm_plan(**options):
+def grm_plan(epochs, locate_epochs, size=16):
     """The batches for five rows, of which two are right; an example is its task and its row."""
     rows = []
     for k in range(5):
         edit_ops = [] if k < 2 else [["delete", 0, 0]]
         rows.append({"rewrite": ("rewrite", k), "locate": ("locate", k), "edit_ops": edit_ops})
-    return two.plan_of("generative", rows, two.Args(**options))
+    return two.plan_of("generative", rows, epochs, size, two.Args(locate_epochs=locate_epochs))
 
 
 def test_the_grm_rewrites_every_response_and_locates_in_wrong_ones_alone():
@@ -285,7 +388,7 @@ def test_the_grm_rewrites_every_response_and_locates_in_wrong_ones_alone():
 
 def test_a_batch_of_the_grm_has_one_task_and_the_tasks_are_mixed():
     tasks = []
-    for batch in grm_plan(epochs=9, locate_epochs=9, batch=3):
+    for batch in grm_plan(epochs=9, locate_epochs=9, size=3):
         assert len({task for task, _ in batch}) == 1
         tasks.append(batch[0][0])
     assert tasks != sorted(tasks) and tasks != sorted(tasks, reverse=True)
@@ -330,6 +433,49 @@ def test_the_budget_does_not_limit_what_is_held_out(pairs_10, tiny_run):
         assert pairs_10[kind]["pairs"] == without[kind]["pairs"] > 20
 
 
+# --- Settings: the flags, or what fits the policy ---
+
+@pytest.fixture
+def settings(tmp_path):
+    """Epochs, rows a step and learning rate where the policy came from `model`, or from none."""
+    def call(kind, model, **flags):
+        (tmp_path / "01_args.json").write_text(json.dumps({"model": model}))
+        return two.settings(kind, two.Args(run=str(tmp_path), **flags))
+    return call
+
+
+@pytest.mark.parametrize("kind, small, pretrained", [
+    ("token", [8, 64, 1.5e-3], [1, 16, 3e-5]),
+    ("sequence", [12, 32, 1e-3], [1, 16, 3e-5]),
+    ("generative", [1, 16, 1.5e-3], [1, 16, 2e-5]),
+])
+def test_the_default_settings_fit_the_policy_and_are_said(
+        settings, capsys, kind, small, pretrained):
+    assert settings(kind, None) == small
+    said = capsys.readouterr().out
+    assert said == "reward_{}: {} epochs, {} rows a step, learning rate {}\n".format(kind, *small)
+    assert settings(kind, "org/name") == pretrained
+
+
+@pytest.mark.parametrize("flags, expected", [
+    pytest.param({"epochs": 0}, [0, 16, 3e-5], id="0 epochs"),
+    pytest.param({"batch": 3}, [1, 3, 3e-5], id="--batch"),
+    pytest.param({"lr": 0.0}, [1, 16, 0.0], id="a rate of 0"),
+])
+def test_a_flag_is_taken_in_place_of_the_default(settings, flags, expected):
+    assert settings("token", "org/name", **flags) == expected
+
+
+def test_main_trains_with_the_settings(run, monkeypatch):
+    seen = []
+    monkeypatch.setattr(two, "train", lambda kind, model, plan, lr, args: seen.append((plan, lr)))
+    flags = {"epochs": 3, "batch": 5, "lr": 0.25, "pairs": 10}
+    two.main(two.Args(run=str(run), kind="token", overwrite=True, **flags))
+    [(plan, lr)] = seen
+    assert [len(batch) for batch in plan] == [5] * 6
+    assert lr == 0.25
+
+
 # --- A training step ---
 
 @pytest.fixture
@@ -356,12 +502,12 @@ def test_a_step_takes_the_gradient_of_the_whole_batch(
     whole = torch.cat([p.grad.flatten() for p in model.parameters()])
     model.zero_grad()
 
-    two.train(kind, model, [batch], two.Args(micro_batch=micro_batch))
+    two.train(kind, model, [batch], 1e-3, two.Args(micro_batch=micro_batch))
     assert len(grads) == 1
     assert (grads[0] - whole).norm() < 1e-5 * whole.norm()
 
 
-def weights(steps, **options):
+def weights(steps, lr, **options):
     """The weight w of SaysIds before every step, and after the last one, of A6 on a pair in which
     the chosen response has R = 0 and the rejected one R = 8 w. The gradient, 8 sigmoid(8 w), is
     clipped to 1: it is always the same, so that a step of Adam lowers w by the learning rate."""
@@ -369,7 +515,7 @@ def weights(steps, **options):
     model = SaysIds()
     model.register_forward_pre_hook(lambda *_: seen.append(model.weight.item()))
     row = {"prompt_ids": [5], "chosen_token_ids": [0], "rejected_ids": [8]}
-    two.train("sequence", model, [[row]] * steps, two.Args(**options))
+    two.train("sequence", model, [[row]] * steps, lr, two.Args(**options))
     return seen[::2] + [model.weight.item()]  # each step looks at two responses
 
 
@@ -485,6 +631,16 @@ def test_the_scale_is_that_of_both_siblings():
     assert metrics["scale"] == approx({"mean": 9 / 4, "std": deviation})
 
 
+def test_rewards_that_do_not_vary_are_said(capsys):
+    model = SaysIds()
+    two.evaluate("token", model, ROWS, two.Args())
+    assert capsys.readouterr().out == ""
+    torch.nn.init.zeros_(model.weight)
+    metrics, _ = two.evaluate("token", model, ROWS, two.Args())
+    assert metrics["scale"]["std"] == 0
+    assert "reward_token: its rewards do not vary" in capsys.readouterr().out
+
+
 def test_exact_is_the_share_of_outputs_that_greedy_decoding_writes(new_model):
     model = new_model("generative")
     examples = []
@@ -538,3 +694,21 @@ def test_a_row_without_a_column_is_named_by_file_line_and_column(run, fails):
     path = run / "edits.jsonl"
     path.write_text(path.read_text().replace('"split"', '"part"'))
     fails("edits.jsonl, line 1: KeyError.*'split'", two.main, two.Args(run=str(run)))
+
+
+@pytest.mark.parametrize("family", [
+    pytest.param("cohere", id="no class for scores"),
+    pytest.param("bert", id="a head of another name"),
+])
+def test_a_family_without_a_head_for_scores_is_named(tmp_path, fails, family):
+    AutoConfig.for_model(family).save_pretrained(tmp_path)
+    fails(f"no .* with a head `score` for a {family}", two.check_family, tmp_path)
+
+
+def test_a_missing_head_for_scores_is_said_before_anything_is_trained(run, fails, monkeypatch):
+    def forbidden(*_, **__):
+        raise AssertionError("opened")
+
+    AutoConfig.for_model("bert").save_pretrained(run / "policy")
+    monkeypatch.setattr(two, "open_reward_model", forbidden)
+    fails("for a bert", two.main, two.Args(run=str(run), overwrite=True))

@@ -1,7 +1,7 @@
 """What test_processes.py starts, alone or under torchrun:
     worker.py grads RUN OUT    the gradients of every loss, and what is logged
     worker.py die              a process that fails
-    worker.py kill FOLDER      a run that is killed five times, and one that is not"""
+    worker.py kill FOLDER      a run that is killed six times, and one that is not"""
 
 import os
 import random
@@ -45,6 +45,7 @@ def note(row, *names):
 def reward_models(run, tokenizer, fsdp):
     """A5, A6 and B2."""
     args = two.Args(run=run, micro_batch=3, fsdp=fsdp, device="cpu")
+    lr = 1e-3  # of one step, behind the gradient that is seen
     edits = rows_of(f"{run}/edits.jsonl")
     for kind in two.KINDS:
         torch.manual_seed(0)
@@ -55,7 +56,7 @@ def reward_models(run, tokenizer, fsdp):
         else:
             torch.nn.init.normal_(model.score.weight)  # it was 0
             batch = two.pairs_of(kind, edits)[:7]
-        two.train(kind, two.shard(model, args), [batch], args)
+        two.train(kind, two.shard(model, args), [batch], lr, args)
 
 
 def ppo(tokenizer, args, rows):
@@ -111,10 +112,18 @@ def gradients(run, fsdp):
 
 # --- A run that is killed ---
 
+def save_slowly(job, path, args, save_state=three.save_state):
+    """Rejection sampling takes three updates here: its parent must see the first one's state."""
+    save_state(job, path, args)
+    if job.method == "rejection":
+        time.sleep(0.1)
+
+
 def start(run):
     """A child that trains; its parent never ran a model, so that a fork is safe."""
     pid = os.fork()
     if pid == 0:
+        three.save_state = save_slowly
         flags = {"method": "all_baselines", "updates": 4, "save_every": 1, "max_new_tokens": 12}
         flags |= {"rollout_batch": 16, "minibatch": 16, "device": "cpu", "overwrite": True}
         three.main(three.Args(run=str(run), **flags))
@@ -138,7 +147,7 @@ def kill(folder):
     assert end_of(start(folder / "whole")) == 0
 
     run = folder / "killed"
-    for method in (None, "ppo_token", "ppo_sequence", "dpo", "dpo_edit"):
+    for method in (None, "ppo_token", "ppo_sequence", "dpo", "dpo_edit", "rejection"):
         pid = start(run)
         if method is None:
             time.sleep(random.random())
