@@ -407,14 +407,16 @@ def evaluate(kind, model, rows, args):
     totals = [np.sum(scores) for scores in worse_scores + chosen_scores]
     if not siblings:
         totals = [np.sum(scores) for scores in rejected_scores + edited_scores]
-    if not np.std(totals):
+    std = float(np.std(totals))
+    if totals and np.ptp(totals) == 0:
+        std = 0.0  # but for rounding
         print(f"reward_{kind}: its rewards do not vary; train it longer, or on more pairs")
     metrics = {
         "pair_accuracy": in_order(kind, edited_scores, rejected_scores),
         "preference_accuracy": in_order(kind, chosen_scores, worse_scores),
         "pairs": len(edited),  # held-out rows with an edit
         "localisation": None,
-        "scale": {"mean": mean(totals), "std": float(np.std(totals))},
+        "scale": {"mean": mean(totals), "std": std},
     }
     if kind == "sequence":
         rejected_scores = [scores[0] for scores in rejected_scores]

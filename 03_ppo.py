@@ -935,7 +935,8 @@ def open_job(method, validation, state, tokenizer, args):
     trained = torch.nn.ModuleDict({"policy": policy})
     pretrained = json.load(open(run / "01_args.json"))["model"]
     kind, *lrs = METHODS[method]
-    lr = args.lr or lrs[bool(pretrained)]
+    lr = lrs[bool(pretrained)] if args.lr is None else args.lr
+    value_lr = 10 * lr if args.value_lr is None else args.value_lr
     groups = [{"params": policy.parameters(), "lr": lr}]
 
     if method in PPO:
@@ -943,7 +944,7 @@ def open_job(method, validation, state, tokenizer, args):
         value = open_model(auto_class, sft, args, num_labels=1)
         models["value"] = trained["value"] = value
         models["reward"] = open_model(auto_class, run / f"reward_{kind}", args)
-        groups.append({"params": value.parameters(), "lr": args.value_lr or 10 * lr})
+        groups.append({"params": value.parameters(), "lr": value_lr})
 
     print(f"{method}: learning rates {[group['lr'] for group in groups]}")
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
@@ -1137,13 +1138,11 @@ def main(args):
         elif method in DPO:
             rows = preference_pairs(method, reference, run, args)
         else:
-            if not samples:
-                samples = draw_samples(reference, training, tokenizer, args)
+            samples = samples or draw_samples(reference, training, tokenizer, args)
             if method == "rejection":
                 rows = right_samples(samples, args)
             else:
-                if not rewarded:
-                    rewarded = collect(reference, samples, tokenizer, args)
+                rewarded = rewarded or collect(reference, samples, tokenizer, args)
                 rows = rewarded
 
         job.seconds = time.time() - start
