@@ -24,8 +24,8 @@ PARTS = (ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.cmpop)
 
 
 # syntax nodes and lines of the four scripts: they only ever go down, or a feature comes
-NODES = 16083
-LINES = 3372
+NODES = 18086
+LINES = 3702
 
 
 def read(path):
