@@ -307,7 +307,7 @@ def settings(kind, args):
     defaults = (PRETRAINED if pretrained else TRAINING)[kind]
     flags = (args.epochs, args.batch, args.lr)
     chosen = [default if flag is None else flag for flag, default in zip(flags, defaults)]
-    print("reward_{}: {} epochs, {} rows a step, learning rate {}".format(kind, *chosen))
+    print("reward_{}: epochs {}, rows a step {}, learning rate {}".format(kind, *chosen))
     return chosen
 
 

@@ -946,7 +946,7 @@ def open_job(method, validation, state, tokenizer, args):
         models["reward"] = open_model(auto_class, run / f"reward_{kind}", args)
         groups.append({"params": value.parameters(), "lr": value_lr})
 
-    print(f"{method}: learning rates {[group['lr'] for group in groups]}")
+    print(f"{method}: learning rates", *[f"{group['lr']:g}" for group in groups])
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     if state.get("method") != method:  # it is another method's
         state = {}

@@ -855,7 +855,8 @@ def test_the_default_learning_rates_fit_the_policy(job_of, run, capsys, model, m
     job, _ = job_of(method, run=str(run), lr=None, value_lr=None)
     found = three.column(job.optimizer.param_groups, "lr")
     assert found == pytest.approx(rates)
-    assert f"{method}: learning rates {found}" in capsys.readouterr().out
+    said = " ".join(f"{rate:g}" for rate in rates)
+    assert f"{method}: learning rates {said}\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, rates", [

@@ -453,7 +453,7 @@ def test_the_default_settings_fit_the_policy_and_are_said(
         settings, capsys, kind, small, pretrained):
     assert settings(kind, None) == small
     said = capsys.readouterr().out
-    assert said == "reward_{}: {} epochs, {} rows a step, learning rate {}\n".format(kind, *small)
+    assert said == "reward_{}: epochs {}, rows a step {}, learning rate {}\n".format(kind, *small)
     assert settings(kind, "org/name") == pretrained
 
 
