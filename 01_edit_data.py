@@ -182,8 +182,9 @@ STEP = re.compile(r"""
       | $ )         # or with the line
     """, re.VERBOSE | re.MULTILINE)
 
-# A final answer, in parts: the last marker, signs before the answer and behind it, words that may
-# follow a number, and where the answer's clause ends
+# A final answer is MARKER OPENING answer CLOSING UNITS CLOSING END: for example
+#   "The answer is", " **x = $", "1,200.00", "**", " dollars a year", nothing, "." and a new line
+# UNITS refuses every word that makes another number of it
 MARKER = r"(?i:answer[\s*_]*(?:is|was|would be|[:=])|####|\\boxed\{)"
 OPENING = r"[\s:*_`\"'(\[{$€£=\\]*(?:[a-zA-Z] ?= ?)?"
 CLOSING = r"[*_`\"')\]}$\\ ]*"
@@ -201,12 +202,12 @@ END = (  # of the text, line or sentence; or an aside
 
 
 def answer_pattern(answer):
-    """A regular expression (of re.search) for a right response: behind its last marker, `answer
-    is`, `answer:`, `####` or `\\boxed{`, stands the answer, as it is written, or a number of the
-    same value: "1200" finds "It is so. The answer is $1,200.00 a year." No operator, fraction,
-    ratio, power, second number or "or" may follow: "The answer is 1200 or 1300" is not right."""
+    """A regular expression that re.search finds in a right response: behind its last marker,
+    `answer is`, `answer:`, `####` or `\\boxed{`, stands a number of the same value, or the very
+    words of the answer. "1200" is found in "It is so. The answer is $1,200.00 a year." but not in
+    "The answer is 1200 or 1300": no operator, fraction, ratio, power, number or "or" follows."""
     answer = answer.strip()
-    number = re.fullmatch(
+    number = re.fullmatch(  # its sign, its whole part, its decimals
         r"[$€£]?([-−]?)[$€£]?(\d+|\d{1,3}(?:,\d{3})+|(?=\.\d))(?:\.(\d*))?", answer)
     if number:
         sign, whole, fraction = number.groups(default="")
@@ -214,7 +215,7 @@ def answer_pattern(answer):
         fraction = fraction.rstrip("0")
         gold = r"[-−–] ?[$€£]?" if sign else ""
         gold += re.sub(r"\B(?=(\d{3})+$)", ",?", whole) or "0?"  # 1,?000,?000
-        gold += rf"\.{fraction}0*" if fraction else r"(?<=\d)(?:\.0+)?"
+        gold += rf"\.{fraction}0*" if fraction else r"(?<=\d)(?:\.0+)?"  # 5.0
     else:
         gold = r"\s*".join(re.escape(word) for word in answer.split()) or "(?!)"  # never
         if len(answer) > 1:  # a letter, A, is not the word a
@@ -427,7 +428,7 @@ def gate(row, ended, args):
         return "gate: the edit changes nothing"
     if len(ops) > args.max_edit_share * max(len(row["rejected_ids"]), len(row["edited_ids"])):
         return f"gate: the edit changes more than {args.max_edit_share:.0%}"
-    if errors and wrong_steps(row["edited"], ended, row) >= errors:  # a row has all of its problem
+    if errors and wrong_steps(row["edited"], ended, row) >= errors:  # a row has its problem
         return "gate: the edit is not better"
     return None
 
@@ -442,7 +443,8 @@ def edit_row(row, editor, tokenizer):
         op, i, _ = row["edit_ops"][0]
         if op != "insert":  # a missing token stands nowhere
             new["first_error"] = i
-        for stop in range(i + 1, i + 5):  # a character has at most four tokens
+        # the text as far as the first error, whose character may have up to four tokens
+        for stop in range(i + 1, i + 5):
             before = tokenizer.decode(row["rejected_ids"][:stop], skip_special_tokens=True)
             if not before.endswith("\ufffd"):  # half a character: does not show its step yet
                 break
@@ -503,15 +505,15 @@ def small_policy(problems, args):
 
 
 def open_policy(args):
-    """--model, made fit for all stages: with a pad token that ends nothing, no embedding without a
-    token (it would be sampled), and in its config its context and what ends a turn."""
+    """--model, made fit for all stages: its pad token ends nothing, every embedding has a token
+    (one without could be drawn), and its config names its context and what ends a turn."""
     try:
         model = hf.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
         tokenizer = hf.AutoTokenizer.from_pretrained(args.model)
         # a token as stage 3 draws it: with positions, and a cache from which rows are taken
         ids = torch.zeros(2, 1, dtype=torch.long)
-        inputs = {"input_ids": ids, "attention_mask": ids + 1, "position_ids": ids}
-        output = model(**inputs, use_cache=True, logits_to_keep=torch.tensor([-1]))
+        output = model(ids, attention_mask=ids + 1, position_ids=ids, use_cache=True,
+                       logits_to_keep=torch.tensor([-1]))
         output.past_key_values.reorder_cache(torch.tensor([1]))
     except Exception as error:  # transformers raises many kinds
         fail(f"--model {args.model} is no causal LM that can be opened, and sampled from with "
@@ -552,11 +554,11 @@ def template_end(tokenizer):
     except Exception:  # no template, or one that refuses such a chat: then it refuses the rows, too
         return None
 
-    _, found, behind = text.rpartition("Yes-Yes")
+    _, _, behind = text.partition("Yes-Yes")  # nothing, if the template does not show it
     marks = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    marks.discard(tokenizer.unk_token_id)
     for token in tokenizer(behind, add_special_tokens=False).input_ids:
-        is_mark = token in marks and token != tokenizer.unk_token_id
-        if found and is_mark and tokenizer.decode([token]).strip():
+        if token in marks and tokenizer.decode([token]).strip():
             return token
     return None
 
@@ -568,7 +570,7 @@ def fine_tune(model, tokenizer, problems, args):
         steps = 0 if args.data else 500
 
     examples = [(p["prompt_ids"], p.get("demonstration_ids", p["solution_ids"]))
-             for p in problems if "solution" in p]
+                for p in problems if "solution" in p]
 
     rng = random.Random(args.seed)
     collate = hf.DataCollatorForSeq2Seq(tokenizer)
@@ -601,13 +603,16 @@ def chat_of(row, name):
     turns = row.get(name)
     if turns is None or isinstance(turns, str):
         return None
-    are_turns = isinstance(turns, list) and len(turns) > 0
-    if not are_turns or not all(isinstance(turn, dict) and "role" in turn for turn in turns):
+    if not (turns and isinstance(turns, list) and all(map(is_turn, turns))):
         fail(f"{row['place']}: column `{name}` is no text: write a string, or a list of chat "
              "messages, each with `role` and `content`")
     if not all(isinstance(turn.get("content"), str) for turn in turns):
         raise Dropped("chat: a turn is not text alone (a tool call, parts, an image)")
     return turns
+
+
+def is_turn(turn):
+    return isinstance(turn, dict) and "role" in turn
 
 
 def response_of(row, name):
@@ -622,23 +627,23 @@ def response_of(row, name):
     return last["content"], before
 
 
-def prompt_of(row, chats):
-    """The prompt of a row: a string; or a chat, if it is one or its responses end one. The turns
-    before the responses belong to it. chats: those of the response columns."""
+def prompt_of(row, histories):
+    """The prompt of a row: a string; or a chat, if it is one or its responses end one. histories:
+    the turns before the response, of each column that is a chat; they belong to the prompt."""
     if not row["prompt"]:
         fail(f"{row['place']}: column `prompt` is empty")
     prompt = chat_of(row, "prompt")
     if prompt is None:
         prompt = [{"role": "user", "content": row["prompt"]}]
-        if not chats:
+        if not histories:
             return row["prompt"]
 
-    turns = chats[0] if chats else []
-    if any(chat != turns for chat in chats):
+    turns = histories[0] if histories else []
+    if any(history != turns for history in histories):
         raise Dropped("chat: its columns differ before the last turn")
     if not turns or turns[0]["role"] == "assistant":  # they go on from the prompt
         turns = prompt + turns
-    elif not any(turns[k:k + len(prompt)] == prompt for k in range(len(turns))):
+    elif any(turn not in turns for turn in prompt):
         raise Dropped("chat: its columns do not repeat its prompt")
     if turns[-1]["role"] == "assistant":
         raise Dropped("chat: its prompt ends with words of the assistant")
@@ -664,15 +669,14 @@ def data_problem(row, columns, rules, number):
                  f"row, every row needs {columns}")
 
     texts = {}
-    chats = []
+    histories = []
     for name in ("response", "rejected", "chosen", "edited", "solution"):
-        texts[name], chat = response_of(row, name)
-        if chat is not None:
-            chats.append(chat)
+        texts[name], history = response_of(row, name)
+        if history is not None:
+            histories.append(history)
     problem = {
         "id": f"row-{number}",
-        "place": row["place"],  # for messages
-        "prompt": prompt_of(row, chats),
+        "prompt": prompt_of(row, histories),
         "rules": [*rules],
         "responses": [],
     }
@@ -721,7 +725,8 @@ def read_data(args, rules):
         except Dropped as reason:
             dropped[str(reason)] += 1
             continue
-        first = problems.setdefault(k if few else str(problem["prompt"]), problem)
+        key = k if few else str(problem["prompt"])
+        first = problems.setdefault(key, problem)
         if first is not problem:
             first["responses"] += problem["responses"]
 
@@ -730,8 +735,8 @@ def read_data(args, rules):
              "answer, as in `The answer is ...`; a chat in a turn of the assistant")
     problems = with_splits([*problems.values()], args)
     if few:
-        prompts = {str(problem["prompt"]) for problem in problems}
         places = {(str(problem["prompt"]), problem["split"]) for problem in problems}
+        prompts = {prompt for prompt, split in places}
         print(f"{args.data} has fewer than 20 prompts, so its rows are split one by one: "
               f"{len(places) - len(prompts)} duplicates of prompts over the splits")
     return problems, dropped
@@ -769,19 +774,19 @@ def read_rules(editor):
 def choose_editor(args, problems, rules):
     """The name of --editor, or of the first editor that fits the problems."""
     if rules:
-        fitting = ["rules"]
+        usable = ["rules"]
     elif not args.data:
-        fitting = ["oracle", "nearest"]
+        usable = ["oracle", "nearest"]
     elif "answer" not in problems[0]:
-        fitting = ["human"]
+        usable = ["human"]
     elif any(map(has_edit, problems)):
-        fitting = ["human", "nearest"]
+        usable = ["human", "nearest"]
     else:
-        fitting = ["nearest"]
+        usable = ["nearest"]
 
-    editor = (args.editor or fitting[0]).partition(":")[0]
-    if editor not in fitting:
-        fail(f"--editor {editor}: it does not fit these problems; what fits is {fitting}")
+    editor = (args.editor or usable[0]).partition(":")[0]
+    if editor not in usable:
+        fail(f"--editor {editor}: it does not fit these problems; what fits is {usable}")
     return editor
 
 
@@ -808,9 +813,10 @@ class Encoder:
     def __init__(self, tokenizer, ends):
         self.tokenizer = tokenizer
         self.ends = ends
+        # what ends a turn of a chat (None: nothing does), and what ends any other text
         self.turn_end = template_end(tokenizer)
         self.text_end = ends[0] if tokenizer.eos_token_id is None else tokenizer.eos_token_id
-        self.notes = Counter()  # what was not as usual
+        self.notes = Counter()  # how many responses were out of the ordinary, by what it was
         # the tokens with which every text begins
         self.begin = commonprefix([tokenizer("a").input_ids, tokenizer("").input_ids])
 
@@ -818,8 +824,8 @@ class Encoder:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def text_ids(self, text, is_chat):
-        """The ids of a whole text. Of a chat, the template writes the begin token, and some strings
-        have it: it comes once."""
+        """The ids of a whole text with one begin token: a chat has what its template writes, and a
+        string that already begins with it gets no second."""
         ids = self.plain_ids(text)
         if is_chat or ids[:len(self.begin)] == self.begin:
             return ids
@@ -846,21 +852,24 @@ class Encoder:
         return ids
 
     def behind_prompt(self, problem, text, ended, verbatim):
-        """The ids of `encode_response`, and what is to be noted."""
+        """The ids that `encode_response` returns, and what is out of the ordinary: counted only if
+        these ids are used."""
         notes = []
         prompt = problem["prompt_text"]
         is_chat = isinstance(problem["prompt"], list)
         thought = THOUGHT.search(prompt)
         behind = text
-        if thought and text.lstrip().startswith(thought[0].strip()):  # not opened again
+        # the prompt has opened the thought, so the response does not open it again
+        if thought and text.lstrip().startswith(thought[0].strip()):
             behind = text.lstrip().removeprefix(thought[0]).removeprefix(thought[0].strip())
 
         whole = prompt + behind
         if is_chat and not verbatim:
             turn = {"role": "assistant", "content": text}
-            chat = self.tokenizer.apply_chat_template([*problem["prompt"], turn], tokenize=False)
-            if chat.startswith(prompt):
-                whole = chat
+            turns = [*problem["prompt"], turn]
+            rendered = self.tokenizer.apply_chat_template(turns, tokenize=False)
+            if rendered.startswith(prompt):
+                whole = rendered
             else:
                 notes.append("behind the generation prompt, where the template does not show it")
         if thought and f"/{thought[1]}" not in whole[len(prompt):]:
@@ -876,17 +885,19 @@ class Encoder:
 
         end = self.text_end
         if self.turn_end is not None:
-            if is_chat or self.tokenizer.decode([self.turn_end]) in prompt:  # or a rendered chat
+            if is_chat or self.tokenizer.decode([self.turn_end]) in prompt:  # it is rendered
                 end = self.turn_end
-            if is_chat and end in ids:  # what stands behind the end of a turn belongs to no turn
-                ids = ids[:len(ids) - ids[::-1].index(end)]
+            # what stands behind the end of a turn belongs to no turn
+            while is_chat and end in ids and ids[-1] != end:
+                ids = ids[:-1]
         if not ids or ids[-1] not in self.ends:
             ids = ids + [end]
         return ids if ended else ids[:-1], notes
 
     def encode_apart(self, text, prompt_ids):
-        """The ids of a text that goes on behind others: encoded behind an anchor with which none of
-        its tokens merges, such that the decoded text is exact."""
+        """The ids of a text that goes on behind a prompt, encoded without it. Some tokenizers put a
+        space before a text, so it is encoded behind an anchor, whose ids are cut off: behind the
+        first one with which prompt and text are decoded exactly, else behind the last."""
         decode = self.tokenizer.decode
         for anchor in ("\n", decode([self.text_end])):
             ids = self.plain_ids(anchor + text)[len(self.plain_ids(anchor)):]
@@ -895,9 +906,10 @@ class Encoder:
         return ids
 
     def encode_sample(self, problem, drawn, ended):
-        """The text and the ids of a response that the policy drew, and whether it is verbatim: not
-        what the template writes. The ids stay as drawn, unless the tokenizer splits the text
-        otherwise, which an edit would show: then it is encoded anew."""
+        """The text and the ids of a response that the policy drew; and whether it is verbatim, that
+        is, the text as it is behind the prompt, where the template would write it otherwise. The
+        ids stay as drawn, unless the tokenizer splits the text otherwise, which an edit would
+        show: then it is encoded anew."""
         prompt_ids = problem["prompt_ids"]
         body = drawn[:-1] if ended else drawn
         no_text = [self.tokenizer.pad_token_id, self.tokenizer.unk_token_id]
@@ -907,36 +919,29 @@ class Encoder:
         if isinstance(problem["prompt"], list):  # some templates write a space before the response
             words = text.strip()
 
-        for way in ((words, False), (text, True)):
-            ids, notes = self.behind_prompt(problem, way[0], False, way[1])
+        for said, verbatim in ((words, False), (text, True)):
+            ids, notes = self.behind_prompt(problem, said, False, verbatim)
             if ids == body:
                 self.notes.update(notes)
-                return way[0], drawn, way[1]
+                return said, drawn, verbatim
+
         self.notes["sample: encoded anew, its tokens are not the tokenizer's own"] += 1
-        way = (words, False) if ended else (text, True)
-        ids = self.encode_response(problem, way[0], False, way[1])
-        return way[0], ids + drawn[len(body):], way[1]
+        said = words if ended else text  # a template would trim a text that goes on
+        ids = self.encode_response(problem, said, False, verbatim=not ended)
+        return said, ids + drawn[len(body):], not ended
 
     def encode_problem(self, problem, args):
         """The problem with `prompt_ids`, the ids of its texts and of its responses, and `tokens`:
         the length of its prompt and its longest response."""
-        rows = []
+        problem = problem | self.encode_prompt(problem["prompt"])
+        problem["responses"] = [{**response} for response in problem["responses"]]
         longest = args.max_new_tokens
-        try:
-            prompt = self.encode_prompt(problem["prompt"])
-            for row in [problem, *problem["responses"]]:
-                row = {**row}
-                for name, id_name in ID_COLUMNS.items():
-                    if row.get(name) is not None:
-                        row[id_name] = self.encode_response(problem | prompt, row[name])
-                        longest = max(longest, len(row[id_name]))
-                rows.append(row)
-        except Exception as error:  # a role that the template refuses, or a broken character
-            raise Dropped(f"problem: the tokenizer or its chat template refuses it ({error!s:.80})")
-
-        problem, *responses = rows
-        tokens = len(prompt["prompt_ids"]) + longest
-        return {**problem, **prompt, "responses": responses, "tokens": tokens}
+        for row in [problem, *problem["responses"]]:
+            for name, id_name in ID_COLUMNS.items():
+                if row.get(name) is not None:
+                    row[id_name] = self.encode_response(problem, row[name])
+                    longest = max(longest, len(row[id_name]))
+        return problem | {"tokens": len(problem["prompt_ids"]) + longest}
 
 
 # --- Helpers, the same in several scripts ---
@@ -1020,15 +1025,13 @@ def generate(model, tokenizer, prompts, args, temperature=1.0):
         inputs = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
         P = inputs.input_ids.shape[1]
         room = model.config.max_position_embeddings - P
-        model.generation_config = hf.GenerationConfig(
+        output = model.generate(  # (B, P + T); it knows what ends a response
+            **inputs.to(args.device),
             do_sample=temperature > 0,
             temperature=temperature,
             top_k=0,  # from all tokens
             max_new_tokens=min(args.max_new_tokens, room),
-            eos_token_id=ends.tolist(),
-            pad_token_id=tokenizer.pad_token_id,
         )
-        output = model.generate(**inputs.to(args.device))  # (B, P + T)
         for row in output[:, P:].tolist():
             stops = [t for t, token in enumerate(row, 1) if token in ends]
             responses.append(row[:min(stops, default=len(row))])  # what follows is padding
@@ -1041,10 +1044,11 @@ def token_texts(ids, tokenizer):
     whole = tokenizer.decode(ids)
     texts = [""] * len(ids)
     place = 0  # in `whole`: where the text that is still missing begins
-    back = first = 0  # the tokens from `first` on have no text yet; `back` is one text before
+    first = 0  # the first token whose text is still missing
+    back = 0  # where the text before it begins: decoded with it, since it may change spaces
     for k in range(len(ids)):
         waiting = k - first
-        if waiting > 32 and waiting & (waiting - 1):  # no characters: look ever more rarely
+        if waiting > 32 and waiting.bit_count() > 1:  # no characters: look at 64, 128, 256, ...
             continue
         known = tokenizer.decode(ids[back:first])
         text = tokenizer.decode(ids[back:k + 1])[len(known):]
@@ -1100,11 +1104,14 @@ def fitting(problems, encoder, context, dropped, args):
     for problem in problems:
         try:
             problem = encoder.encode_problem(problem, args)
-            if problem["tokens"] > context:
-                raise Dropped("problem: longer than the model's context")
+        except Exception as error:  # a role that the template refuses, or a broken character
+            reason = f"problem: the tokenizer or its chat template refuses it ({error!s:.80})"
+            dropped[reason] += 1
+            continue
+        if problem["tokens"] <= context:
             fit.append(problem)
-        except Dropped as reason:
-            dropped[str(reason)] += 1
+        else:
+            dropped["problem: longer than the model's context"] += 1
     if not fit:
         fail(f"no problem is left; dropped: {dict(dropped)}. The model's context has {context} "
              "tokens, for a prompt and its longest response or --max_new_tokens")

@@ -49,11 +49,7 @@ hf.logging.disable_progress_bar()
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-KINDS = {
-    "token": hf.AutoModelForSequenceClassification,  # its head is read at every token
-    "sequence": hf.AutoModelForSequenceClassification,
-    "generative": hf.AutoModelForCausalLM,
-}
+KINDS = ("token", "sequence", "generative")
 TRAINING = {  # epochs, rows per optimiser step, learning rate
     "token": (8, 64, 1.5e-3),
     "sequence": (12, 32, 1e-3),
@@ -248,7 +244,7 @@ def steps_of(ids, tokenizer, ends):
     starts = []  # the first token of each step
     for step in STEP.finditer("".join(texts)):
         t = bisect(stops, step.start())  # its first character stands at this token
-        while t > 0 and not texts[t - 1]:  # and perhaps at those before, if it has several
+        while t > 0 and not texts[t - 1]:  # the last of its tokens: back to the first
             t -= 1
         starts.append(t)
     borders = [0, *starts[1:], len(ids)]  # what precedes the first step belongs to it
@@ -404,12 +400,11 @@ def evaluate(kind, model, rows, args):
     worse_scores = score_all(kind, model, siblings, "rejected_ids", args)
 
     # stage 3 divides by the standard deviation of R, of sampled responses where there are any
-    totals = [np.sum(scores) for scores in worse_scores + chosen_scores]
-    if not siblings:
-        totals = [np.sum(scores) for scores in rejected_scores + edited_scores]
+    sampled_scores = worse_scores + chosen_scores or rejected_scores + edited_scores
+    totals = [np.sum(scores) for scores in sampled_scores]
     std = float(np.std(totals))
     if totals and np.ptp(totals) == 0:
-        std = 0.0  # but for rounding
+        std = 0.0  # of equal numbers np.std may be 1e-17
         print(f"reward_{kind}: its rewards do not vary; train it longer, or on more pairs")
     metrics = {
         "pair_accuracy": in_order(kind, edited_scores, rejected_scores),
@@ -521,10 +516,11 @@ def token_texts(ids, tokenizer):
     whole = tokenizer.decode(ids)
     texts = [""] * len(ids)
     place = 0  # in `whole`: where the text that is still missing begins
-    back = first = 0  # the tokens from `first` on have no text yet; `back` is one text before
+    first = 0  # the first token whose text is still missing
+    back = 0  # where the text before it begins: decoded with it, since it may change spaces
     for k in range(len(ids)):
         waiting = k - first
-        if waiting > 32 and waiting & (waiting - 1):  # no characters: look ever more rarely
+        if waiting > 32 and waiting.bit_count() > 1:  # no characters: look at 64, 128, 256, ...
             continue
         known = tokenizer.decode(ids[back:first])
         text = tokenizer.decode(ids[back:k + 1])[len(known):]
@@ -664,7 +660,8 @@ def open_reward_model(kind, path, tokenizer):
     """A2, A6: the policy with one output and a head of zeros, so that r = 0. B2: the policy."""
     if kind == "generative":
         return open_generative_model(path, tokenizer)
-    model, info = KINDS[kind].from_pretrained(  # regression: a pipeline of transformers shows R
+    # regression: a pipeline of transformers shows R itself
+    model, info = hf.AutoModelForSequenceClassification.from_pretrained(
         path, num_labels=1, problem_type="regression", output_loading_info=True)
     for name in info["missing_keys"]:  # the head
         torch.nn.init.zeros_(model.get_parameter(name))
@@ -674,7 +671,7 @@ def open_reward_model(kind, path, tokenizer):
 def open_generative_model(path, tokenizer):
     """The policy. Embeddings of B2's words are drawn anew: SFT, which never saw these tokens,
     pushed all of them to one place."""
-    model = KINDS["generative"].from_pretrained(path)
+    model = hf.AutoModelForCausalLM.from_pretrained(path)
     texts = [*INSTRUCTIONS.values(), *(f"[{k}]" for k in range(1, 10))]
     ids = [ids_of(text, tokenizer) for text in texts]
     new = [tokens[0] for tokens in ids if len(tokens) == 1]  # a text of several tokens is not new
@@ -725,8 +722,8 @@ def main(args):
     rows = read_jsonl(run / "edits.jsonl", "id", "split", "chosen", "rejected_ids", "edit_ops")
     rows = [row | {"line": line} for line, row in enumerate(rows)]
     if RANK == 0:
-        later = ["ppo_*", "rlmec*", "rejection*", "dpo*", "03_state.pt"]
-        start_stage(args, "02", [*later, "responses.*", "eval.*", "report.*"])
+        later = "ppo_* rlmec* rejection* dpo* 03_state.pt responses.* eval.* report.*"
+        start_stage(args, "02", later.split())
     tokenizer = hf.AutoTokenizer.from_pretrained(run / "policy")
     path = run / "reward_metrics.json"
     metrics = json.loads(path.read_text()) if path.exists() else {}

@@ -28,7 +28,7 @@ Simplified against the papers:
   3. Scores are divided by the standard deviation of a response's total (stage 2); the sequence
      score is centred first, because A6 knows it only up to a constant.
   4. B8: one sample a problem (RLMEC's code: five at temperature 0.7) and the GRM's likeliest
-     rewrite. `wrong_steps` decides what is right, never the locator.
+     rewrite. `is_right` decides what is right, never the locator.
 Reads RUN/policy, problems.jsonl, edits.jsonl, reward_*. Writes a policy and a CSV for each method.
 Command: python 03_ppo.py
 """
@@ -38,7 +38,7 @@ from bisect import bisect
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
-from itertools import accumulate, chain, pairwise, zip_longest
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -59,7 +59,7 @@ hf.logging.disable_progress_bar()
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-METHODS = {  # the reward model that a method needs, its learning rate, that for --model's policy
+METHODS = {  # the reward model that a method needs; its learning rate; that of --model's policy
     "ppo_token": ("token", 1e-4, 1e-6),
     "ppo_sequence": ("sequence", 1e-4, 1e-6),
     "dpo": (None, 3e-5, 5e-7),
@@ -280,7 +280,7 @@ def train_ppo(job, problems, args):
     the models, the optimiser and the log."""
     kind = METHODS[job.method][0]
     scale = json.load(open(f"{args.run}/reward_metrics.json"))[kind]["scale"]
-    scale["std"] = scale["std"] or 1.0  # of rewards that do not vary
+    scale["std"] = scale["std"] or 1.0  # it is 0 where rewards do not vary
     models = job.models
     clip = 0.2 if args.clip is None else args.clip
     if job.state:
@@ -433,7 +433,8 @@ def draw(logits, temperature):
 # --- The off-line methods: RLMEC, rejection sampling, DPO ---
 
 def draw_samples(policy, problems, tokenizer, args):
-    """B8: one sample a problem, which is the problem with response_ids as drawn, and is_right."""
+    """B8: one sample for each of at most updates * rollout_batch problems: the problem with
+    response_ids as drawn, and is_right."""
     size = min(len(problems), args.updates * args.rollout_batch)
     problems = seed_update(args, 0).sample(problems, size)  # seeds the samples, too
     responses = sample(policy, column(problems, "prompt_ids"), args, args.temperature)
@@ -539,8 +540,8 @@ def right_samples(samples, args):
 
 
 def preference_pairs(method, reference, run, args):
-    """C1: as many pairs as the reward models of paper A learn from, the same ones; y_w is the
-    preferred sibling (dpo) or the edit (dpo_edit). log pi_ref is computed once."""
+    """C1: the first --pairs pairs, by default those that the reward models of paper A learn from;
+    y_w is the preferred sibling (dpo) or the edit (dpo_edit). log pi_ref is computed once."""
     rows = [row for row in json_lines(run / "edits.jsonl") if row["split"] == "train"]
     pairs = [row for row in rows if is_pair(row)]
     if not pairs and method == "dpo":  # nobody has edited
@@ -699,10 +700,11 @@ def token_texts(ids, tokenizer):
     whole = tokenizer.decode(ids)
     texts = [""] * len(ids)
     place = 0  # in `whole`: where the text that is still missing begins
-    back = first = 0  # the tokens from `first` on have no text yet; `back` is one text before
+    first = 0  # the first token whose text is still missing
+    back = 0  # where the text before it begins: decoded with it, since it may change spaces
     for k in range(len(ids)):
         waiting = k - first
-        if waiting > 32 and waiting & (waiting - 1):  # no characters: look ever more rarely
+        if waiting > 32 and waiting.bit_count() > 1:  # no characters: look at 64, 128, 256, ...
             continue
         known = tokenizer.decode(ids[back:first])
         text = tokenizer.decode(ids[back:k + 1])[len(known):]
@@ -726,7 +728,7 @@ def steps_of(ids, tokenizer, ends):
     starts = []  # the first token of each step
     for step in STEP.finditer("".join(texts)):
         t = bisect(stops, step.start())  # its first character stands at this token
-        while t > 0 and not texts[t - 1]:  # and perhaps at those before, if it has several
+        while t > 0 and not texts[t - 1]:  # the last of its tokens: back to the first
             t -= 1
         starts.append(t)
     borders = [0, *starts[1:], len(ids)]  # what precedes the first step belongs to it
@@ -786,36 +788,21 @@ def edit_ops(a, b):
     return ops[::-1]
 
 
-def differing_steps(text, solution):
-    """How many steps of the two differ, position by position; a missing one differs, too."""
-    steps = zip_longest(STEP.findall(text), STEP.findall(solution))
-    return sum(a != b for a, b in steps)
-
-
-def wrong_steps(text, ended, problem):
-    """The number of errors of a response, 0 if it is right; None where nobody knows. Errors are
-    hits of the rules; else steps unlike those of the nearest right solution; else 1 for a wrong
-    final answer. A response that has not ended has one more."""
+def is_right(ids, problem, tokenizer, ends):
+    """Whether a response (ids) has ended and breaks no rule; else whether it has the steps of a
+    right solution; else its final answer. None where nobody knows."""
+    body = [token for token in ids if token not in ends]
+    text = tokenizer.decode(body, skip_special_tokens=True)
     if problem.get("rules"):
-        wrong = sum(len(re.findall(rule, text)) for rule in problem["rules"])
+        right = not any(re.search(rule, text) for rule in problem["rules"])
     elif problem.get("solutions"):
-        wrong = min(differing_steps(text, solution) for solution in problem["solutions"])
+        steps = STEP.findall(text)
+        right = any(steps == STEP.findall(solution) for solution in problem["solutions"])
     elif problem.get("right"):
-        wrong = int(not re.search(problem["right"], text))
+        right = re.search(problem["right"], text) is not None
     else:
         return None
-
-    if not ended:
-        wrong += 1
-    return wrong
-
-
-def is_right(ids, problem, tokenizer, ends):
-    """Whether a response (ids) has ended and has no wrong step; None where nobody knows."""
-    words = [token for token in ids if token not in ends]
-    text = tokenizer.decode(words, skip_special_tokens=True)
-    wrong = wrong_steps(text, ids[-1] in ends, problem)
-    return None if wrong is None else wrong == 0
+    return right and ids[-1] in ends
 
 
 # --- Batches ---
@@ -934,8 +921,11 @@ def open_job(method, validation, state, tokenizer, args):
     models = {"policy": policy, "reference": reference}
     trained = torch.nn.ModuleDict({"policy": policy})
     pretrained = json.load(open(run / "01_args.json"))["model"]
-    kind, *lrs = METHODS[method]
-    lr = lrs[bool(pretrained)] if args.lr is None else args.lr
+    kind, lr, pretrained_lr = METHODS[method]
+    if pretrained:
+        lr = pretrained_lr
+    if args.lr is not None:
+        lr = args.lr
     value_lr = 10 * lr if args.value_lr is None else args.value_lr
     groups = [{"params": policy.parameters(), "lr": lr}]
 
@@ -1090,16 +1080,15 @@ def save_policy(job, args):
 
 
 def chosen_methods(args, tokenizer):
-    """The methods of --method whose reward model is there. It must have the policy's vocabulary."""
+    """The methods of --method that need no reward model, or whose reward model is there; it must
+    have the policy's vocabulary."""
     there = []
     for method in SETS.get(args.method, [args.method]):
         kind = METHODS[method][0]
         path = f"{args.run}/reward_{kind}"
-        if kind is None:
-            there.append(method)
-        elif not Path(path).is_dir():
+        if kind and not Path(path).is_dir():
             print(f"{method} is left out: no {path}, which 02_reward_model.py makes")
-        elif hf.AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
+        elif kind and hf.AutoTokenizer.from_pretrained(path).get_vocab() != tokenizer.get_vocab():
             fail(f"{path}: its vocabulary is not that of the policy; run 02_reward_model.py again")
         else:
             there.append(method)
@@ -1126,8 +1115,8 @@ def main(args):
     problems = json_lines(run / "problems.jsonl")
     training = [problem for problem in problems if problem["split"] == "train"]
     validation = [problem for problem in problems if problem["split"] == "val"]
-    samples = []  # B8: drawn once for all methods that learn from them,
-    rewarded = []  # and rewritten and rewarded once
+    samples = []  # B8: drawn once, for rejection sampling and both kinds of RLMEC
+    rewarded = []  # the same samples, rewritten and rewarded once, for both kinds of RLMEC
 
     for method in methods:
         start = time.time()

@@ -98,8 +98,8 @@ def compare(run, logs, args):
         errors = []  # the number of wrong steps of each response
         ends = np.atleast_1d(model.config.eos_token_id)
         for problem, row, response_ids in zip(problems, rows, sampled):
-            words = [token for token in response_ids if token not in ends]
-            row[name] = tokenizer.decode(words, skip_special_tokens=True)
+            body = [token for token in response_ids if token not in ends]
+            row[name] = tokenizer.decode(body, skip_special_tokens=True)
             errors.append(wrong_steps(row[name], response_ids[-1] in ends, problem))
 
         if name == "sft":  # comes first: the opponent of all
@@ -325,6 +325,7 @@ STEP = re.compile(r"""
       | $ )         # or with the line
     """, re.VERBOSE | re.MULTILINE)
 
+
 def differing_steps(text, solution):
     """How many steps of the two differ, position by position; a missing one differs, too."""
     steps = zip_longest(STEP.findall(text), STEP.findall(solution))
@@ -359,15 +360,13 @@ def generate(model, tokenizer, prompts, args, temperature=1.0):
         inputs = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt")
         P = inputs.input_ids.shape[1]
         room = model.config.max_position_embeddings - P
-        model.generation_config = hf.GenerationConfig(
+        output = model.generate(  # (B, P + T); it knows what ends a response
+            **inputs.to(args.device),
             do_sample=temperature > 0,
             temperature=temperature,
             top_k=0,  # from all tokens
             max_new_tokens=min(args.max_new_tokens, room),
-            eos_token_id=ends.tolist(),
-            pad_token_id=tokenizer.pad_token_id,
         )
-        output = model.generate(**inputs.to(args.device))  # (B, P + T)
         for row in output[:, P:].tolist():
             stops = [t for t, token in enumerate(row, 1) if token in ends]
             responses.append(row[:min(stops, default=len(row))])  # what follows is padding
