@@ -186,18 +186,21 @@ STEP = re.compile(r"""
 #   "The answer is", " **x = $", "1,200.00", "**", " dollars a year", nothing, "." and a new line
 # UNITS refuses every word that makes another number of it
 MARKER = r"(?i:answer[\s*_]*(?:is|was|would be|[:=])|####|\\boxed\{)"
-OPENING = r"[\s:*_`\"'(\[{$€£=\\]*(?:[a-zA-Z] ?= ?)?"
-CLOSING = r"[*_`\"')\]}$\\ ]*"
+OPENING = r"[\s:*_`\"'(\[{$€£=+\\]*(?:[a-zA-Z] ?= ?|text\{)?"
+CLOSING = r"[*_`\"')\]}$\\ ]{0,9}"
 UNITS = (  # "18 dollars", but not "18 million" or "18 plus"
     r"(?: (?!(?i:or|and|to|out|over|times|plus|minus|divided|squared|cubed|per ?cent|point|versus|"
     r"vs|pi|[b-z]|bn|lakhs?|crores?|dozens?|pairs?|hal(?:f|ves)|thirds?|quarters?|(?:less|more|"
     r"fewer) than|hundreds?|thousands?|[mbtr]+illions?|one|two|three|four|five|six|seven|eight|"
-    r"nine|ten|eleven|twelve|\w+teen|\w+ty|"
+    r"nine|ten|eleven|twelve|\w+teen|\w+ty|below|negative|pct|basis|mil|mio|mn|grand|gross|kilo|"
+    r"factorial|doubled|twice|less|at|"
     r"\w*(?:four|fif|six|seven|eigh|nin|ten|elf|teen|tie|dred|sand)ths?)\b)[A-Za-z]+)*"
 )
 END = (  # of the text, line or sentence; or an aside
-    r"(?=\.?[*_`\"')\]}$]*(?:\s*$|\n(?!\s*[-+*/^=×÷])|(?<=\.)\s+(?!(?i:or)\b)[^\W\d])"
-    r"| \((?!(?i:or|mod)\b)|,? (?:for|since|because|as|not|which|with)\b)"
+    r"(?=\.?[*_`\"')\]}$]{0,9}(?:\s*$|(?<=\.)\s+(?!(?i:or)\b)[^\W\d]"
+    r"|\n(?!\s*(?:[-+*/^=×÷%,;]|(?i:or|and|[mb]illion|thousand|hundred)\b)))"
+    r"| \((?!\s*(?:[-+%\d]|(?i:or|mod|no|in|hundreds?|thousands?|[mb]illions?|squared)\b))"
+    r"|(?:, not|,? (?:for|since|because))\b(?![^.\n]*(?:\band|\bor|,) ?[-+]?\d))"
 )
 
 
@@ -221,7 +224,11 @@ def answer_pattern(answer):
         if len(answer) > 1:  # a letter, A, is not the word a
             gold = f"(?i:{gold})"
 
-    words = UNITS if number or len(answer) == 1 else ""
+    words = ""
+    if number:
+        words = UNITS
+    elif len(answer) == 1:  # "(B) Paris"
+        words = rf"(?:(?<=\)){UNITS})?"
     return rf"(?s){MARKER}(?!.*{MARKER}){OPENING}{gold}{CLOSING}{words}{CLOSING}{END}"
 
 
@@ -622,7 +629,8 @@ def response_of(row, name):
     if turns is None:
         return row.get(name), None
     *before, last = turns
-    if last["role"] != "assistant" or not last["content"] or last.get("tool_calls"):
+    more = any(map(last.get, ("tool_calls", "reasoning_content", "thinking")))
+    if last["role"] != "assistant" or not last["content"] or more:
         raise Dropped("chat: it does not end with words of the assistant")
     return last["content"], before
 
@@ -897,13 +905,13 @@ class Encoder:
     def encode_apart(self, text, prompt_ids):
         """The ids of a text that goes on behind a prompt, encoded without it. Some tokenizers put a
         space before a text, so it is encoded behind an anchor, whose ids are cut off: behind the
-        first one with which prompt and text are decoded exactly, else behind the last."""
+        first one with which prompt and text are decoded exactly, else behind the first."""
         decode = self.tokenizer.decode
+        ways = []
         for anchor in ("\n", decode([self.text_end])):
-            ids = self.plain_ids(anchor + text)[len(self.plain_ids(anchor)):]
-            if decode(prompt_ids + ids) == decode(prompt_ids) + text:
-                break
-        return ids
+            ways.append(self.plain_ids(anchor + text)[len(self.plain_ids(anchor)):])
+        exact = [ids for ids in ways if decode(prompt_ids + ids) == decode(prompt_ids) + text]
+        return (exact + ways)[0]
 
     def encode_sample(self, problem, drawn, ended):
         """The text and the ids of a response that the policy drew; and whether it is verbatim, that
@@ -913,22 +921,28 @@ class Encoder:
         prompt_ids = problem["prompt_ids"]
         body = drawn[:-1] if ended else drawn
         no_text = [self.tokenizer.pad_token_id, self.tokenizer.unk_token_id]
-        ids = prompt_ids + [token for token in body if token not in no_text]
-        text = self.tokenizer.decode(ids)[len(self.tokenizer.decode(prompt_ids)):]
-        words = text
-        if isinstance(problem["prompt"], list):  # some templates write a space before the response
-            words = text.strip()
+        decoded = self.tokenizer.decode(prompt_ids + [t for t in body if t not in no_text])
+        text = decoded[len(self.tokenizer.decode(prompt_ids)):]
+        near = text.removeprefix(" ")  # decode may write a space behind a special token
+        ways = [(near, False), (text, True), (near, True)]
+        if isinstance(problem["prompt"], str):
+            ways.insert(0, (text, False))
+        else:  # some templates write a space before the response
+            ways.insert(0, (text.strip(), False))
 
-        for said, verbatim in ((words, False), (text, True)):
+        tries = []  # the best is as drawn, the next best decodes to the same text
+        for said, verbatim in ways:
             ids, notes = self.behind_prompt(problem, said, False, verbatim)
+            unlike = [ids != body, self.tokenizer.decode(prompt_ids + ids) != decoded]
+            tries.append((unlike, said, verbatim, ids, notes))
             if ids == body:
-                self.notes.update(notes)
-                return said, drawn, verbatim
+                break
+        _, said, verbatim, ids, notes = min(tries, key=lambda attempt: attempt[0])
 
-        self.notes["sample: encoded anew, its tokens are not the tokenizer's own"] += 1
-        said = words if ended else text  # a template would trim a text that goes on
-        ids = self.encode_response(problem, said, False, verbatim=not ended)
-        return said, ids + drawn[len(body):], not ended
+        self.notes.update(notes)
+        if ids != body:
+            self.notes["sample: encoded anew, its tokens are not the tokenizer's own"] += 1
+        return said, ids + drawn[len(body):], verbatim
 
     def encode_problem(self, problem, args):
         """The problem with `prompt_ids`, the ids of its texts and of its responses, and `tokens`:
@@ -1009,6 +1023,14 @@ def start_stage(args, stage, later):
 
     run.mkdir(parents=True, exist_ok=True)
     write_text(run / f"{stage}_args.json", json.dumps(vars(args)) + "\n")
+
+
+def check_counts(args, *may_be_zero):
+    """Whole numbers among the flags are counts, at least 1; the seed is none."""
+    for name, value in vars(args).items():
+        least = 0 if name in may_be_zero else 1
+        if type(value) is int and name != "seed" and value < least:
+            fail(f"--{name} {value}: it must be at least {least}")
 
 
 def batches(rows, size):
@@ -1125,6 +1147,7 @@ def problem_row(problem):
 
 
 def main(args):
+    check_counts(args, "sft_steps", "edit_prompts", "test_prompts")
     if args.sft_lr is None:
         args.sft_lr = 1e-5 if args.model else 3e-3
     torch.manual_seed(args.seed)

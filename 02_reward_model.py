@@ -534,6 +534,14 @@ def token_texts(ids, tokenizer):
     return texts
 
 
+def check_counts(args, *may_be_zero):
+    """Whole numbers among the flags are counts, at least 1; the seed is none."""
+    for name, value in vars(args).items():
+        least = 0 if name in may_be_zero else 1
+        if type(value) is int and name != "seed" and value < least:
+            fail(f"--{name} {value}: it must be at least {least}")
+
+
 def batches(rows, size):
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
@@ -718,6 +726,7 @@ def save_examples(path, kind, pairs, scores, tokenizer):
 
 
 def main(args):
+    check_counts(args, "epochs", "locate_epochs")
     run = Path(args.run)
     rows = read_jsonl(run / "edits.jsonl", "id", "split", "chosen", "rejected_ids", "edit_ops")
     rows = [row | {"line": line} for line, row in enumerate(rows)]

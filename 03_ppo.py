@@ -68,6 +68,10 @@ METHODS = {  # the reward model that a method needs; its learning rate; that of 
     "rlmec_imitation": ("generative", 1e-3, 5e-6),
     "rejection": (None, 1e-3, 5e-6),
 }
+ABOVE_0 = (
+    "updates rollout_batch ppo_epochs minibatch micro_batch pairs max_new_tokens save_every "
+    "temperature"
+).split()
 PPO = {"ppo_token", "ppo_sequence"}
 DPO = {"dpo", "dpo_edit"}
 SETS = {  # what --method may name beside a method
@@ -534,8 +538,6 @@ def right_samples(samples, args):
         if row["is_right"]:
             gamma = torch.ones(len(row["response_ids"]), device=args.device)
             right.append(row | {"rewrite_ids": row["response_ids"], "gamma": gamma})
-    if not right:
-        fail("rejection: no sample is right; train the policy of stage 1 longer")
     return right
 
 
@@ -546,9 +548,9 @@ def preference_pairs(method, reference, run, args):
     pairs = [row for row in rows if is_pair(row)]
     if not pairs and method == "dpo":  # nobody has edited
         pairs = [row for row in rows if row["chosen"] is not None]
-    if not pairs:
-        fail(f"{method}: {run}/edits.jsonl has no pair that it can learn from")
     pairs = pairs[:args.pairs]
+    if not pairs:
+        return []
     prompts = column(pairs, "prompt_ids")
 
     preferred = "edited_ids" if method == "dpo_edit" else "chosen_token_ids"
@@ -1025,6 +1027,8 @@ def fail(message):
 
 
 def json_lines(path):
+    if not Path(path).is_file():
+        fail(f"{path} is missing; an earlier stage makes it")
     return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
@@ -1079,7 +1083,7 @@ def save_policy(job, args):
     write_text(f"{path}.csv", text.getvalue())
 
 
-def chosen_methods(args, tokenizer):
+def chosen_methods(args, tokenizer, state):
     """The methods of --method that need no reward model, or whose reward model is there; it must
     have the policy's vocabulary."""
     there = []
@@ -1094,21 +1098,29 @@ def chosen_methods(args, tokenizer):
             there.append(method)
     if not there:
         fail(f"{args.run}: no reward model for --method {args.method}; run 02_reward_model.py")
+    if state:  # those before it are finished
+        there = there[there.index(state["method"]):]
     return there
 
 
+def left_out(method, args):
+    """A method without rows to learn from: an error if it alone is to be trained."""
+    message = f"{method} is left out: there is no pair, or no right sample, to learn from"
+    if args.method == method:
+        fail(message)
+    print(message)
+
+
 def main(args):
-    for name in ("updates", "rollout_batch", "minibatch", "micro_batch", "temperature"):
-        if getattr(args, name) <= 0:
-            fail(f"--{name} must be above 0")
     run = Path(args.run)
     tokenizer = hf.AutoTokenizer.from_pretrained(run / "policy")
-    methods = chosen_methods(args, tokenizer)
     if args.max_new_tokens is None:
         args.max_new_tokens = json.load(open(run / "01_args.json"))["max_new_tokens"]
+    for name in ABOVE_0:
+        if getattr(args, name) <= 0:
+            fail(f"--{name} must be above 0")
     state = read_state(run / "03_state.pt", args)
-    if state:  # the methods before it are finished
-        methods = methods[methods.index(state["method"]):]
+    methods = chosen_methods(args, tokenizer, state)
     if RANK == 0:
         start_stage(args, "03", ["responses.*", "eval.*", "report.*"])
 
@@ -1133,7 +1145,9 @@ def main(args):
             else:
                 rewarded = rewarded or collect(reference, samples, tokenizer, args)
                 rows = rewarded
-
+        if not rows:
+            left_out(method, args)
+            continue
         job.seconds = time.time() - start
         train = train_ppo if method in PPO else train_offline
         train(job, rows, args)

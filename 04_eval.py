@@ -298,6 +298,8 @@ def fail(message):
 
 
 def json_lines(path):
+    if not Path(path).is_file():
+        fail(f"{path} is missing; an earlier stage makes it")
     return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 

@@ -575,6 +575,28 @@ def test_a_sample_of_a_string_prompt_stays_as_drawn(kind):
     assert sample == (" Tom", drawn, False)
 
 
+def test_a_sample_behind_a_special_token_stays_as_drawn():
+    """Some tokenizers split a text behind a special token as if a space stood there, and decode
+    this space."""
+    encoder = encoder_of("prepend", "inst")
+    problem = problem_of(encoder, "Who?<|im_end|>")
+    whole = encoder.plain_ids("<s>Who?<|im_end|>Tom has")
+    drawn = whole[len(problem["prompt_ids"]):] + [encoder.text_end]
+    text, ids, _ = encoder.encode_sample(problem, drawn, ended=True)
+    assert encoder.tokenizer.decode(whole).endswith(" Tom has")
+    assert (text, ids) == ("Tom has", drawn)
+    assert not encoder.notes
+
+
+def test_a_sample_encoded_anew_gets_no_words_of_the_template():
+    encoder = encoder_of("byte-level", "qwen3")
+    problem = problem_of(encoder, USER)
+    drawn = encoder.tokenizer.convert_tokens_to_ids(["T", "o", "m", "<|im_end|>"])
+    sample = encoder.encode_sample(problem, drawn, ended=True)
+    assert sample == ("Tom", encoder.plain_ids("Tom<|im_end|>"), True)
+    assert encoder.notes == {NEW: 1}
+
+
 def test_a_sample_without_the_thought_of_the_template_stays_as_drawn():
     encoder = encoder_of("byte-level", "qwen3")
     problem = problem_of(encoder, USER)

@@ -680,10 +680,10 @@ def test_without_edits_dpo_learns_from_all_preferred_siblings(job_of, no_edits):
     assert three.column(pairs, "preferred_ids") == three.column(learnt, "chosen_token_ids")
 
 
-def test_without_edits_dpo_on_edits_is_refused(job_of, no_edits, fails):
+def test_without_edits_dpo_on_edits_has_no_pair(job_of, no_edits):
     job, args = job_of("dpo_edit")
-    fails("dpo_edit: .*edits.jsonl has no pair", three.preference_pairs, "dpo_edit",
-          job.models["reference"], no_edits, args)
+    reference = job.models["reference"]
+    assert three.preference_pairs("dpo_edit", reference, no_edits, args) == []
 
 
 # --- B7, B8, C2: the loop of the off-line methods ---
@@ -750,8 +750,19 @@ def test_rejection_learns_all_tokens_of_the_right_samples_alone(losses, samples,
     assert close(losses("rejection", right, micro_batch=micro_batch), [total] * 3)
 
 
-def test_rejection_sampling_without_a_right_sample_is_refused(samples, fails):
-    fails("rejection: no sample is right", three.right_samples, samples[:1], three.Args())
+def test_rejection_sampling_without_a_right_sample_is_refused(run, samples, fails, monkeypatch):
+    monkeypatch.setattr(three, "draw_samples", lambda *_, **__: samples[:1])
+    args = three.Args(run=str(run), method="rejection", device="cpu", overwrite=True)
+    fails("rejection is left out: .* no right sample", three.main, args)
+
+
+def test_one_of_several_methods_without_rows_is_left_out(run, samples, capsys, monkeypatch):
+    monkeypatch.setattr(three, "draw_samples", lambda *_, **__: samples[:1])
+    monkeypatch.setattr(three, "SETS", {"all": ["rejection", "dpo"]})
+    three.main(three.Args(run=str(run), device="cpu", overwrite=True, pairs=2))
+    assert "rejection is left out: " in capsys.readouterr().out
+    assert (run / "dpo.csv").exists()
+    assert not (run / "rejection.csv").exists()
 
 
 def test_main_gives_rejection_sampling_the_right_samples_alone(run, samples, monkeypatch):
@@ -966,7 +977,7 @@ def test_without_a_reward_model_the_methods_that_need_none_are_trained(run, toke
     for kind in ("token", "sequence", "generative"):
         shutil.rmtree(run / f"reward_{kind}")
     args = three.Args(run=str(run), method="all_baselines")
-    assert three.chosen_methods(args, tokenizer) == ["dpo", "dpo_edit", "rejection"]
+    assert three.chosen_methods(args, tokenizer, {}) == ["dpo", "dpo_edit", "rejection"]
     assert "rlmec is left out: no " in capsys.readouterr().out
 
 

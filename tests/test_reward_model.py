@@ -690,6 +690,17 @@ def test_an_example_names_its_wrong_tokens_and_keeps_earlier_scores(tmp_path, wo
 
 # --- Bad input ---
 
+@pytest.mark.parametrize("flags, least", [
+    pytest.param({"batch": -1}, 1, id="rows a step"),
+    pytest.param({"pairs": 0}, 1, id="pairs"),
+    pytest.param({"epochs": -1}, 0, id="epochs, of which there may be none"),
+])
+def test_a_count_below_its_least_is_refused(run, fails, flags, least):
+    [name] = flags
+    args = two.Args(run=str(run), overwrite=True, **flags)
+    fails(f"--{name} .*: it must be at least {least}", two.main, args)
+
+
 def test_a_row_without_a_column_is_named_by_file_line_and_column(run, fails):
     path = run / "edits.jsonl"
     path.write_text(path.read_text().replace('"split"', '"part"'))
