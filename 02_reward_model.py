@@ -299,7 +299,8 @@ def plan_batches(rows, epochs, size, rng):
 
 def settings(kind, args):
     """Epochs, rows per optimiser step, learning rate: the flags, or what fits the policy."""
-    pretrained = json.load(open(f"{args.run}/01_args.json"))["model"]
+    made = Path(args.run) / "01_args.json"  # a run folder from elsewhere may not have it
+    pretrained = made.exists() and json.load(open(made))["model"]
     defaults = (PRETRAINED if pretrained else TRAINING)[kind]
     flags = (args.epochs, args.batch, args.lr)
     chosen = [default if flag is None else flag for flag, default in zip(flags, defaults)]

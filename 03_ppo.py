@@ -922,7 +922,8 @@ def open_job(method, validation, state, tokenizer, args):
     reference = open_model(hf.AutoModelForCausalLM, sft, args)
     models = {"policy": policy, "reference": reference}
     trained = torch.nn.ModuleDict({"policy": policy})
-    pretrained = json.load(open(run / "01_args.json"))["model"]
+    made = run / "01_args.json"  # a run folder from elsewhere may not have it
+    pretrained = made.exists() and json.load(open(made))["model"]
     kind, lr, pretrained_lr = METHODS[method]
     if pretrained:
         lr = pretrained_lr

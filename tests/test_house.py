@@ -24,8 +24,8 @@ PARTS = (ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.cmpop)
 
 
 # syntax nodes and lines of the four scripts: they only ever go down, or a feature comes
-NODES = 18167
-LINES = 3742
+NODES = 18182
+LINES = 3744
 
 
 def read(path):

@@ -870,6 +870,12 @@ def test_the_default_learning_rates_fit_the_policy(job_of, run, capsys, model, m
     assert f"{method}: learning rates {said}\n" in capsys.readouterr().out
 
 
+def test_a_run_folder_from_elsewhere_gets_the_rates_of_a_small_policy(job_of, run):
+    (run / "01_args.json").unlink()
+    job, _ = job_of("dpo", run=str(run), lr=None)
+    assert three.column(job.optimizer.param_groups, "lr") == [3e-5]
+
+
 @pytest.mark.parametrize("flags, rates", [
     pytest.param({"lr": 0.5}, [0.5, 5.0], id="--lr: of the value model ten times as much"),
     pytest.param({"value_lr": 0.5}, [1e-4, 0.5], id="--value_lr alone"),

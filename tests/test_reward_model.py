@@ -457,6 +457,10 @@ def test_the_default_settings_fit_the_policy_and_are_said(
     assert settings(kind, "org/name") == pretrained
 
 
+def test_a_run_folder_from_elsewhere_gets_the_settings_of_a_small_policy(tmp_path):
+    assert two.settings("token", two.Args(run=str(tmp_path))) == [8, 64, 1.5e-3]
+
+
 @pytest.mark.parametrize("flags, expected", [
     pytest.param({"epochs": 0}, [0, 16, 3e-5], id="0 epochs"),
     pytest.param({"batch": 3}, [1, 3, 3e-5], id="--batch"),
