@@ -924,11 +924,10 @@ class Encoder:
         decoded = self.tokenizer.decode(prompt_ids + [t for t in body if t not in no_text])
         text = decoded[len(self.tokenizer.decode(prompt_ids)):]
         near = text.removeprefix(" ")  # decode may write a space behind a special token
-        ways = [(near, False), (text, True), (near, True)]
         if isinstance(problem["prompt"], str):
-            ways.insert(0, (text, False))
+            ways = [(text, False), (near, False)]
         else:  # some templates write a space before the response
-            ways.insert(0, (text.strip(), False))
+            ways = [(text.strip(), False), (near, False), (text, True), (near, True)]
 
         tries = []  # the best is as drawn, the next best decodes to the same text
         for said, verbatim in ways:
@@ -1068,10 +1067,12 @@ def token_texts(ids, tokenizer):
     place = 0  # in `whole`: where the text that is still missing begins
     first = 0  # the first token whose text is still missing
     back = 0  # where the text before it begins: decoded with it, since it may change spaces
+
     for k in range(len(ids)):
         waiting = k - first
         if waiting > 32 and waiting.bit_count() > 1:  # no characters: look at 64, 128, 256, ...
             continue
+
         known = tokenizer.decode(ids[back:first])
         text = tokenizer.decode(ids[back:k + 1])[len(known):]
         if text and not text.endswith("\ufffd") and whole.startswith(text, place):
@@ -1079,6 +1080,7 @@ def token_texts(ids, tokenizer):
             place += len(text)
             back = first
             first = k + 1
+
     if ids:
         texts[-1] += whole[place:]  # a character that the limit cut
     return texts

@@ -704,10 +704,12 @@ def token_texts(ids, tokenizer):
     place = 0  # in `whole`: where the text that is still missing begins
     first = 0  # the first token whose text is still missing
     back = 0  # where the text before it begins: decoded with it, since it may change spaces
+
     for k in range(len(ids)):
         waiting = k - first
         if waiting > 32 and waiting.bit_count() > 1:  # no characters: look at 64, 128, 256, ...
             continue
+
         known = tokenizer.decode(ids[back:first])
         text = tokenizer.decode(ids[back:k + 1])[len(known):]
         if text and not text.endswith("\ufffd") and whole.startswith(text, place):
@@ -715,6 +717,7 @@ def token_texts(ids, tokenizer):
             place += len(text)
             back = first
             first = k + 1
+
     if ids:
         texts[-1] += whole[place:]  # a character that the limit cut
     return texts
