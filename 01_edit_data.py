@@ -336,7 +336,7 @@ def sample_responses(problems, model, encoder, args):
 # of its edit, then those of the better response. These are written:
 EDIT_COLUMNS = (
     "id split prompt prompt_ids chosen rejected edited editor rejected_ids edited_ids edit_ops "
-    "chosen_token_ids first_error first_wrong_step"
+    "chosen_token_ids chosen_ops first_error first_wrong_step"
 ).split()
 
 
@@ -404,21 +404,31 @@ def nearest_edit(rejected_ids, texts):
 
 
 def preferred(row, editor):
-    """A1: y_w, the better response of the pair: the new `chosen` and `chosen_token_ids`; {} where
-    they stay what they are, what --data prefers or null."""
+    """A1: y_w, the better response of the pair: `chosen` and `chosen_token_ids` where they are not
+    what --data prefers; and `chosen_ops` (E1), null where nothing but the edit is preferred."""
     errors = row["wrong_steps"]
     if errors:  # known, and not right: is a sibling, sampled from the same prompt, better?
         best = min(row["responses"], key=lambda sibling: sibling["wrong_steps"])
         if best["wrong_steps"] < errors:
-            return {"chosen": best["rejected"], "chosen_token_ids": best["rejected_ids"]}
+            return {
+                "chosen": best["rejected"],
+                "chosen_token_ids": best["rejected_ids"],
+                "chosen_ops": edit_ops(row["rejected_ids"], best["rejected_ids"]),
+            }
 
     # a response of --data that a person or a rule has edited, with nothing preferred to it: its
     # edit makes the pair
     edited_by_user = row["from_data"] and editor in ("human", "rules")
     if edited_by_user and row["edit_ops"] and row["chosen"] is None:
-        return {"chosen": row["edited"], "chosen_token_ids": row["edited_ids"]}
+        return {
+            "chosen": row["edited"],
+            "chosen_token_ids": row["edited_ids"],
+            "chosen_ops": None,
+        }
 
-    return {}
+    if row["chosen"] is None or row["chosen_token_ids"] == row["edited_ids"]:
+        return {"chosen_ops": None}
+    return {"chosen_ops": edit_ops(row["rejected_ids"], row["chosen_token_ids"])}
 
 
 def gate(row, ended, args):
@@ -431,6 +441,8 @@ def gate(row, ended, args):
         return "pair: chosen and rejected are the same"
     if ops is None:  # a preferred response still makes a pair, for A6
         return "editor: no edit" if row["chosen"] is None else None
+    if not row["edited_ids"]:
+        return "gate: the edit leaves nothing"
     if ops == [] and errors != 0:
         return "gate: the edit changes nothing"
     if len(ops) > args.max_edit_share * max(len(row["rejected_ids"]), len(row["edited_ids"])):

@@ -7,7 +7,7 @@ Papers A (Fine-grained Supervision, arXiv 2406.02756) and B (RLMEC, 2401.06081):
     x, y*         prompt_ids, solution_ids        (P,)     prompt and reference solution
     tau^l, y_l    rejected_ids                    (T_l,)   a response; y^ in paper B
     tau^w, y_e    edited_ids                      (T_w,)   its minimal edit; y~ in paper B
-    y_w           chosen_token_ids                (T_w,)   the preferred sibling (A6)
+    y_w           chosen_token_ids                (T_w,)   the preferred sibling
     r_phi         scores                          (B, T)   what a reward model says of each token
     R             response_score, sequence_score  (B,)     of a whole response
     U_0           kept                            list     (i, j): in rejected_ids, edited_ids
@@ -17,8 +17,14 @@ A batch has B rows of P + T tokens: prompts are padded on the left to P, respons
 T. So the last T columns are the responses, and response_mask (B, T) marks their tokens. What a
 loss is divided by, N, is counted over the whole batch.
 
+A pair of A1 is (better, rejected). The papers compare two models: A5 on edits and A6 on siblings.
+These differ in two things, so the other two models of the cross separate them:
+                                       better = y_w (sibling)      better = y_e (edit)
+    A6, one reward a response          sequence                    sequence_edit
+    A5, a reward on every token        token_sibling               token
+
 Simplified against the papers:
-  1. A3 and A5 are our reading; A3 is a sum here (a mean wants a larger alpha).
+  1. A3 and A5 are our reading.
   2. --zero, ours, pulls scores of kept tokens to 0: A5 alone leaves a heat map speckled.
   3. A batch of the GRM has one task; `locate` is the harder one and takes more epochs.
 Reads RUN/policy, problems.jsonl, edits.jsonl. Writes RUN/reward_*: models, metrics, examples.
@@ -49,18 +55,28 @@ hf.logging.disable_progress_bar()
 RANK = int(os.environ.get("RANK", 0))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 
-KINDS = ("token", "sequence", "generative")
+KINDS = ("token", "sequence", "token_sibling", "sequence_edit", "generative")
+GROUPS = {  # what --kind may name beside a kind
+    "all": ["token", "sequence", "generative"],
+    "cross": ["token_sibling", "sequence_edit"],
+}
+TOKEN = ("token", "token_sibling")  # A5: a reward on every token; the sequence kinds have one
+LEARNS_FROM = {  # A1: the better response of a kind's pairs, and the operations that lead to it
+    "token": ("edited_ids", "edit_ops"),
+    "sequence": ("chosen_token_ids", "chosen_ops"),
+    "token_sibling": ("chosen_token_ids", "chosen_ops"),
+    "sequence_edit": ("edited_ids", "edit_ops"),
+}
 TRAINING = {  # epochs, rows per optimiser step, learning rate
     "token": (8, 64, 1.5e-3),
     "sequence": (12, 32, 1e-3),
+    "token_sibling": (8, 64, 1.5e-3),
+    "sequence_edit": (12, 32, 1e-3),
     "generative": (1, 16, 1.5e-3),
 }
-PRETRAINED = {  # the same where the policy came from --model
-    "token": (1, 16, 3e-5),
-    "sequence": (1, 16, 3e-5),
-    "generative": (1, 16, 2e-5),
-}
-LOW = {"token": -0.25, "generative": 0.5}  # scores below it are shown
+# the same where the policy came from --model
+PRETRAINED = {kind: (1, 16, 3e-5) for kind in KINDS} | {"generative": (1, 16, 2e-5)}
+LOW = {"token": -0.25, "token_sibling": -0.25, "generative": 0.5}  # scores below it are shown
 # gather the weights of all processes, on the CPU
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
@@ -71,19 +87,21 @@ class Args:
     run: str = "runs/default"
     seed: int = arg(1, "of the order of the rows")
     overwrite: bool = arg(False, "remove what later stages made")
-    kind: Literal[("all", *KINDS)] = arg("all", "model to train")
+    kind: Literal[(*GROUPS, *KINDS)] = arg(
+        "all", "model to train; all: token, sequence, generative; cross: the two others")
     pairs: int = arg(7500, "A1: preference pairs for A5 and A6, at most")
-    alpha: float = arg(2.0, "A5: scale of the preference, alpha")
+    alpha: float = arg(40.0, "A5: scale of the preference, alpha")
     beta: float = arg(1.0, "A5: weight of equal scores on kept tokens")
     zero: float = arg(5.0, "ours: weight of the squared scores of kept tokens")
-    epochs: int = arg(None, "default: token 8, sequence 12, generative 1; with --model's policy 1")
+    epochs: int = arg(
+        None, "default: token kinds 8, sequence kinds 12, generative 1; with --model's policy 1")
     locate_epochs: int = arg(5, "B2: epochs of `locate`")
     batch: int = arg(
-        None, "rows per optimiser step; default: token 64, sequence 32, generative 16; with "
-        "--model's policy 16")
+        None, "rows per optimiser step; default: token kinds 64, sequence kinds 32, generative 16; "
+        "with --model's policy 16")
     lr: float = arg(
-        None, "cosine, 3 %% warm-up; default: sequence 1e-3, others 1.5e-3; with --model's policy "
-        "3e-5, generative 2e-5")
+        None, "cosine, 3 %% warm-up; default: sequence kinds 1e-3, others 1.5e-3; with --model's "
+        "policy 3e-5, generative 2e-5")
     weight_decay: float = arg(0.0, "of AdamW")
     micro_batch: int = arg(256, "rows per forward pass")
     bf16: bool = arg(False, "autocast to bfloat16; weights stay float32")
@@ -149,9 +167,8 @@ def response_logprobs(model, inputs, response_mask, temperature=1.0):
 # --- The equations of paper A ---
 
 def response_score(scores, response_mask):
-    """A3: R(tau) (B,), the sum over the T response tokens of scores (B, T). (A mean would divide by
-    response_mask.sum(dim=1).)"""
-    return (scores * response_mask).sum(dim=1)
+    """A3: R(tau) (B,), the mean over the T response tokens of scores (B, T)."""
+    return (scores * response_mask).sum(dim=1) / response_mask.sum(dim=1)
 
 
 def kept_tokens(edit_ops, rejected_length, edited_length):
@@ -281,12 +298,13 @@ def is_pair(row):
 
 
 def pairs_of(kind, rows):
-    """A1: the pairs of A5 and A6, the same for both; without any edit A6 alone learns, from the
-    preferred siblings."""
+    """A1: the pairs of A5 and A6, the same for both. Kinds that learn from siblings need no edit,
+    and have no pair where the preferred response is the edit itself."""
     pairs = [row for row in rows if is_pair(row)]
-    if kind == "sequence" and not pairs:
-        pairs = [row for row in rows if row["chosen"] is not None]
-    return pairs
+    if kind in ("token", "sequence_edit"):
+        return pairs
+    siblings = [row for row in rows if row["chosen_ops"] is not None]
+    return [row for row in siblings if is_pair(row)] or siblings
 
 
 def plan_batches(rows, epochs, size, rng):
@@ -352,14 +370,13 @@ def batch_loss(kind, model, rows, N, args):
         inputs, mask = pack_examples(rows, model)
         return generative_loss(response_logprobs(model, inputs, mask), N)  # B2
 
-    if kind == "sequence":
-        score_w, _ = score_column(kind, model, rows, "chosen_token_ids")
-        score_l, _ = score_column(kind, model, rows, "rejected_ids")
-        return sequence_loss(score_w, score_l, N)  # A6
-
-    scores_w, mask_w = score_column(kind, model, rows, "edited_ids")
+    better, ops = LEARNS_FROM[kind]
+    scores_w, mask_w = score_column(kind, model, rows, better)
     scores_l, mask_l = score_column(kind, model, rows, "rejected_ids")
-    kept = [kept_tokens(row["edit_ops"], len(row["rejected_ids"]), len(row["edited_ids"]))
+    if kind not in TOKEN:
+        return sequence_loss(scores_w, scores_l, N)  # A6
+
+    kept = [kept_tokens(row[ops], len(row["rejected_ids"]), len(row[better]))
             for row in rows]  # A4
     return fine_grained_loss(  # A5
         scores_w, mask_w, scores_l, mask_l, kept, N, args.alpha, args.beta, args.zero)
@@ -380,11 +397,11 @@ def score_column(kind, model, rows, column):
         prompts = [row["prompt_ids"] for row in rows]
     inputs, mask = pack(prompts, [row[column] for row in rows], model)
 
-    if kind == "token":
+    if kind == "generative":
+        return response_logprobs(model, inputs, mask).exp(), mask  # B3: p_t
+    if kind in TOKEN:
         return token_scores(model, inputs, mask), mask
-    if kind == "sequence":
-        return sequence_score(model, inputs)[:, None], mask[:, :1]
-    return response_logprobs(model, inputs, mask).exp(), mask  # B3: p_t
+    return sequence_score(model, inputs)[:, None], mask[:, :1]
 
 
 # --- Metrics on held-out rows ---
@@ -396,11 +413,12 @@ def evaluate(kind, model, rows, args):
     edited = [row for row in rows if row["edit_ops"]]
     edited_scores = score_all(kind, model, edited, "edited_ids", args)
     rejected_scores = score_all(kind, model, edited, "rejected_ids", args)
-    siblings = [row for row in rows if row["chosen"] is not None]
+    siblings = [row for row in rows if row["chosen_ops"] is not None]
     chosen_scores = score_all(kind, model, siblings, "chosen_token_ids", args)
     worse_scores = score_all(kind, model, siblings, "rejected_ids", args)
 
-    # stage 3 divides by the standard deviation of R, of sampled responses where there are any
+    # stage 3 divides by the standard deviation of a response's total, the sum that PPO maximises:
+    # of sampled responses, where there are any
     sampled_scores = worse_scores + chosen_scores or rejected_scores + edited_scores
     totals = [np.sum(scores) for scores in sampled_scores]
     std = float(np.std(totals))
@@ -411,10 +429,11 @@ def evaluate(kind, model, rows, args):
         "pair_accuracy": in_order(kind, edited_scores, rejected_scores),
         "preference_accuracy": in_order(kind, chosen_scores, worse_scores),
         "pairs": len(edited),  # held-out rows with an edit
+        "preference_pairs": len(siblings),
         "localisation": None,
         "scale": {"mean": mean(totals), "std": std},
     }
-    if kind == "sequence":
+    if kind.startswith("sequence"):
         rejected_scores = [scores[0] for scores in rejected_scores]
     else:
         metrics["localisation"] = localisation(edited, rejected_scores, edited_scores)
@@ -440,12 +459,13 @@ def mean(values):
 
 
 def in_order(kind, better, worse):
-    """The share of pairs whose better response has the higher R (GRM: log-likelihood); a tie is one
-    half."""
+    """The share of pairs whose better response has the higher R (A3, A6; GRM: log-likelihood); a
+    tie is one half."""
     if kind == "generative":
-        better = [np.log(np.clip(p, 1e-12, 1)) for p in better]
-        worse = [np.log(np.clip(p, 1e-12, 1)) for p in worse]
-    gaps = [np.sum(w) - np.sum(l) for w, l in zip(better, worse)]
+        R = lambda p: np.sum(np.log(np.clip(p, 1e-12, 1)))
+    else:
+        R = np.mean
+    gaps = [R(w) - R(l) for w, l in zip(better, worse)]
     return mean(np.heaviside(gaps, 0.5))
 
 
@@ -713,7 +733,7 @@ def grm_rows(rows, model, tokenizer, args):
 def save_examples(path, kind, pairs, scores, tokenizer):
     """Held-out rejected responses with the scores of all models, of this run or an earlier one."""
     earlier = [{}] * len(pairs)
-    if path.exists():
+    if pairs and path.exists():
         earlier = read_jsonl(path)
 
     examples = []
@@ -729,19 +749,46 @@ def save_examples(path, kind, pairs, scores, tokenizer):
     write_jsonl(path, examples)
 
 
+def split_rows(kind, rows, usable, args):
+    """Those rows of a kind that it learns from, and those that are held out. If either are missing,
+    the kind is left out: said in a line."""
+    training = [row for row in usable if row["split"] == "train"]
+    held_out = [row for row in usable if row["split"] != "train"]
+    if kind != "generative":
+        training = training[:args.pairs]  # A1: the annotator's budget
+
+    if not training or not held_out:
+        why = "no rows for training, or for testing"
+        if kind != "generative" and not usable and any(map(is_pair, rows)):
+            why = "`chosen` is the edit itself; the kinds token and sequence_edit learn from edits"
+        print(f"reward_{kind} is left out: {why}")
+    return training, held_out
+
+
+def made_from(kinds):
+    """What stages 3 and 4 made from these reward models: patterns of file names."""
+    names = ["03_state.pt", "responses.*", "eval.*", "report.*"]
+    for kind in kinds:
+        if kind == "generative":
+            names.append("rlmec*")
+        else:
+            names += [f"ppo_{kind}", f"ppo_{kind}.csv"]
+    return names
+
+
 def main(args):
     check_counts(args, "epochs", "locate_epochs")
     run = Path(args.run)
-    rows = read_jsonl(run / "edits.jsonl", "id", "split", "chosen", "rejected_ids", "edit_ops")
+    rows = read_jsonl(
+        run / "edits.jsonl", "id", "split", "chosen", "rejected_ids", "edit_ops", "chosen_ops")
     rows = [row | {"line": line} for line, row in enumerate(rows)]
+    kinds = GROUPS.get(args.kind, [args.kind])
     if RANK == 0:
-        later = "ppo_* rlmec* rejection* dpo* 03_state.pt responses.* eval.* report.*"
-        start_stage(args, "02", later.split())
+        start_stage(args, "02", made_from(kinds))
     tokenizer = hf.AutoTokenizer.from_pretrained(run / "policy")
     path = run / "reward_metrics.json"
     metrics = json.loads(path.read_text()) if path.exists() else {}
 
-    kinds = [*KINDS] if args.kind == "all" else [args.kind]
     if kinds != ["generative"]:
         check_family(run / "policy")
     for kind in kinds:
@@ -752,19 +799,16 @@ def main(args):
             usable = grm_rows(rows, model, tokenizer, args)
         else:
             usable = pairs_of(kind, rows)
-        training = [row for row in usable if row["split"] == "train"]
-        held_out = [row for row in usable if row["split"] != "train"]
-        if kind != "generative":
-            training = training[:args.pairs]  # A1: the annotator's budget
+        training, held_out = split_rows(kind, rows, usable, args)
         if not training or not held_out:
-            print(f"reward_{kind}: skipped, no rows for training, or for testing")
             continue
 
         epochs, size, lr = settings(kind, args)
         train(kind, model, plan_of(kind, training, epochs, size, args), lr, args)
         metrics[kind], scores = evaluate(kind, model, held_out, args)
-        metrics[kind] |= {"training_rows": len(training), "seconds": round(time.time() - start, 1)}
-        if kind != "sequence":
+        seconds = round(time.time() - start, 1)
+        metrics[kind] |= {"training_rows": len(training), "epochs": epochs, "seconds": seconds}
+        if not kind.startswith("sequence"):
             show(kind, [row for row in held_out if row["edit_ops"]], scores, tokenizer)
         print(f"reward_{kind}: {json.dumps(metrics[kind])}")
 

@@ -10,7 +10,7 @@ T tokens; what a loss is divided by, N (in B6 M), is counted over the whole batc
     y~            rewrite_ids             (T~,)    the generative model's correction of it
     pi, pi_old    logprobs, old_logprobs  (B, T)   log pi(a_t | s_t), of the policy, of the sampler
     pi_ref        ref_logprobs            (B, T)   of the reference, the frozen SFT policy
-    r_phi         scores                  (B, T)   of a reward model, in standard deviations of R
+    r_phi         scores                  (B, T)   of a reward model, standardised (below, 3)
     r^_t          rewards                 (B, T)   A7: scores minus the KL penalty
     r_t           rewards                 (T,)     B3: p_t - 0.5, clipped
     V(s_t), A^_t  values, advantages      (B, T)   A8
@@ -62,6 +62,8 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 METHODS = {  # the reward model that a method needs; its learning rate; that of --model's policy
     "ppo_token": ("token", 1e-4, 1e-6),
     "ppo_sequence": ("sequence", 1e-4, 1e-6),
+    "ppo_token_sibling": ("token_sibling", 1e-4, 1e-6),
+    "ppo_sequence_edit": ("sequence_edit", 1e-4, 1e-6),
     "dpo": (None, 3e-5, 5e-7),
     "dpo_edit": (None, 3e-5, 5e-7),
     "rlmec": ("generative", 1e-3, 5e-6),
@@ -72,12 +74,14 @@ ABOVE_0 = (
     "updates rollout_batch ppo_epochs minibatch micro_batch pairs max_new_tokens save_every "
     "temperature"
 ).split()
-PPO = {"ppo_token", "ppo_sequence"}
+PPO = {"ppo_token", "ppo_sequence", "ppo_token_sibling", "ppo_sequence_edit"}
 DPO = {"dpo", "dpo_edit"}
 SETS = {  # what --method may name beside a method
     "all": ["ppo_token", "ppo_sequence", "rlmec", "rlmec_imitation"],
+    "cross": ["ppo_token_sibling", "ppo_sequence_edit"],
     "all_baselines": [*METHODS],
 }
+TOKEN = ("token", "token_sibling")  # A5: a reward on every token; the sequence kinds have one
 # gather the weights of all processes, on the CPU
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 arg = lambda default, help: hf.hf_argparser.HfArg(default=default, help=help)
@@ -89,7 +93,8 @@ class Args:
     seed: int = arg(1, "of prompts and samples")
     overwrite: bool = arg(False, "remove what stage 4 made")
     method: Literal[(*SETS, *METHODS)] = arg(
-        "all", "to train; all: PPO and RLMEC; all_baselines: every method")
+        "all", "to train; all: ppo_token, ppo_sequence, RLMEC; cross: the two other PPOs; "
+        "all_baselines: every method")
     updates: int = arg(20, "PPO: rollouts; RLMEC, rejection: as many responses are drawn, once")
     rollout_batch: int = arg(256, "responses sampled per update")
     ppo_epochs: int = arg(2, "A9: passes over a rollout")
@@ -179,9 +184,9 @@ def sequence_score(model, inputs):
 # --- The equations of PPO ---
 
 def scores_of(reward_model, inputs, response_mask, kind, scale):
-    """A7: scores (B, T) in standard deviations of R, the one place where ppo_token and ppo_sequence
-    differ. token: r_phi(s_t, a_t) / std. sequence: 1[t = T] (R_phi(x, y) - mean) / std."""
-    if kind == "token":
+    """A7: scores (B, T) in standard deviations of a response's total, the one place where the kinds
+    of PPO differ. token: r_phi(s_t, a_t) / std. sequence: 1[t = T] (R_phi(x, y) - mean) / std."""
+    if kind in TOKEN:
         return token_scores(reward_model, inputs, response_mask) / scale["std"]
 
     score = (sequence_score(reward_model, inputs) - scale["mean"]) / scale["std"]  # (B,)

@@ -5,8 +5,10 @@ Every policy responds to the same test prompts, and the wrong steps of each resp
 which all training starts. Its win rate is the share of prompts that it wins; a tie is half a win.
 
 Checks of paper A (arXiv 2406.02756): accuracy of the reward models, win rate and convergence of
-fine-grained against ordinary PPO. Checks of paper B (arXiv 2401.06081): right responses, wrong
-steps, and steadiness of RLMEC beside imitation alone. The report shows the rewards of A7 and B3.
+fine-grained against ordinary PPO. These two differ in two things, which the cross separates: what
+the reward model learns from (siblings, edits), and how many rewards a response gets (one, one a
+token). Checks of paper B (arXiv 2401.06081): right responses, wrong steps, and steadiness of RLMEC
+beside imitation alone. The report shows the rewards of A7 and B3.
 Simplified against the papers:
   1. The judge is the oracle of the built-in tasks, a list of rules, or the final answer. Paper A
      simulates people; --verdicts reads what people or a language model said.
@@ -24,7 +26,7 @@ import sys
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from html import escape
-from itertools import combinations, zip_longest
+from itertools import chain, combinations, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +39,15 @@ hf.logging.disable_progress_bar()
 
 # The policies of stage 3, in the order of the table
 POLICIES = [
-    "ppo_token", "ppo_sequence", "rlmec", "rlmec_imitation", "rejection", "dpo", "dpo_edit",
+    "ppo_token", "ppo_sequence_edit", "ppo_token_sibling", "ppo_sequence",
+    "rlmec", "rlmec_imitation", "rejection", "dpo_edit", "dpo",
 ]
-# Two policies that differ in one thing
-CONTRASTS = [
-    "ppo_token - ppo_sequence",  # A: a reward on every token, or one a response
-    "rlmec - rlmec_imitation",   # B: with the token reward, or without
-    "dpo - dpo_edit",            # the preferred response: a sibling, or the minimal edit
-]
+# The cross: how many rewards a response gets -> PPO that prefers the sibling, the minimal edit
+CROSS = {
+    "one reward a response": ("ppo_sequence", "ppo_sequence_edit"),
+    "a reward on every token": ("ppo_token_sibling", "ppo_token"),
+}
+INTERACTION = "ppo_token + ppo_sequence - ppo_token_sibling - ppo_sequence_edit"
 # Beyond these, training is called unstable
 LIMITS = {
     "kl": 20,             # nats a response, on training prompts
@@ -108,6 +111,10 @@ def compare(run, logs, args):
         policies[name] = win_rate(wins[name]) | measure(errors, log)
 
     differences = {f"{a} - {b}": difference(wins[a], wins[b]) for a, b in combinations(logs, 2)}
+    if {*chain(*CROSS.values())} <= wins.keys() and None not in wins["sft"]:
+        both = np.add(wins["ppo_token"], wins["ppo_sequence"])
+        either = np.add(wins["ppo_token_sibling"], wins["ppo_sequence_edit"])
+        differences[INTERACTION] = difference(both, either)
     return policies, differences, rows
 
 
@@ -203,24 +210,22 @@ def first_update(log, level):
 
 
 # --- The papers' checks, and signs of failure ---
-def checks(reward_models, policies, differences, logs):
-    """The papers' checks as sentences."""
+def checks(reward_models, policies, differences, logs, run):
+    """The papers' checks, and what the cross says of this run, as sentences."""
     said = [
         "Reward models, held-out (edited, rejected) in order: "
         f"{listed(reward_models, 'pair_accuracy')}.",
         "Reward models, held-out (chosen, rejected) in order: "
         f"{listed(reward_models, 'preference_accuracy')}.",
+        f"Epochs of the reward models: {listed(reward_models, 'epochs', 'd')}; the sequence kinds "
+        "gain from more (README, Results).",
     ]
 
-    for contrast, row in differences.items():
-        if contrast in CONTRASTS and row["ci95"]:
-            gap = 100 * row["difference"]
-            low = 100 * row["ci95"][0]
-            high = 100 * row["ci95"][1]
-            said.append(
-                f"Win rate, {contrast}: {gap:+.1f} points "
-                f"(95 % interval {low:+.1f} to {high:+.1f}, {row['n']} prompts)."
-            )
+    # A: fine-grained against ordinary PPO; B: RLMEC with its token reward, or without
+    for contrast in ("ppo_token - ppo_sequence", "rlmec - rlmec_imitation"):
+        row = differences.get(contrast, {"n": 0})
+        if row["n"]:
+            said.append(f"Win rate, {contrast}: {points(row)} points, {row['n']} prompts.")
 
     # A: with the token reward it should take fewer updates
     said.append(
@@ -234,7 +239,41 @@ def checks(reward_models, policies, differences, logs):
 
     # B: training should not lose what it has reached
     said.append(f"Steadiness, largest drop after the best: {listed(policies, 'largest_drop')}.")
+
+    # what did it: the edit, or the reward on every token?
+    if INTERACTION in differences:
+        said += cross_sentences(differences)
+    elif "ppo_token - ppo_sequence" in differences:
+        said += [
+            "ppo_token and ppo_sequence differ in two things: what the reward model learns from "
+            "(edits, siblings), and how many rewards a response gets. To separate them:",
+            f"python 02_reward_model.py --run {run} --kind cross --overwrite",
+            f"python 03_ppo.py --run {run} --method cross",
+            f"python 04_eval.py --run {run}",
+        ]
     return said
+
+
+def cross_sentences(differences):
+    """What each ingredient brings, alone and beside the other."""
+    edit_alone = points(differences["ppo_sequence_edit - ppo_sequence"])
+    edit_beside = points(differences["ppo_token - ppo_token_sibling"])
+    token_alone = points(differences["ppo_token_sibling - ppo_sequence"])
+    token_beside = points(differences["ppo_token - ppo_sequence_edit"])
+    both = points(differences["ppo_token - ppo_sequence"])
+    beyond = points(differences[INTERACTION])
+    return [
+        "What each ingredient brings in this run, in points of win rate (95 % interval):",
+        f"the minimal edit {edit_alone} alone, {edit_beside} beside the token reward;",
+        f"a reward on every token {token_alone} alone, {token_beside} beside the edit;",
+        f"both together {both}, which is {beyond} beyond the sum of both alone.",
+    ]
+
+
+def points(row):
+    """A difference of win rates and its interval, such as +5.0 (+3.8 to +6.2)."""
+    low, high = row["ci95"]
+    return f"{100 * row['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def failure_signatures(reward_models, policies, differences, logs):
@@ -265,7 +304,7 @@ def failure_signatures(reward_models, policies, differences, logs):
 def listed(rows, column, form=".1%"):
     """One column, where it was measured: "token 99.9 %, sequence 77.3 %"."""
     texts = [f"{name} {or_dash(row[column], form)}"
-             for name, row in rows.items() if row[column] is not None]
+             for name, row in rows.items() if row.get(column) is not None]
     return ", ".join(texts) or "–"
 
 
@@ -277,8 +316,8 @@ def or_dash(x, form=".1%"):
 # --- The table ---
 def table(policies):
     """The numbers of eval.json that one compares, as text for the terminal and the report."""
-    text = "policy          win rate   ± error    right  wrong steps  KL, nats  updates  seconds"
-    line = "\n{:16}{:>8}{:>10}{:>9}{:>13}{:>10}{:9}{:9.0f}"
+    text = "policy             win rate   ± error    right  wrong steps  KL, nats  updates  seconds"
+    line = "\n{:18}{:>9}{:>10}{:>9}{:>13}{:>10}{:9}{:9.0f}"
     for name, row in policies.items():
         text += line.format(
             name, or_dash(row["win_rate"]), or_dash(row["win_rate_se"]), or_dash(row["accuracy"]),
@@ -286,6 +325,28 @@ def table(policies):
             row["updates"], row["seconds"],
         )
     return text
+
+
+def cross_table(policies, differences):
+    """The cross as text: win rates and right responses of its four cells and of its off-line row,
+    and what either ingredient brings, in points of win rate; "" where a cell is missing."""
+    if INTERACTION not in differences:
+        return ""
+
+    rows = dict(CROSS)
+    if "dpo_edit - dpo" in differences:
+        rows["no reward model: DPO"] = ("dpo", "dpo_edit")  # the off-line row
+
+    line = "\n{:24}{:>24}{:>24}{:>25}".format
+    text = line("win rate, right", "preferred sibling", "minimal edit", "the edit brings")
+    for title, names in rows.items():
+        cells = [f"{or_dash(policies[name]['win_rate'])}, {or_dash(policies[name]['accuracy'])}"
+                 for name in names]
+        sibling, edit = names
+        text += line(title, *cells, points(differences[f"{edit} - {sibling}"]))
+    token_alone = points(differences["ppo_token_sibling - ppo_sequence"])
+    token_beside = points(differences["ppo_token - ppo_sequence_edit"])
+    return "\n" + text + line("PPO: every token brings", token_alone, token_beside, "")
 
 
 # --- Plumbing: nothing to learn below this line ---
@@ -448,14 +509,15 @@ svg{max-width:40rem;font-size:12px;fill:none}text{fill:currentColor}path{stroke:
 polyline{stroke-width:3}ins{color:#0a84d0;font-weight:bold;text-decoration:none}"""
 COLOURS = {
     "ppo_token": "#0072b2", "ppo_sequence": "#d55e00",
+    "ppo_token_sibling": "#7a5cc0", "ppo_sequence_edit": "#a8763e",
     "rlmec": "#009e73", "rlmec_imitation": "#cc79a7", "rejection": "#e69f00",
     "dpo": "#56b4e9", "dpo_edit": "#888888",
 }
 
 
-def page(numbers, sentences, logs, held_out, rows):
-    """The report. numbers, sentences: what the terminal shows; held_out, rows: the rows of
-    reward_examples.jsonl and of responses.jsonl."""
+def page(numbers, sentences, cross, logs, held_out, rows):
+    """The report. numbers, sentences: what the terminal shows; cross: HTML; held_out, rows: the
+    rows of reward_examples.jsonl and of responses.jsonl."""
     legend = curves = ""
     for name, log in logs.items():
         points = " ".join(  # x,y; in SVG, y = 0 is at the top
@@ -472,10 +534,33 @@ def page(numbers, sentences, logs, held_out, rows):
 <svg viewBox="-45 -10 480 235"><path d="M0 0v200h400"/><text x=-45 y=10>100 %</text>
 <text x=-45 y=204>0 %</text><text x=330 y=218>last update</text>{curves}</svg>
 <p>Right responses to validation prompts, over the updates of each run.
+{cross}
 <h2>Held-out rewards</h2><p>Orange: punished, blue: praised, framed: wrong tokens.
 {cards(held_out, heat_map)}
 <h2>Before and after</h2><p>Against sft: <del>out</del> <ins>in</ins>.
 {cards(rows, before_after)}"""
+
+
+def cross_picture(policies):
+    """Win rates of the cross, a line for each of its rows; parallel where ingredients add up."""
+    height = lambda rate: f"{400 - 400 * rate:.1f}"  # 100 % is at the top, y = 0; 50 % at y = 200
+    drawn = ""
+    for cells, colour in zip(CROSS.values(), (COLOURS["ppo_sequence"], COLOURS["ppo_token"])):
+        line = ""
+        for x, name in zip((60, 340), cells):
+            row = policies[name]
+            y = height(row["win_rate"])
+            low, high = map(height, row["win_rate_ci95"])
+            line += f"{x},{y} "
+            drawn += f'<path style=stroke:{colour} d="M{x} {low}V{high}"/>'
+            drawn += f"<text x={x + 8} y={y} dy=-6>{name} {or_dash(row['win_rate'])}</text>"
+        drawn += f'<polyline stroke={colour} points="{line}"/>'
+    return f"""<h2>The cross</h2>
+<svg viewBox="-45 -10 560 235"><path d="M0 0v200h400"/><text x=-45 y=10>100 %</text>
+<text x=-45 y=204>50 %</text><text x=20 y=218>preferred sibling</text>
+<text x=300 y=218>minimal edit</text>{drawn}</svg>
+<p>Win rate against sft with its 95 % interval. Upwards to the right: what the edit brings. From
+the lower to the upper line: what the reward on every token brings. Parallel: they add up."""
 
 
 def cards(rows, lines_of):
@@ -495,8 +580,8 @@ def cards(rows, lines_of):
 
 def heat_map(row):
     """A held-out response under every reward model, token by token, wrong tokens framed."""
-    for kind in ("token", "sequence", "generative"):
-        if row[kind] is None:  # not trained
+    for kind in ("token", "token_sibling", "sequence", "sequence_edit", "generative"):
+        if row.get(kind) is None:  # not trained
             continue
 
         rewards = rewards_by_token(row, kind)
@@ -514,11 +599,11 @@ def heat_map(row):
 
 def rewards_by_token(row, kind):
     """What RL would give to each token of a held-out wrong response: T numbers."""
-    if kind == "sequence":  # A7: all on the last token
-        return [0.0] * (len(row["tokens"]) - 1) + [row["sequence"]]
+    if kind.startswith("sequence"):  # A7: all on the last token
+        return [0.0] * (len(row["tokens"]) - 1) + [row[kind]]
     if kind == "generative":  # B3 of a wrong response, from p_t
         return np.clip(np.subtract(row["generative"], 0.5), -0.1, 0.0)
-    return row["token"]  # A2
+    return row[kind]  # A2
 
 
 def before_after(row):
@@ -565,7 +650,7 @@ def main(args):
         reward_models = json.load(open(run / "reward_metrics.json"))
         held_out = json_lines(run / "reward_examples.jsonl")
     warnings = failure_signatures(reward_models, policies, differences, logs)
-    said = checks(reward_models, policies, differences, logs)
+    said = checks(reward_models, policies, differences, logs, run)
     result = {
         "policies": policies, "differences": differences, "reward_models": reward_models,
         "warnings": warnings, "checks": said,
@@ -575,9 +660,10 @@ def main(args):
     write_jsonl(run / "responses.jsonl", rows)
 
     # The same for people
-    numbers = table(policies)
+    numbers = table(policies) + cross_table(policies, differences)
     sentences = said + [f"WARNING: {text}" for text in warnings]
-    write_text(run / "report.html", page(numbers, sentences, logs, held_out, rows))
+    cross = cross_picture(policies) if INTERACTION in differences else ""
+    write_text(run / "report.html", page(numbers, sentences, cross, logs, held_out, rows))
     print(numbers, *sentences, run / "report.html", sep="\n")
 
 

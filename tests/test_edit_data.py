@@ -691,25 +691,42 @@ def test_b1_without_texts_there_is_no_edit():
 
 def test_a1_the_sibling_with_the_fewest_errors_is_preferred():
     chosen = one.preferred(SIBLINGS | WRONG, "oracle")
-    assert chosen == {"chosen": "good", "chosen_token_ids": ["good"]}
+    assert (chosen["chosen"], chosen["chosen_token_ids"]) == ("good", ["good"])
 
 
-EDITED = {"from_data": True, "edited": "e", "edited_ids": [1], "edit_ops": [["replace", 0, 0]]}
-EDIT_IS_CHOSEN = {"chosen": "e", "chosen_token_ids": [1]}
-SIBLING_IS_CHOSEN = {"chosen": "s", "chosen_token_ids": ["s"]}
+def test_e1_of_a_sibling_leads_from_the_rejected_response_to_it():
+    chosen = one.preferred(SIBLINGS | WRONG, "oracle")
+    assert chosen["chosen_ops"] == [["replace", 0, 0], ["delete", 1, 1]]  # bad tea -> good
+
+
+EDITED = {"from_data": True, "edited": "e", "edited_ids": ["e"], "edit_ops": [["replace", 0, 0]]}
+NO_SIBLING = {"chosen_ops": None}
+EDIT_IS_CHOSEN = {"chosen": "e", "chosen_token_ids": ["e"], "chosen_ops": None}
+SIBLING_IS_CHOSEN = {
+    "chosen": "s", "chosen_token_ids": ["s"], "chosen_ops": [["replace", 0, 0]],  # r -> s
+}
+DATA_PREFERS = {"chosen": "c d", "chosen_token_ids": ["c", "d"]}
+DATA_OPS = {"chosen_ops": [["replace", 0, 0], ["insert", 1, 1]]}  # r -> c d
+DATA_PREFERS_THE_EDIT = {"chosen": "e", "chosen_token_ids": ["e"]}
 
 
 @pytest.mark.parametrize("editor, wrong, more, columns", [
     pytest.param("oracle", 2, {}, SIBLING_IS_CHOSEN, id="a sibling with fewer errors"),
-    pytest.param("oracle", 1, {}, {}, id="no sibling is better"),
-    pytest.param("oracle", 0, {}, {}, id="none is better than right"),
-    pytest.param("oracle", None, {}, {}, id="nobody knows"),
+    pytest.param("oracle", 1, {}, NO_SIBLING, id="no sibling is better"),
+    pytest.param("oracle", 0, {}, NO_SIBLING, id="none is better than right"),
+    pytest.param("oracle", None, {}, NO_SIBLING, id="nobody knows"),
     pytest.param("human", None, EDITED, EDIT_IS_CHOSEN, id="a person's edit of data"),
     pytest.param("rules", 1, EDITED, EDIT_IS_CHOSEN, id="an edit of data by rules"),
-    pytest.param("nearest", 1, EDITED, {}, id="but none that the solution has made"),
-    pytest.param("rules", 1, EDITED | {"from_data": False}, {}, id="nor that of a sample"),
-    pytest.param("human", None, EDITED | {"edit_ops": []}, {}, id="nor one that changes nothing"),
-    pytest.param("human", None, EDITED | {"chosen": "c"}, {}, id="nor beside what data prefers"),
+    pytest.param("nearest", 1, EDITED, NO_SIBLING, id="but none that the solution has made"),
+    pytest.param("rules", 1, EDITED | {"from_data": False}, NO_SIBLING, id="nor that of a sample"),
+    pytest.param("human", None, EDITED | {"edit_ops": []}, NO_SIBLING,
+                 id="nor one that changes nothing"),
+    pytest.param("human", None, EDITED | DATA_PREFERS, DATA_OPS,
+                 id="nor beside what data prefers"),
+    pytest.param("human", None, {"edited_ids": None, **DATA_PREFERS}, DATA_OPS,
+                 id="what data prefers, without an edit"),
+    pytest.param("human", None, EDITED | DATA_PREFERS_THE_EDIT, NO_SIBLING,
+                 id="what data prefers is the edit itself"),
 ])
 def test_a1_what_is_preferred(editor, wrong, more, columns):
     row = response("r", wrong, **more)
@@ -765,7 +782,8 @@ def row_of(characters):
     """The row of edits.jsonl of a response to a sum, edited into the solution."""
     def call(text):
         ids = ids_of(text, characters)
-        row = SUM | response(text, 1, rejected_ids=ids, chosen_token_ids=None)
+        row = SUM | response(
+            text, 1, rejected_ids=ids, chosen_token_ids=None, chosen_ops=None)
         row |= one.nearest_edit(ids, [(TAPE, ids_of(TAPE, characters))])
         return one.edit_row(row, "oracle", characters)
     return call
@@ -789,7 +807,8 @@ def test_where_the_first_error_stands(row_of, text, first, first_error, first_wr
 def test_a_character_of_several_tokens_shows_its_step_whole(bytewise):
     """The first error is the first byte of a wide space: it stands before the second step."""
     ids = ids_of("A\n\u3000B", bytewise)
-    row = SUM | response("A\n\u3000B", 1, rejected_ids=ids, chosen_token_ids=None)
+    row = SUM | response(
+        "A\n\u3000B", 1, rejected_ids=ids, chosen_token_ids=None, chosen_ops=None)
     row |= one.nearest_edit(ids, [("A\nB", ids_of("A\nB", bytewise))])
     assert one.edit_row(row, "oracle", bytewise)["first_error"] == 2
     assert one.edit_row(row, "oracle", bytewise)["first_wrong_step"] == 1
@@ -1027,6 +1046,18 @@ def test_a_shape_of_data(stage, tmp_path, chat_model, is_chat, columns, editor, 
         assert edited or found["edit_ops"] is found["edited_ids"] is None
 
 
+@pytest.mark.parametrize("columns, ops", [
+    pytest.param(PAIR, [["replace", 0, 0]], id="pairs: soap, tea"),
+    pytest.param(PAIR | {"edited": " salt"}, [["replace", 0, 0]], id="pairs and edits"),
+    pytest.param(PAIR | {"edited": " tea"}, None, id="the preferred response is the edit"),
+    pytest.param(EDIT, None, id="an edit by a person makes the pair"),
+    pytest.param(SOLVED, None, id="nothing is preferred"),
+])
+def test_a_row_has_the_operations_to_what_data_prefers(stage, tmp_path, columns, ops):
+    for row in stage(tmp_path, [{"prompt": "What", **columns}] * 3):
+        assert row["chosen_ops"] == ops
+
+
 def test_an_editor_may_be_chosen(stage, tmp_path):
     row = {"prompt": "What", **SOLVED, **LLM, "edited": TEA}
     for found in stage(tmp_path, [row] * 3, editor="nearest"):
@@ -1247,6 +1278,15 @@ def written(request, tiny_run, stage, tmp_path, chat_model):
 def test_the_operations_make_edited_of_rejected(written):
     for row in written:
         assert apply(row["edit_ops"], row["rejected_ids"], row["edited_ids"]) == row["edited_ids"]
+
+
+def test_the_operations_make_chosen_of_rejected(written):
+    assert any(row["chosen_ops"] for row in written)
+    for row in written:
+        assert (row["chosen_ops"] is None) == (row["chosen"] is None)
+        if row["chosen"] is not None:
+            made = apply(row["chosen_ops"], row["rejected_ids"], row["chosen_token_ids"])
+            assert made == row["chosen_token_ids"]
 
 
 @pytest.mark.parametrize("name", ["rejected", "chosen", "edited"])

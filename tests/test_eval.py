@@ -158,21 +158,121 @@ def test_the_first_update_that_reaches_a_level(log):
 # --- The papers' checks, and signs of failure ---
 
 def test_the_checks_of_the_papers(log):
-    models = {"token": {"pair_accuracy": 0.999, "preference_accuracy": 0.8},
+    models = {"token": {"pair_accuracy": 0.999, "preference_accuracy": 0.8, "epochs": 4},
               "sequence": {"pair_accuracy": None, "preference_accuracy": 0.773}}
     policies = {"ppo_sequence": four.measure([], log) | {"best_accuracy": 0.95}}
     gap = {"difference": 0.127, "n": 40, "ci95": [-0.02, 0.2]}
-    # only the first two differ in one thing alone
-    gaps = {"ppo_token - ppo_sequence": gap, "ppo_token - rlmec": gap}
-    assert four.checks(models, policies, gaps, {"ppo_token": log}) == [
+    gaps = {"ppo_token - ppo_sequence": gap, "ppo_token - rlmec": gap}  # no claim of the second
+    assert four.checks(models, policies, gaps, {"ppo_token": log}, "runs/x") == [
         "Reward models, held-out (edited, rejected) in order: token 99.9 %.",
         "Reward models, held-out (chosen, rejected) in order: token 80.0 %, sequence 77.3 %.",
-        "Win rate, ppo_token - ppo_sequence: +12.7 points (95 % interval -2.0 to +20.0, "
-        "40 prompts).",
+        "Epochs of the reward models: token 4; the sequence kinds gain from more (README, "
+        "Results).",
+        "Win rate, ppo_token - ppo_sequence: +12.7 (-2.0 to +20.0) points, 40 prompts.",
         "Updates to 95 % of their own final accuracy: ppo_sequence 6.",
         "ppo_token reaches 95.0 %, ppo_sequence's best, at update –.",  # it never came
         "Steadiness, largest drop after the best: ppo_sequence 30.0 %.",
+        "ppo_token and ppo_sequence differ in two things: what the reward model learns from "
+        "(edits, siblings), and how many rewards a response gets. To separate them:",
+        "python 02_reward_model.py --run runs/x --kind cross --overwrite",
+        "python 03_ppo.py --run runs/x --method cross",
+        "python 04_eval.py --run runs/x",
     ]
+
+
+# --- The cross: what each ingredient brings ---
+
+# wins of four policies on four prompts. The edit alone brings 1/4 (one prompt of four), the token
+# reward alone 2/4, both 1: more than 1/4 + 2/4 by 1/4
+CELLS = {
+    "sft": [0.5, 0.5, 0.5, 0.5],
+    "ppo_sequence": [0, 0, 0, 0],
+    "ppo_sequence_edit": [1, 0, 0, 0],
+    "ppo_token_sibling": [0, 1, 1, 0],
+    "ppo_token": [1, 1, 1, 1],
+}
+
+
+@pytest.fixture
+def crossed(run, problems):
+    """`policies` and `differences` of eval.json of a run whose wins are those of CELLS."""
+    four.write_jsonl(run / "problems.jsonl", problems[:4])
+    logs = {}
+    for name in [*four.POLICIES]:
+        if name in CELLS:
+            shutil.copytree(run / "policy", run / name, dirs_exist_ok=True)
+            logs[name] = [{"update": 1, "episodes": 1, "seconds": 0}]
+    # errors: sft has one everywhere; a win has none, a loss has two
+    order = ["sft", *logs]
+    counts = iter([int(2 - 2 * win) for name in order for win in CELLS[name]])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(four, "wrong_steps", lambda *values: next(counts))
+        policies, differences, _ = four.compare(run, logs, four.Args(max_new_tokens=1))
+    return policies, differences
+
+
+def test_the_interaction_is_what_both_bring_beyond_the_sum_of_both_alone(crossed):
+    policies, differences = crossed
+    assert policies["ppo_token_sibling"]["win_rate"] == 0.5
+    assert differences[four.INTERACTION]["difference"] == 1 - 1 / 4 - 2 / 4
+
+
+def test_the_sentences_of_the_cross(crossed):
+    gaps = {name: row | {"ci95": [0, 1]} for name, row in crossed[1].items()}
+    assert four.cross_sentences(gaps) == [
+        "What each ingredient brings in this run, in points of win rate (95 % interval):",
+        "the minimal edit +25.0 (+0.0 to +100.0) alone, +50.0 (+0.0 to +100.0) beside the token "
+        "reward;",
+        "a reward on every token +50.0 (+0.0 to +100.0) alone, +75.0 (+0.0 to +100.0) beside the "
+        "edit;",
+        "both together +100.0 (+0.0 to +100.0), which is +25.0 (+0.0 to +100.0) beyond the sum of "
+        "both alone.",
+    ]
+
+
+def test_the_table_of_the_cross_has_a_cell_for_each_pair_and_reward(crossed):
+    policies, differences = crossed
+    gaps = {name: row | {"ci95": [0, 1]} for name, row in differences.items()}
+    text = four.cross_table(policies, gaps)
+    assert [row.split() for row in text.strip().split("\n")[1:]] == [
+        "one reward a response 0.0 %, 0.0 % 25.0 %, 25.0 % +25.0 (+0.0 to +100.0)".split(),
+        "a reward on every token 50.0 %, 50.0 % 100.0 %, 100.0 % +50.0 (+0.0 to +100.0)".split(),
+        "PPO: every token brings +50.0 (+0.0 to +100.0) +75.0 (+0.0 to +100.0)".split(),
+    ]
+
+
+def test_dpo_is_the_off_line_row_of_the_cross(crossed):
+    policies, differences = crossed
+    policies |= {"dpo": policies["ppo_sequence"], "dpo_edit": policies["ppo_token"]}
+    differences["dpo_edit - dpo"] = differences["ppo_token - ppo_sequence"]
+    row = four.cross_table(policies, differences).split("\n")[-2]
+    assert row.split()[:9] == "no reward model: DPO 0.0 %, 0.0 % 100.0".split()
+
+
+def test_without_one_of_the_four_cells_there_is_no_cross(crossed):
+    policies, differences = crossed
+    del differences[four.INTERACTION]
+    assert four.cross_table(policies, differences) == ""
+
+
+def test_where_nobody_judges_there_is_no_cross(run, problems):
+    for problem in problems:
+        problem.pop("solutions")
+    four.write_jsonl(run / "problems.jsonl", problems[:1])
+    logs = {}
+    for name in CELLS.keys() - {"sft"}:
+        shutil.copytree(run / "policy", run / name, dirs_exist_ok=True)
+        logs[name] = [{"update": 1, "episodes": 1, "seconds": 0}]
+    _, differences, _ = four.compare(run, logs, four.Args(max_new_tokens=1))
+    assert four.INTERACTION not in differences
+
+
+def test_the_picture_of_the_cross_has_a_line_for_each_reward(crossed):
+    html = four.cross_picture(crossed[0])
+    # 50 % at y = 200, 100 % at 0: 0 and 25 %, then 50 and 100 %
+    assert 'points="60,400.0 340,300.0 "' in html
+    assert 'points="60,200.0 340,0.0 "' in html
+    assert "ppo_token 100.0 %" in html
 
 
 def signs_of_failure(changed):
@@ -268,13 +368,16 @@ def test_what_each_reward_model_gives_to_the_tokens_of_a_wrong_response():
            "generative": [0.9, 0.45, 0.1]}
     assert four.rewards_by_token(row, "token") == [0.1, -3.0, 0.0]     # A2
     assert four.rewards_by_token(row, "sequence") == [0.0, 0.0, -0.7]  # A7
+    row |= {"sequence_edit": 0.5, "token_sibling": [1.0, 2.0, 3.0]}
+    assert four.rewards_by_token(row, "sequence_edit") == [0.0, 0.0, 0.5]
+    assert four.rewards_by_token(row, "token_sibling") == [1.0, 2.0, 3.0]
     # B3: clip(p - 0.5, -0.1, 0) of 0.4, -0.05 and -0.4
     assert four.rewards_by_token(row, "generative") == pytest.approx([0.0, -0.05, -0.1])
 
 
 def test_in_the_heat_map_punished_is_orange_praised_blue_and_wrong_framed():
     row = {"tokens": ["<b>", "c"], "wrong": [0], "token": [-2.0, 1.0]}
-    row |= {"sequence": None, "generative": None}  # not trained
+    row |= {kind: None for kind in ("sequence", "token_sibling", "sequence_edit", "generative")}
     [(_, html)] = four.heat_map(row)
     punished, praised, _ = html.split("</span>")
     assert "rgb(213 94 0/1.00);outline" in punished

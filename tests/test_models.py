@@ -149,10 +149,11 @@ CASES = [(name, "solved") for name in FAMILIES]
 CASES += [("llama", "chat"), ("qwen3", "chat"), ("gpt2", "unedited"), ("gpt2", "wrong")]
 TRAINED = {  # the methods that have what they need in data of a shape
     "solved": {"ppo_token", "ppo_sequence", "rlmec", "rlmec_imitation"},
-    "chat": {"ppo_token", "ppo_sequence"},
+    "chat": {"ppo_token", "ppo_sequence_edit"},  # `chosen` is the edit: no sibling
     "unedited": {"ppo_sequence"},
     "wrong": {"rlmec", "rlmec_imitation"},
 }
+GROUPS = {"chat": ["all", "cross"]}  # of kinds, and of methods, by shape; else `all`
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -162,10 +163,14 @@ def stages(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"{name}-{shape}")
     run = folder / "run"
     one.main(prepare(folder, name, shape))
-    two.main(two.Args(run=str(run), epochs=1, locate_epochs=1))
+    groups = GROUPS.get(shape, ["all"])
+    for group in groups:
+        two.main(two.Args(run=str(run), kind=group, epochs=1, locate_epochs=1))
+    flags = {"updates": 1, "rollout_batch": 8, "minibatch": 4, "ppo_epochs": 1}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(three, "rewrite", solutions)
-        three.main(three.Args(run=str(run), updates=1, rollout_batch=8, minibatch=4, ppo_epochs=1))
+        for group in groups:
+            three.main(three.Args(run=str(run), method=group, **flags))
     four.main(four.Args(run=str(run)))
 
     tokenizer = AutoTokenizer.from_pretrained(run / "policy")
@@ -232,8 +237,8 @@ def test_stage_4_samples_as_many_tokens_as_stage_1(stages):
 
 
 # --- A padded batch is as each row alone ---
-# For shapes with all three reward models. The prompts differ in length, and so do the responses;
-# one response ends in the padding token, one has it in the middle.
+# For shapes with reward models of both heads. The prompts differ in length, and so do the
+# responses; one response ends in the padding token, one has it in the middle.
 
 padded = pytest.mark.parametrize("stages", CASES[:9], ids="-".join, indirect=True)
 PROMPTS = [[40, 41, 42] * 7, [43], [44, 45]]
@@ -319,9 +324,10 @@ def test_a_value_is_read_at_the_place_before_its_token(open_reward_model, respon
 
 
 @padded
-def test_a_sequence_score_is_that_of_the_models_own_forward(open_reward_model, responses):
-    model = open_reward_model("sequence")
-    scores, _ = two.score_column("sequence", model, rows_with(responses), "rejected_ids")
+def test_a_sequence_score_is_that_of_the_models_own_forward(stages, open_reward_model, responses):
+    kind = "sequence_edit" if stages.shape == "chat" else "sequence"
+    model = open_reward_model(kind)
+    scores, _ = two.score_column(kind, model, rows_with(responses), "rejected_ids")
     for score, prompt, response in zip(scores, PROMPTS, responses):
         own = own_score(model, torch.tensor([prompt + response]))
         assert torch.allclose(score, own, rtol=1e-3, atol=1e-5)

@@ -102,13 +102,15 @@ def test_a_value_is_read_one_place_before_its_token(packed):
 SCALE = {"mean": 1.0, "std": 2.0}
 
 
-def test_token_scores_are_divided_by_the_deviation_and_not_centred(packed):
-    scores = three.scores_of(Positions(), *packed, "token", SCALE)
+@pytest.mark.parametrize("kind", ["token", "token_sibling"])
+def test_token_scores_are_divided_by_the_deviation_and_not_centred(packed, kind):
+    scores = three.scores_of(Positions(), *packed, kind, SCALE)
     assert scores.tolist() == [[3 / 2, 4 / 2, 5 / 2], [2 / 2, 0, 0]]
 
 
-def test_the_sequence_score_is_centred_and_stands_on_the_last_token_alone(packed):
-    scores = three.scores_of(Positions(), *packed, "sequence", SCALE)
+@pytest.mark.parametrize("kind", ["sequence", "sequence_edit"])
+def test_the_sequence_score_is_centred_and_stands_on_the_last_token_alone(packed, kind):
+    scores = three.scores_of(Positions(), *packed, kind, SCALE)
     assert scores.tolist() == [[0, 0, (5 - 1) / 2], [(2 - 1) / 2, 0, 0]]
 
 
@@ -121,6 +123,29 @@ def test_rewards_that_do_not_vary_are_not_divided(job_of, run):
         three.train_ppo(job, rows_of(run / "problems.jsonl"), args)
         scores.append(job.log[0]["score"])
     assert scores[0] == scores[1] != 0
+
+
+@pytest.fixture
+def cross(run):
+    """A run with the two reward models of `--kind cross`: here copies of the others."""
+    shutil.copytree(run / "reward_token", run / "reward_token_sibling")
+    shutil.copytree(run / "reward_sequence", run / "reward_sequence_edit")
+    return run
+
+
+def test_each_ppo_has_the_scale_of_its_own_reward_model(cross, job_of):
+    # the models are the same, the responses too; the scores are divided by 1, by 4
+    (cross / "reward_metrics.json").write_text(json.dumps({
+        "token": {"scale": {"mean": 0.0, "std": 1.0}},
+        "token_sibling": {"scale": {"mean": 0.0, "std": 4.0}},
+    }))
+    scores = []
+    for method in ("ppo_token", "ppo_token_sibling"):
+        job, args = job_of(method, run=str(cross), updates=1, rollout_batch=4)
+        three.train_ppo(job, rows_of(cross / "problems.jsonl"), args)
+        scores.append(job.log[0]["score"])
+    assert close(scores[0], 4 * scores[1])
+    assert scores[0] != 0
 
 
 def test_the_kl_penalty_is_subtracted_token_by_token_and_has_no_gradient():
@@ -977,6 +1002,36 @@ def test_a_missing_reward_model_is_named(run, fails):
     (run / "reward_token").rename(run / "gone")
     args = three.Args(run=str(run), method="ppo_token", overwrite=True)
     fails("no reward model for --method ppo_token; run 02_reward_model.py", three.main, args)
+
+
+@pytest.mark.parametrize("method, methods", [
+    ("all", ["ppo_token", "ppo_sequence", "rlmec", "rlmec_imitation"]),
+    ("cross", ["ppo_token_sibling", "ppo_sequence_edit"]),
+    ("ppo_sequence_edit", ["ppo_sequence_edit"]),
+])
+def test_method_names_a_method_or_a_set_of_them(cross, tokenizer, method, methods):
+    args = three.Args(run=str(cross), method=method)
+    assert three.chosen_methods(args, tokenizer, {}) == methods
+
+
+def test_the_cross_is_left_out_without_its_reward_models(run, fails):
+    args = three.Args(run=str(run), method="cross", overwrite=True)
+    fails("no reward model for --method cross; run 02_reward_model.py", three.main, args)
+
+
+@pytest.mark.parametrize("method", sorted(three.PPO))
+def test_the_ppos_differ_in_their_reward_model_alone(method):
+    assert three.METHODS[method] == (method.removeprefix("ppo_"), 1e-4, 1e-6)
+
+
+def test_the_cross_is_trained_with_what_stage_2_made(run):
+    two.main(two.Args(run=str(run), kind="cross", epochs=1, overwrite=True))
+    flags = {"updates": 1, "rollout_batch": 8, "max_new_tokens": 24}
+    three.main(three.Args(run=str(run), method="cross", **flags))
+    for name in ("ppo_token_sibling", "ppo_sequence_edit"):
+        [row] = csv.DictReader(open(run / f"{name}.csv"))
+        assert float(row["score"]) != 0
+        assert (run / name / "model.safetensors").exists()
 
 
 def test_without_a_reward_model_the_methods_that_need_none_are_trained(run, tokenizer, capsys):

@@ -39,25 +39,31 @@ def minus_log_sigmoid(x):
 
 
 # Of the first row's rejected response the first token is replaced, of the second row's it is
-# deleted; in both one token is kept:
-#   rejected 2 1    edited 3 1    U_0 = {(1, 1)}
-#   rejected 4 2    edited 2      U_0 = {(1, 0)}
+# deleted; in both one token is kept. Of the siblings the first keeps one, the second none:
+#   rejected 2 1    edited 3 1    U_0 = {(1, 1)}    sibling 2 7 5    U_0 = {(0, 0)}
+#   rejected 4 2    edited 2      U_0 = {(1, 0)}    sibling 1        U_0 = {}
 ROWS = [
     {
-        "line": 3, "prompt_ids": [5], "rejected_ids": [2, 1], "edited_ids": [3, 1],
-        "edit_ops": [["replace", 0, 0]], "chosen": "", "chosen_token_ids": [7, 7, 5],
+        "line": 3, "prompt_ids": [5], "rejected_ids": [2, 1],
+        "edited_ids": [3, 1], "edit_ops": [["replace", 0, 0]],
+        "chosen": "", "chosen_token_ids": [2, 7, 5],
+        "chosen_ops": [["replace", 1, 1], ["insert", 2, 2]],
     },
     {
-        "line": 7, "prompt_ids": [6, 7], "rejected_ids": [4, 2], "edited_ids": [2],
-        "edit_ops": [["delete", 0, 0]], "chosen": "", "chosen_token_ids": [1],
+        "line": 7, "prompt_ids": [6, 7], "rejected_ids": [4, 2],
+        "edited_ids": [2], "edit_ops": [["delete", 0, 0]],
+        "chosen": "", "chosen_token_ids": [1],
+        "chosen_ops": [["replace", 0, 0], ["delete", 1, 1]],
     },
 ]
+NO_SIBLING = {"chosen": None, "chosen_token_ids": None, "chosen_ops": None}
 
 
 # --- What is read from a model: A2, A6 ---
 
-def test_a2_reads_the_score_of_a_token_at_the_token_itself():
-    scores, mask = two.score_column("token", SaysIds(), ROWS, "edited_ids")
+@pytest.mark.parametrize("kind", ["token", "token_sibling"])
+def test_a2_reads_the_score_of_a_token_at_the_token_itself(kind):
+    scores, mask = two.score_column(kind, SaysIds(), ROWS, "edited_ids")
     assert scores.tolist() == [[3, 1], [2, 0]]  # the 0 is padding
     assert mask.tolist() == [[True, True], [True, False]]
 
@@ -67,11 +73,22 @@ def test_a6_reads_the_last_token_of_a_response_even_if_it_is_the_padding_token()
     assert two.sequence_score(SaysIds(), inputs).tolist() == [9, 3]
 
 
-@pytest.mark.parametrize("kind", ["token", "sequence"])
+@pytest.mark.parametrize("kind", ["token", "sequence", "token_sibling", "sequence_edit"])
 def test_a_new_reward_model_scores_everything_0(tiny_run, tokenizer, kind):
     model = two.open_reward_model(kind, tiny_run / "policy", tokenizer)
     scores, _ = two.score_column(kind, model, ROWS, "edited_ids")
     assert not scores.any()
+
+
+# --- A3 ---
+
+def test_a3_is_the_mean_over_the_tokens_of_the_response():
+    scores = torch.tensor([
+        [0.5, -2.0, 3.0],
+        [-1.0, 4.0, 7.0],  # the 7 is padding
+    ])
+    R = two.response_score(scores, scores < 7)
+    assert R.tolist() == [(0.5 - 2 + 3) / 3, (-1 + 4) / 2]
 
 
 # --- A4 ---
@@ -91,11 +108,11 @@ def test_a4_keeps_the_tokens_that_no_operation_touches():
 #   first     0.5  -2.0   1.0         0.5   0.0  [7.0]
 #   second   -1.0  [7.0] [7.0]        1.0  -0.3  -0.2
 #
-# Preference, -log sigmoid(alpha (R(edited) - R(rejected))) with alpha = 2:
-#   first     R(rejected) = 0.5 - 2.0 + 1.0 = -0.5      R(edited) = 0.5 + 0.0       = 0.5
-#   second    R(rejected) = -1.0                        R(edited) = 1.0 - 0.3 - 0.2 = 0.5
-PREFERENCE_1 = minus_log_sigmoid(2 * 1.0)
-PREFERENCE_2 = minus_log_sigmoid(2 * 1.5)
+# Preference, -log sigmoid(alpha (R(edited) - R(rejected))) with alpha = 2 and R a mean, A3:
+#   first     R(rejected) = (0.5 - 2.0 + 1.0) / 3 = -0.5 / 3    R(edited) = 0.5 / 2
+#   second    R(rejected) = -1.0                                R(edited) = (1 - 0.3 - 0.2) / 3
+PREFERENCE_1 = minus_log_sigmoid(2 * (0.5 / 2 + 0.5 / 3))
+PREFERENCE_2 = minus_log_sigmoid(2 * (0.5 / 3 + 1.0))
 # Kept tokens alike, 1/|U_0| times the sum of (r_j^w - r_i^l)^2; the second pair has no such term:
 #   first     ((0.5 - 0.5)^2 + (0.0 - 1.0)^2) / 2
 ALIKE_1 = 0.5
@@ -144,21 +161,65 @@ def test_a5_of_a_pair_without_kept_tokens_is_its_preference():
 
 
 def test_the_token_model_learns_from_the_edit_and_its_original():
-    # R(edited) - R(rejected): 4 - 3 = 1 and 2 - 6 = -4; 5 pairs in the batch. Kept tokens have the
-    # same score in both responses, 1 in the first row, 2 in the second; each has |U_0| = 1
-    preference = minus_log_sigmoid(2 * 1) + minus_log_sigmoid(2 * -4)
+    # R(edited) - R(rejected): 4/2 - 3/2 = 1/2 and 2 - 6/2 = -1; 5 pairs in the batch. Kept tokens
+    # have the same score in both responses, 1 in the first row, 2 in the second; each |U_0| = 1
+    preference = minus_log_sigmoid(2 * 1 / 2) + minus_log_sigmoid(2 * -1)
     near_0 = 1 ** 2 + 2 ** 2
     args = two.Args(alpha=2.0, beta=1.0, zero=0.5)
     loss = two.batch_loss("token", SaysIds(), ROWS, 5, args)
     assert loss.item() == approx((preference + 0.5 * near_0) / 5)
 
 
+def test_the_sibling_token_model_learns_from_the_sibling_and_the_rejected_response():
+    # R(chosen) - R(rejected): 14/3 - 3/2 = 19/6 and 1 - 6/2 = -2; 5 pairs in the batch. In the
+    # first row alone a token is kept, of score 2
+    preference = minus_log_sigmoid(2 * 19 / 6) + minus_log_sigmoid(2 * -2)
+    args = two.Args(alpha=2.0, beta=1.0, zero=0.5)
+    loss = two.batch_loss("token_sibling", SaysIds(), ROWS, 5, args)
+    assert loss.item() == approx((preference + 0.5 * 2 ** 2) / 5)
+
+
+class SaysPositions(SaysIds):
+    """What it says of a token is its position: in two responses a kept token may differ."""
+
+    def forward(self, position_ids, **_):
+        return super().forward(position_ids)
+
+
+@pytest.mark.parametrize("kind, alike", [
+    pytest.param("token", 0, id="the edit keeps 4 in its place"),
+    pytest.param("token_sibling", (1 - 2) ** 2, id="the sibling keeps 2, a place further left"),
+])
+def test_a5_pulls_kept_tokens_of_its_own_alignment_together(kind, alike):
+    #   rejected 4 2        positions 1 2        R = 3/2
+    #   edited   4 8        positions 1 2        R = 3/2     U_0 = {(0, 0)}
+    #   sibling  2 8        positions 1 2        R = 3/2     U_0 = {(1, 0)}
+    row = {
+        "prompt_ids": [5], "rejected_ids": [4, 2],
+        "edited_ids": [4, 8], "edit_ops": [["replace", 1, 1]],
+        "chosen_token_ids": [2, 8], "chosen_ops": [["delete", 0, 0], ["insert", 2, 1]],
+    }
+    args = two.Args(beta=3.0, zero=0.0)
+    loss = two.batch_loss(kind, SaysPositions(), [row], 1, args)
+    assert loss.item() == approx(log(2) + 3 * alike)
+
+
 # --- A6 ---
 
 def test_a6_prefers_the_sibling_by_the_scores_of_the_last_tokens():
-    # R(chosen) - R(rejected): of 7 7 5 and 2 1 it is 5 - 1 = 4, of 1 and 4 2 it is 1 - 2 = -1
+    # R(chosen) - R(rejected): of 2 7 5 and 2 1 it is 5 - 1 = 4, of 1 and 4 2 it is 1 - 2 = -1
     loss = two.batch_loss("sequence", SaysIds(), ROWS, 5, two.Args())  # 5 pairs in the batch
     assert loss.item() == approx((minus_log_sigmoid(4) + minus_log_sigmoid(-1)) / 5)
+
+
+def test_a6_on_edits_prefers_the_edit_by_the_scores_of_the_last_tokens():
+    # R(edited) - R(rejected): of 2 8 and 2 1 it is 8 - 1 = 7, of 4 and 4 2 it is 4 - 2 = 2
+    rows = [
+        ROWS[0] | {"edited_ids": [2, 8], "edit_ops": [["replace", 1, 1]]},
+        ROWS[1] | {"edited_ids": [4], "edit_ops": [["delete", 1, 1]]},
+    ]
+    loss = two.batch_loss("sequence_edit", SaysIds(), rows, 5, two.Args())
+    assert loss.item() == approx((minus_log_sigmoid(7) + minus_log_sigmoid(2)) / 5)
 
 
 # --- B2 ---
@@ -395,13 +456,38 @@ def test_a_batch_of_the_grm_has_one_task_and_the_tasks_are_mixed():
 
 
 @pytest.mark.parametrize("row", [
-    pytest.param({"chosen": None, "edit_ops": [["insert", 0, 0]]}, id="no sibling"),
-    pytest.param({"chosen": "", "edit_ops": None}, id="no edit"),
-    pytest.param({"chosen": "", "edit_ops": []}, id="an edit that changes nothing"),
+    pytest.param({"chosen": None, "edit_ops": [["insert", 0, 0]], "chosen_ops": None},
+                 id="no sibling"),
+    pytest.param({"chosen": "", "edit_ops": None, "chosen_ops": [["insert", 0, 0]]},
+                 id="no edit"),
+    pytest.param({"chosen": "", "edit_ops": [], "chosen_ops": [["insert", 0, 0]]},
+                 id="an edit that changes nothing"),
 ])
 def test_a_pair_has_a_preferred_response_and_an_edit(row):
-    for kind in ("token", "sequence"):
+    for kind in two.LEARNS_FROM:
         assert two.pairs_of(kind, [row, *ROWS]) == ROWS
+
+
+EDIT_IS_CHOSEN = ROWS[0] | {"chosen_token_ids": [3, 1], "chosen_ops": None}
+
+
+@pytest.mark.parametrize("kind, pairs", [
+    ("token", [EDIT_IS_CHOSEN, ROWS[1]]),
+    ("sequence_edit", [EDIT_IS_CHOSEN, ROWS[1]]),
+    ("sequence", [ROWS[1]]),
+    ("token_sibling", [ROWS[1]]),
+])
+def test_where_the_edit_is_chosen_there_is_no_pair_for_models_of_siblings(kind, pairs):
+    assert two.pairs_of(kind, [EDIT_IS_CHOSEN, ROWS[1]]) == pairs
+
+
+@pytest.mark.parametrize("kind, learns", [
+    ("token", False), ("sequence_edit", False), ("sequence", True), ("token_sibling", True),
+])
+def test_without_any_edit_models_of_siblings_alone_learn(kind, learns):
+    unedited = [row | {"edited_ids": None, "edit_ops": None} for row in ROWS]
+    right = ROWS[0] | NO_SIBLING | {"edit_ops": []}
+    assert two.pairs_of(kind, [*unedited, right]) == (unedited if learns else [])
 
 
 @pytest.fixture
@@ -429,8 +515,137 @@ def test_the_budget_does_not_limit_the_grm(pairs_10, edits):
 
 def test_the_budget_does_not_limit_what_is_held_out(pairs_10, tiny_run):
     without = json.loads((tiny_run / "reward_metrics.json").read_text())
-    for kind in two.KINDS:
+    for kind in ("token", "sequence", "generative"):
         assert pairs_10[kind]["pairs"] == without[kind]["pairs"] > 20
+
+
+# --- Which kinds ---
+
+@pytest.fixture
+def trained(run, monkeypatch):
+    """The kinds that stage 2 trains with a flag --kind; nothing is learnt."""
+    def call(kind, overwrite=True):
+        seen = []
+        monkeypatch.setattr(two, "train", lambda kind, *_: seen.append(kind))
+        two.main(two.Args(run=str(run), kind=kind, overwrite=overwrite))
+        return seen
+    return call
+
+
+@pytest.mark.parametrize("kind, kinds", [
+    ("all", ["token", "sequence", "generative"]),
+    ("cross", ["token_sibling", "sequence_edit"]),
+    ("sequence_edit", ["sequence_edit"]),
+])
+def test_kind_names_a_kind_or_a_group_of_them(trained, kind, kinds):
+    assert trained(kind) == kinds
+
+
+@pytest.fixture
+def rewrite_edits(run):
+    """Change every row of edits.jsonl, by a function of the row."""
+    def call(change):
+        path = run / "edits.jsonl"
+        rows = [json.dumps(row | change(row)) for row in rows_of(path)]
+        path.write_text("\n".join(rows))
+    return call
+
+
+@pytest.mark.parametrize("group, left_out, learns", [
+    ("all", "sequence", ["token", "generative"]),
+    ("cross", "token_sibling", ["sequence_edit"]),
+])
+def test_models_of_siblings_are_left_out_and_it_is_said_where_the_edit_is_chosen(
+        trained, rewrite_edits, capsys, group, left_out, learns):
+    rewrite_edits(lambda row: {
+        "chosen": row["edited"], "chosen_token_ids": row["edited_ids"], "chosen_ops": None})
+    assert trained(group) == learns
+    said = capsys.readouterr().out
+    assert said.count("is left out: ") == 1
+    assert f"reward_{left_out} is left out: `chosen` is the edit itself; the kinds" in said
+
+
+def test_without_any_pair_models_are_left_out_and_no_edit_is_blamed(
+        trained, rewrite_edits, capsys):
+    rewrite_edits(lambda row: NO_SIBLING)
+    assert trained("all") == ["generative"]
+    said = capsys.readouterr().out
+    assert "reward_token is left out: no rows for training" in said
+    assert "reward_sequence is left out: no rows for training" in said
+    assert "the edit itself" not in said
+
+
+def test_without_any_edit_the_sibling_token_model_is_trained_and_measured(run, rewrite_edits):
+    rewrite_edits(lambda row: {"edited": None, "edited_ids": None, "edit_ops": None})
+    two.main(two.Args(run=str(run), kind="token_sibling", epochs=1, overwrite=True))
+    rows = [row for row in rows_of(run / "edits.jsonl") if row["chosen"] is not None]
+    training = [row for row in rows if row["split"] == "train"]
+    metrics = json.loads((run / "reward_metrics.json").read_text())["token_sibling"]
+    assert metrics["training_rows"] == len(training)
+    assert metrics["preference_pairs"] == len(rows) - len(training) > 0
+    assert metrics["pair_accuracy"] is None
+    assert (run / "reward_token_sibling" / "model.safetensors").exists()
+
+
+# --- What later stages made ---
+
+OF_STAGE_3 = [
+    "ppo_token", "ppo_sequence", "ppo_token_sibling", "ppo_sequence_edit", "rlmec",
+    "rlmec_imitation", "rejection", "dpo", "dpo_edit",
+]
+
+
+@pytest.fixture
+def finished(run):
+    """A run with the policies of all methods, and what stage 4 made of them."""
+    for name in OF_STAGE_3:
+        (run / name).mkdir(exist_ok=True)
+        (run / f"{name}.csv").touch()
+    return run
+
+
+@pytest.mark.parametrize("kind, made", [
+    ("token", {"ppo_token"}),
+    ("sequence", {"ppo_sequence"}),
+    ("token_sibling", {"ppo_token_sibling"}),
+    ("sequence_edit", {"ppo_sequence_edit"}),
+    ("generative", {"rlmec", "rlmec_imitation"}),
+    ("all", {"ppo_token", "ppo_sequence", "rlmec", "rlmec_imitation"}),
+    ("cross", {"ppo_token_sibling", "ppo_sequence_edit"}),
+])
+def test_overwrite_removes_the_policies_that_were_made_from_what_is_trained(
+        trained, finished, kind, made):
+    trained(kind)
+    for name in OF_STAGE_3:
+        stays = name not in made
+        assert (finished / name).exists() == (finished / f"{name}.csv").exists() == stays
+
+
+def test_overwrite_removes_what_stage_4_made_and_what_a_killed_run_had_saved(trained, finished):
+    stale = ["03_state.pt", "responses.jsonl", "eval.json", "report.html"]
+    for name in stale:
+        (finished / name).touch()
+    trained("token_sibling")
+    assert not [name for name in stale if (finished / name).exists()]
+
+
+@pytest.fixture
+def before_stage_4(finished):
+    for name in ("responses.jsonl", "eval.json", "report.html"):
+        (finished / name).unlink()
+    return finished
+
+
+def test_a_policy_that_was_made_from_what_is_trained_stops_the_stage(before_stage_4, fails):
+    args = two.Args(run=str(before_stage_4), kind="token_sibling")
+    fails("/ppo_token_sibling would be stale", two.main, args)
+
+
+def test_a_policy_that_was_made_from_another_kind_does_not(before_stage_4, trained):
+    (before_stage_4 / "ppo_token_sibling").rmdir()
+    (before_stage_4 / "ppo_token_sibling.csv").unlink()
+    assert trained("token_sibling", overwrite=False) == ["token_sibling"]
+    assert (before_stage_4 / "ppo_token").exists()
 
 
 # --- Settings: the flags, or what fits the policy ---
@@ -447,6 +662,8 @@ def settings(tmp_path):
 @pytest.mark.parametrize("kind, small, pretrained", [
     ("token", [8, 64, 1.5e-3], [1, 16, 3e-5]),
     ("sequence", [12, 32, 1e-3], [1, 16, 3e-5]),
+    ("token_sibling", [8, 64, 1.5e-3], [1, 16, 3e-5]),
+    ("sequence_edit", [12, 32, 1e-3], [1, 16, 3e-5]),
     ("generative", [1, 16, 1.5e-3], [1, 16, 2e-5]),
 ])
 def test_the_default_settings_fit_the_policy_and_are_said(
@@ -584,8 +801,12 @@ def test_auroc_is_the_share_of_pairs_in_which_the_positive_is_above(positive, ne
 
 
 @pytest.mark.parametrize("kind, better, worse, share", [
-    pytest.param("token", [[1, 1], [2]], [[1.5], [1, 1]], 1.5 / 2, id="2 to 1.5, and a tie"),
+    pytest.param("token", [[1, 1], [2]], [[1], [1, 2]], 1.5 / 2, id="means: a tie, and 2 to 1.5"),
+    pytest.param("token", [[2]], [[1, 1, 1.5]], 1, id="the rejected has the larger sum, 3.5 to 2"),
+    pytest.param("token", [[-1, -1, -1]], [[-2]], 1, id="the better has the lower sum, -3 to -2"),
+    pytest.param("token_sibling", [[1, 1, 1]], [[2]], 0, id="its larger sum, 3, does not count"),
     pytest.param("sequence", [1, 2, 0], [2, 1, -1], 2 / 3, id="the first is not"),
+    pytest.param("sequence_edit", [[1], [2]], [[2], [2]], 0.5 / 2, id="1 to 2, and a tie"),
     pytest.param("generative", [[0.3, 0.3]], [[0.05, 0.9]], 1, id="products, 0.09 to 0.045"),
 ])
 def test_accuracy_is_the_share_of_pairs_in_order(kind, better, worse, share):
@@ -621,11 +842,35 @@ def test_first_edit_is_the_share_of_edited_tokens_above_the_original(located):
 
 
 def test_the_accuracies_are_those_of_edits_and_of_siblings():
-    # edited 4, rejected 3; edited 2, rejected 6; chosen 19, rejected 3; rejected 6, no sibling
-    rows = [ROWS[0], ROWS[1] | {"chosen": None, "chosen_token_ids": None}]
+    # means: edited 2, rejected 3/2; edited 2, rejected 3; chosen 14/3, rejected 3/2; no sibling
+    rows = [ROWS[0], ROWS[1] | NO_SIBLING]
     metrics, _ = two.evaluate("token", SaysIds(), rows, two.Args(micro_batch=1))
     assert metrics["pair_accuracy"] == 1 / 2
     assert metrics["preference_accuracy"] == 1
+
+
+def test_pairs_and_preference_pairs_count_edits_and_siblings():
+    rows = [ROWS[0], ROWS[1] | NO_SIBLING, EDIT_IS_CHOSEN]
+    metrics, _ = two.evaluate("token", SaysIds(), rows, two.Args())
+    assert (metrics["pairs"], metrics["preference_pairs"]) == (3, 1)
+
+
+def test_the_edit_itself_is_no_preferred_sibling():
+    # the edit, 3 1, is above 2 1; of the siblings 1 is below 4 2, and no other is one
+    metrics, _ = two.evaluate("token", SaysIds(), [EDIT_IS_CHOSEN, ROWS[1]], two.Args())
+    assert metrics["preference_accuracy"] == 0
+
+
+def test_the_scale_of_rewards_on_every_token_is_that_of_their_sums():
+    # rejected 2 + 1 and 4 + 2, chosen 2 + 7 + 5 and 1: 3, 6, 14, 1 with mean 6, squares 242 / 4
+    metrics, _ = two.evaluate("token", SaysIds(), ROWS, two.Args())
+    assert metrics["scale"] == approx({"mean": 6, "std": (242 / 4 - 6 ** 2) ** 0.5})
+
+
+@pytest.mark.parametrize("kind, knows", [("token_sibling", True), ("sequence_edit", False)])
+def test_a_reward_on_every_token_alone_says_where_the_error_is(kind, knows):
+    metrics, _ = two.evaluate(kind, SaysIds(), ROWS, two.Args())
+    assert (metrics["localisation"] is not None) == knows
 
 
 def test_the_scale_is_that_of_both_siblings():
@@ -660,7 +905,9 @@ def test_exact_is_the_share_of_outputs_that_greedy_decoding_writes(new_model):
 
 @pytest.mark.parametrize("kind, scores", [
     ("token", {3: [2, 1], 7: [4, 2]}),
+    ("token_sibling", {3: [2, 1], 7: [4, 2]}),
     ("sequence", {3: 1, 7: 2}),
+    ("sequence_edit", {3: 1, 7: 2}),
 ])
 def test_the_scores_of_rejected_responses_go_by_their_line_in_edits(kind, scores):
     assert two.evaluate(kind, SaysIds(), ROWS, two.Args())[1] == scores
@@ -671,6 +918,17 @@ def test_an_example_has_scores_of_all_models_of_the_run(tiny_run):
         T = len(example["tokens"])
         assert len(example["token"]) == len(example["generative"]) == T
         assert isinstance(example["sequence"], float)
+
+
+def test_the_cross_adds_its_scores_to_the_examples(run, tiny_run):
+    two.main(two.Args(run=str(run), kind="cross", epochs=0, overwrite=True))
+    before = rows_of(tiny_run / "reward_examples.jsonl")
+    after = rows_of(run / "reward_examples.jsonl")
+    for example, earlier in zip(after, before, strict=True):
+        assert len(example["token_sibling"]) == len(example["tokens"])
+        assert isinstance(example["sequence_edit"], float)
+        for kind in ("token", "sequence", "generative"):
+            assert example[kind] == earlier[kind]
 
 
 def test_the_score_of_the_grm_is_the_probability_itself(tiny_run):
@@ -688,7 +946,8 @@ def test_an_example_names_its_wrong_tokens_and_keeps_earlier_scores(tmp_path, wo
     two.save_examples(path, "sequence", [row], {3: 2.0}, tokenizer)
     assert rows_of(path) == [{
         "id": "a", "prompt": "Q:", "tokens": [" One", " lives", ".", " They"], "wrong": [1, 3],
-        "token": [0.0, -1.0, 0.0, 0.5], "sequence": 2.0, "generative": None,
+        "token": [0.0, -1.0, 0.0, 0.5], "sequence": 2.0, "token_sibling": None,
+        "sequence_edit": None, "generative": None,
     }]
 
 
@@ -705,10 +964,11 @@ def test_a_count_below_its_least_is_refused(run, fails, flags, least):
     fails(f"--{name} .*: it must be at least {least}", two.main, args)
 
 
-def test_a_row_without_a_column_is_named_by_file_line_and_column(run, fails):
+@pytest.mark.parametrize("name", ["split", "chosen_ops"])
+def test_a_row_without_a_column_is_named_by_file_line_and_column(run, fails, name):
     path = run / "edits.jsonl"
-    path.write_text(path.read_text().replace('"split"', '"part"'))
-    fails("edits.jsonl, line 1: KeyError.*'split'", two.main, two.Args(run=str(run)))
+    path.write_text(path.read_text().replace(f'"{name}"', '"part"'))
+    fails(f"edits.jsonl, line 1: KeyError.*'{name}'", two.main, two.Args(run=str(run)))
 
 
 @pytest.mark.parametrize("family", [
