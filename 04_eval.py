@@ -266,7 +266,7 @@ def cross_sentences(differences):
         "What each ingredient brings in this run, in points of win rate (95 % interval):",
         f"the minimal edit {edit_alone} alone, {edit_beside} beside the token reward;",
         f"a reward on every token {token_alone} alone, {token_beside} beside the edit;",
-        f"both together {both}, which is {beyond} beyond the sum of both alone.",
+        f"both together {both}; less the sum of both alone: {beyond}.",
     ]
 
 
@@ -502,7 +502,7 @@ def win_of_verdict(row):
 
 # --- The report: one file of HTML and SVG ---
 STYLE = """:root{color-scheme:light dark}pre{overflow-x:auto}code{white-space:pre-wrap}
-body{margin:auto;padding:1rem;max-width:56rem;font:16px/1.5 system-ui}del{color:#d55e00}
+body{margin:auto;padding:1rem;max-width:60rem;font:16px/1.5 system-ui}del{color:#d55e00}
 div{background:#8882;border-radius:.5rem;padding:.3rem .8rem;margin:.7rem 0}
 p{margin:.3rem 0;overflow-wrap:anywhere}b{display:inline-block;min-width:10rem}
 svg{max-width:40rem;font-size:12px;fill:none}text{fill:currentColor}path{stroke:currentColor}
@@ -545,15 +545,17 @@ def cross_picture(policies):
     """Win rates of the cross, a line for each of its rows; parallel where ingredients add up."""
     height = lambda rate: f"{400 - 400 * rate:.1f}"  # 100 % is at the top, y = 0; 50 % at y = 200
     drawn = ""
-    for cells, colour in zip(CROSS.values(), (COLOURS["ppo_sequence"], COLOURS["ppo_token"])):
+    # names stand below the line of one reward, above the line of a reward on every token
+    for (sibling, edit), dy in zip(CROSS.values(), (18, -8)):
+        colour = COLOURS[sibling]
         line = ""
-        for x, name in zip((60, 340), cells):
+        for x, name in ((60, sibling), (340, edit)):
             row = policies[name]
             y = height(row["win_rate"])
             low, high = map(height, row["win_rate_ci95"])
             line += f"{x},{y} "
             drawn += f'<path style=stroke:{colour} d="M{x} {low}V{high}"/>'
-            drawn += f"<text x={x + 8} y={y} dy=-6>{name} {or_dash(row['win_rate'])}</text>"
+            drawn += f"<text x={x + 8} y={y} dy={dy}>{name} {or_dash(row['win_rate'])}</text>"
         drawn += f'<polyline stroke={colour} points="{line}"/>'
     return f"""<h2>The cross</h2>
 <svg viewBox="-45 -10 560 235"><path d="M0 0v200h400"/><text x=-45 y=10>100 %</text>

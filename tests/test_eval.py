@@ -225,8 +225,8 @@ def test_the_sentences_of_the_cross(crossed):
         "reward;",
         "a reward on every token +50.0 (+0.0 to +100.0) alone, +75.0 (+0.0 to +100.0) beside the "
         "edit;",
-        "both together +100.0 (+0.0 to +100.0), which is +25.0 (+0.0 to +100.0) beyond the sum of "
-        "both alone.",
+        "both together +100.0 (+0.0 to +100.0); less the sum of both alone: +25.0 (+0.0 to "
+        "+100.0).",
     ]
 
 
