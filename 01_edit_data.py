@@ -8,7 +8,8 @@ edit), A1 (preference pairs), B1 (editing task) and the data of B2. A row of edi
                edit_ops   [["replace", 19, 19]]   token 19 of rejected becomes 19 of edited
     y_w        chosen     a better response to the same prompt; null where there is none
 Simplified against the papers:
-  1. The editor is an oracle that knows all right solutions; --data has those of people or LLMs.
+  1. The editor is an oracle that knows all right solutions. --data may hold the edits of people;
+     --editor model:NAME asks a language model, which also writes RUN/annotations.jsonl.
   2. The policy is a small Llama, fine-tuned on demonstrations with errors; or --model.
   3. Fewer wrong steps are preferred; paper B, and --data with `answer`, see the answer alone.
   4. Two samples a problem at temperature 1; RLMEC's code draws five at 0.7, without duplicates.
@@ -22,7 +23,7 @@ import re
 import shutil
 import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, zip_longest
 from os.path import commonprefix
 from pathlib import Path
@@ -47,7 +48,10 @@ class Args:
     task: Literal["math", "qa"] = arg("math", "built-in task")
     data: str = arg(None, "JSONL file of your own, in place of a task")
     model: str = arg(None, "causal LM (name or path) in place of the small policy")
-    editor: str = arg(None, "oracle, nearest, human or rules:FILE; default: what fits the data")
+    editor: str = arg(
+        None, "oracle, nearest, human, rules:FILE or model:NAME; default: what fits the data")
+    editor_request: str = arg(None, "file with the request to model:NAME, in place of ours")
+    editor_tokens: int = arg(512, "longest answer of model:NAME, its thoughts included")
     max_edit_share: float = arg(0.8, "gate: edit distance over length, at most")
     train_prompts: int = arg(16000, "training prompts of a task")
     edit_prompts: int = arg(11000, "training prompts whose responses are edited, at most")
@@ -380,7 +384,7 @@ def accepted(editor, row, rules, encoder):
         right = [(sibling["rejected"], sibling["rejected_ids"])
                  for sibling in row["responses"] if sibling["wrong_steps"] == 0]
         return [(row["solution"], row["solution_ids"]), *right]
-    if editor == "human":  # a person, or an LLM, has edited some responses of --data
+    if editor == "human":  # a person, or a language model, has edited some responses
         return [(row["edited"], row["edited_ids"])] if row["edited"] else []
 
     text = row["rejected"]  # rules replace what they match
@@ -416,10 +420,10 @@ def preferred(row, editor):
                 "chosen_ops": edit_ops(row["rejected_ids"], best["rejected_ids"]),
             }
 
-    # a response of --data that a person or a rule has edited, with nothing preferred to it: its
-    # edit makes the pair
-    edited_by_user = row["from_data"] and editor in ("human", "rules")
-    if edited_by_user and row["edit_ops"] and row["chosen"] is None:
+    # edited by a person, a language model or a rule, with nothing preferred to it: the edit makes
+    # the pair of a response of --data, and of a sample whose siblings nobody can judge
+    alone = row["from_data"] or errors is None
+    if alone and editor in ("human", "rules") and row["edit_ops"] and row["chosen"] is None:
         return {
             "chosen": row["edited"],
             "chosen_token_ids": row["edited_ids"],
@@ -456,7 +460,7 @@ def edit_row(row, editor, tokenizer):
     """The row of edits.jsonl; the header shows one."""
     new = {**row, "editor": editor, "first_error": None, "first_wrong_step": None}
     if editor == "human" and row.get("editor"):
-        new["editor"] = row["editor"]  # --data names its annotator
+        new["editor"] = row["editor"]  # the annotator's name
 
     if row["edit_ops"]:  # the first operation stands at the first error
         op, i, _ = row["edit_ops"][0]
@@ -523,24 +527,25 @@ def small_policy(problems, args):
     return hf.LlamaForCausalLM(config), tokenizer
 
 
-def open_policy(args):
-    """--model, made fit for all stages: its pad token ends nothing, every embedding has a token
-    (one without could be drawn), and its config names its context and what ends a turn."""
+def open_model(option, name, dtype):
+    """A model and its tokenizer, made fit for all stages: its pad token ends nothing, every
+    embedding has a token (one without could be drawn), and its config names its context and what
+    ends a turn. option: where the user has named it."""
     try:
-        model = hf.AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
-        tokenizer = hf.AutoTokenizer.from_pretrained(args.model)
+        model = hf.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        tokenizer = hf.AutoTokenizer.from_pretrained(name)
         # a token as stage 3 draws it: with positions, and a cache from which rows are taken
         ids = torch.zeros(2, 1, dtype=torch.long)
         output = model(ids, attention_mask=ids + 1, position_ids=ids, use_cache=True,
                        logits_to_keep=torch.tensor([-1]))
         output.past_key_values.reorder_cache(torch.tensor([1]))
     except Exception as error:  # transformers raises many kinds
-        fail(f"--model {args.model} is no causal LM that can be opened, and sampled from with "
+        fail(f"{option}{name} is no causal LM that can be opened, and sampled from with "
              f"positions and a cache of keys and values: {error!r:.150}")
 
     ends = turn_ends(model, tokenizer)
     if not ends:
-        fail(f"--model {args.model}: its tokenizer has no end token, so no response can end")
+        fail(f"{option}{name}: its tokenizer has no end token, so no response can end")
     if tokenizer.pad_token_id in (None, *ends):
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     model.resize_token_embeddings(max(tokenizer.get_vocab().values()) + 1)
@@ -670,7 +675,7 @@ def prompt_of(row, histories):
     return turns
 
 
-def needed_columns(row, rules):
+def needed_columns(row, rules, editor):
     """The columns that every row of --data needs beside `prompt`: the first row shows its shape."""
     if rules:  # prompt[, response]: rules edit the responses, or else the policy's
         return []
@@ -678,6 +683,8 @@ def needed_columns(row, rules):
         return ["chosen", "rejected"]
     if "answer" in row:  # prompt, solution, answer[, response[, edited]]: problems
         return ["solution", "answer"]
+    if is_model(editor):  # prompt[, response]: it edits them, or else the policy's
+        return []
     return ["response"]  # prompt, response[, edited]: edits
 
 
@@ -732,7 +739,7 @@ def read_data(args, rules):
     if not args.model:
         fail("--data needs --model: the small policy knows the words of the built-in tasks alone")
     rows = read_jsonl(args.data, "prompt")
-    columns = needed_columns(rows[0], rules)
+    columns = needed_columns(rows[0], rules, args.editor)
     if args.sft_steps and "solution" not in columns:
         fail(f"--sft_steps: {args.data} has no column `solution` from which the policy can learn")
 
@@ -803,6 +810,8 @@ def choose_editor(args, problems, rules):
         usable = ["human", "nearest"]
     else:
         usable = ["nearest"]
+    if args.data and not rules:
+        usable.append("model")
 
     editor = (args.editor or usable[0]).partition(":")[0]
     if editor not in usable:
@@ -812,6 +821,177 @@ def choose_editor(args, problems, rules):
 
 def has_edit(problem):
     return any(response["edited"] for response in problem["responses"])
+
+
+def is_model(editor):
+    return editor is not None and editor.startswith("model:")
+
+
+# --- A language model that edits: --editor model:NAME ---
+# A paragraph with {solution} is left out where there is no reference solution
+REQUEST = """\
+Correct the response to the prompt below. Change as few words as possible and keep all others as \
+they are. Answer with the corrected response alone.
+
+Prompt:
+{prompt}
+
+A right solution:
+{solution}
+
+Response:
+{response}"""
+# What an answer may have beside the edit: thoughts, or what stands around the whole
+THOUGHTS = re.compile(r"""
+    .* [<\[◁]\|? / (?:think|thinking|thought|reasoning) \|?[>\]▷]     # up to the end of the last,
+  | ^\s* [<\[◁]\|? (?:think|thinking|thought|reasoning) \|?[>\]▷] .*  # or one without an end
+    """, re.VERBOSE | re.IGNORECASE | re.DOTALL)
+WRAPPINGS = [
+    re.compile(r"```[^\n`]*\n(.*?)\s*```", re.DOTALL),
+    re.compile("\"([^\"]*)\""),
+    re.compile("“([^“”]*)”"),
+    re.compile(r"'((?:[^']|(?<=\w)'(?=\w))*)'"),  # an apostrophe ends nothing
+]
+
+
+def open_annotator(args):
+    """The model of --editor model:NAME, its tokenizer, and the request, ours or a file's."""
+    model, tokenizer = open_model("--editor model:", args.editor.removeprefix("model:"), "auto")
+    try:
+        request_ids("Hello", tokenizer)
+    except Exception as error:  # templates raise many kinds
+        fail(f"--editor {args.editor}: it has no chat template that takes a request; name an "
+             f"instruct model ({error!s:.80})")
+
+    request = REQUEST
+    if args.editor_request:
+        try:
+            request = Path(args.editor_request).read_text("utf-8-sig")
+        except (OSError, ValueError) as error:
+            fail(f"--editor_request {args.editor_request}: {error}")
+        if "{response}" not in request:
+            fail(f"--editor_request {args.editor_request}: it does not say where the {{response}} "
+                 "stands; {prompt} and {solution} are replaced, too")
+    return model, tokenizer, request
+
+
+def fill_request(request, problem, response):
+    """The request for the edit of one response."""
+    values = {
+        "prompt": prompt_text(problem["prompt"]),
+        "solution": problem.get("solution", ""),
+        "response": response["rejected"],
+    }
+    paragraphs = request.split("\n\n")
+    if not values["solution"]:
+        paragraphs = [text for text in paragraphs if "{solution}" not in text]
+    return re.sub(r"\{(prompt|solution|response)\}", lambda match: values[match[1]],
+                  "\n\n".join(paragraphs))
+
+
+def request_ids(request, tokenizer):
+    """The ids of a request as a chat, and the thought that its template opens at the end, or ""."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": request}],
+        tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    thought = THOUGHT.search(text)
+    return tokenizer(text, add_special_tokens=False).input_ids, thought[0] if thought else ""
+
+
+def ask(requests, model, tokenizer, args):
+    """request -> the annotator's answer, its likeliest tokens; None for one that did not end. A
+    request that is longer than its context is left out. Answers are appended to
+    RUN/annotations.jsonl as each batch comes, and what it has is not asked again."""
+    path = Path(args.run) / "annotations.jsonl"
+    name = args.editor.removeprefix("model:")
+    rows = []
+    if path.exists():
+        lines = path.read_text("utf-8").split("\n")
+        rows = [json.loads(line) for line in lines[:-1]]  # the last is empty, or half a row
+        write_jsonl(path, rows)
+    answers = {}
+    for row in rows:
+        more_room = row["answer"] is None and row["editor_tokens"] < args.editor_tokens
+        if row["editor"] == name and not more_room:
+            answers[row["request"]] = row["answer"]
+
+    jobs = []  # (ids, request, the thought that is open behind the ids)
+    for request in dict.fromkeys(requests):
+        ids, thought = request_ids(request, tokenizer)
+        if request not in answers and len(ids) < model.config.max_position_embeddings:
+            jobs.append((ids, request, thought))
+    jobs.sort(key=lambda job: len(job[0]))
+
+    model = model.to(args.device)
+    limits = replace(args, max_new_tokens=args.editor_tokens)
+    ends = np.atleast_1d(model.config.eos_token_id)
+    for part in tqdm(batches(jobs, args.micro_batch), desc=args.editor):
+        outputs = generate(model, tokenizer, [ids for ids, _, _ in part], limits, temperature=0)
+        rows = []
+        for (_, request, thought), output in zip(part, outputs):
+            answer = None
+            if output[-1] in ends:
+                answer = thought + tokenizer.decode(output[:-1])
+            answers[request] = answer
+            rows.append({"editor": name, "editor_tokens": args.editor_tokens,
+                         "request": request, "answer": answer})
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    return answers
+
+
+def edited_text(answer, response):
+    """The edit in an answer, with the spaces around the response; "" where nothing is left.
+
+    edited_text('<think>So 5.</think> "It is 5."', " It is 4.") -> " It is 5."
+    """
+    text = THOUGHTS.sub("", answer).strip()
+    for wrapping in WRAPPINGS:
+        whole = wrapping.fullmatch(text)
+        if whole and not wrapping.fullmatch(response.strip()):
+            text = whole[1].strip()
+    if not text:
+        return ""
+    before = response[:len(response) - len(response.lstrip())]
+    behind = response[len(response.rstrip()):]
+    return before + text + behind
+
+
+def annotate(problems, annotator, encoder, context, args):
+    """B1: the problems, where each response that has no edit, and is not known to be right, has the
+    annotator's: `edited`, `edited_ids`, `editor`. Prints how many have none, by reason. context:
+    the policy's."""
+    model, tokenizer, request = annotator
+    annotated = []
+    jobs = []  # (request, problem, response)
+    for problem in problems:
+        problem = {**problem, "responses": [{**row} for row in problem["responses"]]}
+        annotated.append(problem)
+        for response in problem["responses"]:
+            if response["edited"] is None and response["wrong_steps"] != 0:
+                jobs.append((fill_request(request, problem, response), problem, response))
+    answers = ask([filled for filled, _, _ in jobs], model, tokenizer, args)
+
+    reasons = Counter()
+    for filled, problem, response in jobs:
+        if filled not in answers:
+            reasons["the request is longer than its context"] += 1
+            continue
+        if answers[filled] is None:
+            reasons["the answer did not end within --editor_tokens"] += 1
+            continue
+        text = edited_text(answers[filled], response["rejected"])
+        if not text:
+            reasons["the answer is empty"] += 1
+            continue
+        ids = encoder.encode_response(problem, text, True, response["verbatim"])
+        if len(problem["prompt_ids"] + ids) > context:
+            reasons["the edit is longer than the policy's context"] += 1
+            continue
+        name = args.editor.removeprefix("model:")
+        response |= {"edited": text, "edited_ids": ids, "editor": name}
+    print(f"--editor {args.editor}: {len(jobs)} responses; without an edit: {dict(reasons)}")
+    return annotated
 
 
 # --- Token ids ---
@@ -1044,6 +1224,15 @@ def check_counts(args, *may_be_zero):
             fail(f"--{name} {value}: it must be at least {least}")
 
 
+def prompt_text(prompt):
+    """A prompt as one text; a chat of several messages with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
 def batches(rows, size):
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
@@ -1175,9 +1364,13 @@ def main(args):
     else:
         problems = make_problems(args)
     editor = choose_editor(args, problems, rules)
+    annotator = open_annotator(args) if editor == "model" else None
 
     # the policy, and with its tokenizer the ids of every text
-    model, tokenizer = open_policy(args) if args.model else small_policy(problems, args)
+    if args.model:
+        model, tokenizer = open_model("--model ", args.model, torch.float32)
+    else:
+        model, tokenizer = small_policy(problems, args)
     model = model.to(args.device)
     context = model.config.max_position_embeddings
     encoder = Encoder(tokenizer, np.atleast_1d(model.config.eos_token_id).tolist())
@@ -1194,6 +1387,9 @@ def main(args):
 
     # B1: responses; A1, B1: the edits of the wrong ones
     used = sample_responses(training[:args.edit_prompts] + held_out, model, encoder, args)
+    if annotator:
+        used = annotate(used, annotator, encoder, context, args)
+        editor = "human"  # from here on, its edits are like those of a person
     rows, reasons = edit_responses(used, editor, rules, args, encoder)
     dropped["problem: beyond --edit_prompts"] = len(fit) - len(used)
     dropped = +(dropped + reasons)  # without zeros
@@ -1205,4 +1401,4 @@ def main(args):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # whatever the console can show
-    main(hf.HfArgumentParser(Args).parse_args_into_dataclasses()[0])
+    main(Args(**vars(hf.HfArgumentParser(Args).parse_args())))

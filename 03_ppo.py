@@ -1168,7 +1168,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = hf.HfArgumentParser(Args).parse_args_into_dataclasses()[0]
+    args = Args(**vars(hf.HfArgumentParser(Args).parse_args()))
     if WORLD > 1:  # under torchrun
         dist.init_process_group()
         atexit.register(dist.destroy_process_group)

@@ -11,11 +11,12 @@ token). Checks of paper B (arXiv 2401.06081): right responses, wrong steps, and 
 beside imitation alone. The report shows the rewards of A7 and B3.
 Simplified against the papers:
   1. The judge is the oracle of the built-in tasks, a list of rules, or the final answer. Paper A
-     simulates people; --verdicts reads what people or a language model said.
+     simulates people; --judge model:NAME asks a language model which of two responses is better,
+     and --verdicts reads what others said.
   2. An interval shows how much depends on the choice of prompts, for one seed. How much depends
      on the seed, --runs shows.
 Reads RUN/problems.jsonl, reward_metrics.json, reward_examples.jsonl, the policies and their CSVs.
-Writes RUN/responses.jsonl, eval.json and report.html.
+Writes RUN/responses.jsonl, eval.json and report.html; with --judge, verdicts_POLICY.json.
 Command: python 04_eval.py
 """
 
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from html import escape
 from itertools import chain, combinations, zip_longest
+from os.path import commonprefix
 from pathlib import Path
 
 import numpy as np
@@ -66,17 +68,18 @@ class Args:
     seed: int = arg(1, "of the responses, the same for every policy")
     temperature: float = arg(1.0, "of sampling; 0: the likeliest tokens")
     max_new_tokens: int = arg(None, "longest response; default: stage 3's")
+    judge: str = arg(None, "model:NAME, an instruct model that says who wins")
     verdicts: str = arg(None, "only print the win rate in this file, a list of AlpacaEval's JSON")
     micro_batch: int = arg(500, "responses sampled at once; fewer need less memory")
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 # --- What is measured ---
-def compare(run, logs, args):
+def compare(run, logs, args, judge=None):
     """Every policy responds to the test prompts and is compared with the SFT policy.
 
-    logs: policy -> the rows of its training log. Returns `policies` and `differences` of
-    eval.json, and the rows of responses.jsonl.
+    logs: policy -> the rows of its training log; judge: model and tokenizer, or None. Returns
+    `policies` and `differences` of eval.json, and the rows of responses.jsonl.
     """
     problems = [row for row in json_lines(run / "problems.jsonl") if row["split"] == "test"]
     if not problems:
@@ -108,10 +111,18 @@ def compare(run, logs, args):
         if name == "sft":  # comes first: the opponent of all
             sft_errors = errors
         wins[name] = [win(count, sft_count) for count, sft_count in zip(errors, sft_errors)]
-        policies[name] = win_rate(wins[name]) | measure(errors, log)
+        policies[name] = measure(errors, log)
+        if judge and name == "sft":
+            wins[name] = [0.5] * len(rows)
+        elif judge:
+            verdicts = judged(name, rows, judge, args)
+            wins[name] = [win_of_verdict(verdict) for verdict in verdicts]
+            policies[name]["position_bias"] = position_bias(verdicts)
+        policies[name] |= win_rate(wins[name])
 
     differences = {f"{a} - {b}": difference(wins[a], wins[b]) for a, b in combinations(logs, 2)}
-    if {*chain(*CROSS.values())} <= wins.keys() and None not in wins["sft"]:
+    cells = [wins.get(name, [None]) for name in chain(*CROSS.values())]
+    if None not in chain(*cells):  # all four, and every prompt is judged
         both = np.add(wins["ppo_token"], wins["ppo_sequence"])
         either = np.add(wins["ppo_token_sibling"], wins["ppo_sequence_edit"])
         differences[INTERACTION] = difference(both, either)
@@ -220,6 +231,14 @@ def checks(reward_models, policies, differences, logs, run):
         f"Epochs of the reward models: {listed(reward_models, 'epochs', 'd')}; the sequence kinds "
         "gain from more (README, Results).",
     ]
+
+    if policies["sft"]["win_rate"] is None:
+        said.append("No win rate, since nobody knows what is right: let a language model judge, "
+                    f"python 04_eval.py --run {run} --judge model:NAME")
+    for name, row in policies.items():
+        if row.get("position_bias") is not None:
+            said.append(f"Judge, {name}: win rate {or_dash(row['win_rate'])}, n {row['n']}; its "
+                        f"two orders disagree on {or_dash(row['position_bias'])}: ties.")
 
     # A: fine-grained against ordinary PPO; B: RLMEC with its token reward, or without
     for contrast in ("ppo_token - ppo_sequence", "rlmec - rlmec_imitation"):
@@ -375,6 +394,15 @@ def write_jsonl(path, rows):
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def prompt_text(prompt):
+    """A prompt as one text; a chat of several messages with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
 def batches(rows, size):
     return [rows[k:k + size] for k in range(0, len(rows), size)]
 
@@ -471,7 +499,126 @@ def print_means(trees, above=""):
             )
 
 
-# --- Another judge: --verdicts ---
+# --- Other judges: --judge, --verdicts ---
+JUDGE_REQUEST = """\
+Which of two responses to the prompt below is better? Answer with the letter A or B alone.
+
+Prompt:
+{prompt}
+
+Response A:
+{first}
+
+Response B:
+{second}"""
+
+
+def open_judge(args):
+    """The model of --judge model:NAME and its tokenizer."""
+    name = args.judge.removeprefix("model:")
+    if name == args.judge:
+        fail(f"--judge {name}: write model:NAME, the name or folder of an instruct model")
+    try:
+        model = hf.AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(args.device)
+        tokenizer = hf.AutoTokenizer.from_pretrained(name)
+        letter_ids("", "", "", tokenizer)
+    except Exception as error:  # transformers and templates raise many kinds
+        fail(f"--judge {args.judge} is no causal LM with a chat template: {error!r:.150}")
+    if tokenizer.pad_token_id is None:  # which token pads makes no difference
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def letter_ids(prompt, first, second, tokenizer):
+    """The ids of the judge's request up to its answer, and the next id of the answers A and B."""
+    request = JUDGE_REQUEST.format(prompt=prompt, first=first, second=second)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": request}],
+        tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    ids_a, ids_b = tokenizer([text + "A", text + "B"], add_special_tokens=False).input_ids
+    n = len(commonprefix([ids_a, ids_b]))
+    return ids_a[:n], ids_a[n], ids_b[n]
+
+
+def prefers_a(jobs, judge, args):
+    """Does the judge find A the likelier answer? jobs: what letter_ids returns."""
+    model, tokenizer = judge
+    inputs = tokenizer.pad(
+        {"input_ids": [ids for ids, _, _ in jobs]}, padding_side="left", return_tensors="pt")
+    output = model.generate(
+        **inputs.to(args.device), max_new_tokens=1, do_sample=False,
+        output_logits=True, return_dict_in_generate=True)
+    logits = output.logits[0]  # (B, vocabulary), of the first token of the answer
+    return [bool(row[a] > row[b]) for (_, a, b), row in zip(jobs, logits)]
+
+
+def judged(name, rows, judge, args):
+    """AlpacaEval's verdicts on the responses of sft and of a policy: preference 1 (sft's is better)
+    or 2 (the policy's) where the judge says so in both orders, else 1.5, a tie; null for what is
+    longer than its context. RUN/verdicts_<name>.json keeps them: none is asked for twice."""
+    path = Path(args.run) / f"verdicts_{name}.json"
+    model, tokenizer = judge
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    known = {}  # case -> preference
+    if path.exists():
+        for verdict in json.load(open(path, encoding="utf-8")):
+            known[case_of(verdict)] = verdict["preference"]
+
+    verdicts = []
+    missing = {}  # case -> its request in both orders
+    for row in rows:
+        prompt = prompt_text(row["prompt"])
+        sft = row["sft"]
+        new = row[name]
+        verdict = {
+            "instruction": prompt, "output_1": sft, "generator_1": "sft", "output_2": new,
+            "generator_2": name, "annotator": args.judge.removeprefix("model:"),
+        }
+        verdicts.append(verdict)
+        case = case_of(verdict)
+        if sft == new:
+            known[case] = 1.5
+        if case not in known:
+            both = [letter_ids(prompt, *pair, tokenizer) for pair in ((sft, new), (new, sft))]
+            if max(len(ids) for ids, _, _ in both) < context:
+                missing[case] = both
+            else:
+                known[case] = None
+
+    for part in tqdm(batches([*missing.items()], args.micro_batch), desc=f"judging {name}"):
+        sft_first = prefers_a([both[0] for _, both in part], judge, args)
+        sft_second = prefers_a([both[1] for _, both in part], judge, args)
+        for (case, _), says_first, says_second in zip(part, sft_first, sft_second):
+            if says_first == says_second:  # A twice, or B: its place decides, not the response
+                known[case] = 1.5
+            else:
+                known[case] = 1 if says_first else 2
+        write_verdicts(path, verdicts, known)
+    return write_verdicts(path, verdicts, known)
+
+
+def case_of(verdict):
+    """What a verdict is about, and whose it is."""
+    return tuple(verdict[key] for key in ("instruction", "output_1", "output_2", "annotator"))
+
+
+def write_verdicts(path, verdicts, known):
+    """Write, and return, the verdicts that are known so far."""
+    rows = []
+    for verdict in verdicts:
+        if case_of(verdict) in known:
+            rows.append(verdict | {"preference": known[case_of(verdict)]})
+    write_text(path, json.dumps(rows, indent=1) + "\n")
+    return rows
+
+
+def position_bias(verdicts):
+    """The share of ties among the verdicts on two different responses: the two orders disagree."""
+    asked = [row["preference"] == 1.5 for row in verdicts
+             if row["output_1"] != row["output_2"] and row["preference"] is not None]
+    return mean(asked)
+
+
 def verdicts(path):
     """The win rate of a JSON list of verdicts as AlpacaEval writes it."""
     try:
@@ -645,7 +792,8 @@ def main(args):
         args.max_new_tokens = json.load(open(run / "03_args.json"))["max_new_tokens"]
 
     # Which policy is better, and is it as the papers say
-    policies, differences, rows = compare(run, logs, args)
+    judge = open_judge(args) if args.judge else None
+    policies, differences, rows = compare(run, logs, args, judge)
     reward_models = {}  # DPO and rejection sampling need none
     held_out = []
     if (run / "reward_metrics.json").exists():
@@ -671,4 +819,4 @@ def main(args):
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(errors="replace")  # whatever the console can show
-    main(hf.HfArgumentParser(Args).parse_args_into_dataclasses()[0])
+    main(Args(**vars(hf.HfArgumentParser(Args).parse_args())))
