@@ -527,7 +527,11 @@ def small_policy(problems, args):
     return hf.LlamaForCausalLM(config), tokenizer
 
 
-def open_model(option, name, dtype):
+def open_policy(args):
+    return open_language_model("--model ", args.model, torch.float32)
+
+
+def open_language_model(option, name, dtype):
     """A model and its tokenizer, made fit for all stages: its pad token ends nothing, every
     embedding has a token (one without could be drawn), and its config names its context and what
     ends a turn. option: where the user has named it."""
@@ -843,7 +847,7 @@ Response:
 {response}"""
 # What an answer may have beside the edit: thoughts, or what stands around the whole
 THOUGHTS = re.compile(r"""
-    .* [<\[◁]\|? / (?:think|thinking|thought|reasoning) \|?[>\]▷]     # up to the end of the last,
+    .* [<\[◁]\|? / (?:think|thinking|thought|reasoning) \|?[>\]▷]     # as far as the last ends,
   | ^\s* [<\[◁]\|? (?:think|thinking|thought|reasoning) \|?[>\]▷] .*  # or one without an end
     """, re.VERBOSE | re.IGNORECASE | re.DOTALL)
 WRAPPINGS = [
@@ -856,7 +860,8 @@ WRAPPINGS = [
 
 def open_annotator(args):
     """The model of --editor model:NAME, its tokenizer, and the request, ours or a file's."""
-    model, tokenizer = open_model("--editor model:", args.editor.removeprefix("model:"), "auto")
+    name = args.editor.removeprefix("model:")
+    model, tokenizer = open_language_model("--editor model:", name, "auto")
     try:
         request_ids("Hello", tokenizer)
     except Exception as error:  # templates raise many kinds
@@ -1358,19 +1363,12 @@ def main(args):
 
     # the problems, of --data or of a task, and who edits
     rules = read_rules(args.editor or "")
-    dropped = Counter()
-    if args.data:
-        problems, dropped = read_data(args, rules)
-    else:
-        problems = make_problems(args)
+    problems, dropped = read_data(args, rules) if args.data else (make_problems(args), Counter())
     editor = choose_editor(args, problems, rules)
     annotator = open_annotator(args) if editor == "model" else None
 
     # the policy, and with its tokenizer the ids of every text
-    if args.model:
-        model, tokenizer = open_model("--model ", args.model, torch.float32)
-    else:
-        model, tokenizer = small_policy(problems, args)
+    model, tokenizer = open_policy(args) if args.model else small_policy(problems, args)
     model = model.to(args.device)
     context = model.config.max_position_embeddings
     encoder = Encoder(tokenizer, np.atleast_1d(model.config.eos_token_id).tolist())

@@ -87,7 +87,6 @@ def compare(run, logs, args, judge=None):
 
     # by length: the longest prompt of a batch limits the room for its responses
     problems.sort(key=lambda problem: len(problem["prompt_ids"]))
-    prompts = [problem["prompt_ids"] for problem in problems]
     rows = [{"id": problem["id"], "prompt": problem["prompt"]} for problem in problems]
     tokenizer = hf.AutoTokenizer.from_pretrained(run / "policy")
     # what the log of the SFT policy would be
@@ -97,24 +96,18 @@ def compare(run, logs, args, judge=None):
     wins = {}
     for name, log in {"sft": [untrained], **logs}.items():
         path = run / ("policy" if name == "sft" else name)
-        model = hf.AutoModelForCausalLM.from_pretrained(path).to(args.device)
-        torch.manual_seed(args.seed)  # the same for every policy
-        sampled = generate(model, tokenizer, prompts, args, args.temperature)
-
-        errors = []  # the number of wrong steps of each response
-        ends = np.atleast_1d(model.config.eos_token_id)
-        for problem, row, response_ids in zip(problems, rows, sampled):
-            body = [token for token in response_ids if token not in ends]
-            row[name] = tokenizer.decode(body, skip_special_tokens=True)
-            errors.append(wrong_steps(row[name], response_ids[-1] in ends, problem))
-
+        texts, errors = respond(path, tokenizer, problems, args)
+        for row, text in zip(rows, texts):
+            row[name] = text
         if name == "sft":  # comes first: the opponent of all
             sft_errors = errors
-        wins[name] = [win(count, sft_count) for count, sft_count in zip(errors, sft_errors)]
+
         policies[name] = measure(errors, log)
-        if judge and name == "sft":
+        if judge is None:
+            wins[name] = [win(count, sft_count) for count, sft_count in zip(errors, sft_errors)]
+        elif name == "sft":
             wins[name] = [0.5] * len(rows)
-        elif judge:
+        else:
             verdicts = judged(name, rows, judge, args)
             wins[name] = [win_of_verdict(verdict) for verdict in verdicts]
             policies[name]["position_bias"] = position_bias(verdicts)
@@ -127,6 +120,23 @@ def compare(run, logs, args, judge=None):
         either = np.add(wins["ppo_token_sibling"], wins["ppo_sequence_edit"])
         differences[INTERACTION] = difference(both, either)
     return policies, differences, rows
+
+
+def respond(path, tokenizer, problems, args):
+    """A policy's responses to the problems, and how many wrong steps each has."""
+    model = hf.AutoModelForCausalLM.from_pretrained(path).to(args.device)
+    torch.manual_seed(args.seed)  # the same for every policy
+    prompts = [problem["prompt_ids"] for problem in problems]
+    sampled = generate(model, tokenizer, prompts, args, args.temperature)
+
+    texts = []
+    errors = []
+    ends = np.atleast_1d(model.config.eos_token_id)
+    for problem, response_ids in zip(problems, sampled):
+        body = [token for token in response_ids if token not in ends]
+        texts.append(tokenizer.decode(body, skip_special_tokens=True))
+        errors.append(wrong_steps(texts[-1], response_ids[-1] in ends, problem))
+    return texts, errors
 
 
 def win(count, sft_count):
@@ -232,14 +242,6 @@ def checks(reward_models, policies, differences, logs, run):
         "gain from more (README, Results).",
     ]
 
-    if policies["sft"]["win_rate"] is None:
-        said.append("No win rate, since nobody knows what is right: let a language model judge, "
-                    f"python 04_eval.py --run {run} --judge model:NAME")
-    for name, row in policies.items():
-        if row.get("position_bias") is not None:
-            said.append(f"Judge, {name}: win rate {or_dash(row['win_rate'])}, n {row['n']}; its "
-                        f"two orders disagree on {or_dash(row['position_bias'])}: ties.")
-
     # A: fine-grained against ordinary PPO; B: RLMEC with its token reward, or without
     for contrast in ("ppo_token - ppo_sequence", "rlmec - rlmec_imitation"):
         row = differences.get(contrast, {"n": 0})
@@ -270,6 +272,19 @@ def checks(reward_models, policies, differences, logs, run):
             f"python 03_ppo.py --run {run} --method cross",
             f"python 04_eval.py --run {run}",
         ]
+    return said
+
+
+def judge_sentences(policies, run):
+    """How far the judge's place in the request decides; or, where nobody judges, how to get one."""
+    if all(row["win_rate"] is None for row in policies.values()):
+        return ["No win rate, since nobody knows which responses are right. To ask a language "
+                f"model: python 04_eval.py --run {run} --judge model:NAME"]
+    said = []
+    for name, row in policies.items():
+        if row.get("position_bias") is not None:
+            said.append(f"Judge, {name}: win rate {or_dash(row['win_rate'])} of {row['n']} prompts;"
+                        f" its two orders disagree on {or_dash(row['position_bias'])} (ties).")
     return said
 
 
@@ -536,6 +551,7 @@ def letter_ids(prompt, first, second, tokenizer):
         [{"role": "user", "content": request}],
         tokenize=False, add_generation_prompt=True, enable_thinking=False)
     ids_a, ids_b = tokenizer([text + "A", text + "B"], add_special_tokens=False).input_ids
+    # a tokenizer may write the letter apart, or with what stands before it
     n = len(commonprefix([ids_a, ids_b]))
     return ids_a[:n], ids_a[n], ids_b[n]
 
@@ -545,6 +561,7 @@ def prefers_a(jobs, judge, args):
     model, tokenizer = judge
     inputs = tokenizer.pad(
         {"input_ids": [ids for ids, _, _ in jobs]}, padding_side="left", return_tensors="pt")
+    # one forward pass; generate knows which positions the padding moves
     output = model.generate(
         **inputs.to(args.device), max_new_tokens=1, do_sample=False,
         output_logits=True, return_dict_in_generate=True)
@@ -557,44 +574,28 @@ def judged(name, rows, judge, args):
     or 2 (the policy's) where the judge says so in both orders, else 1.5, a tie; null for what is
     longer than its context. RUN/verdicts_<name>.json keeps them: none is asked for twice."""
     path = Path(args.run) / f"verdicts_{name}.json"
-    model, tokenizer = judge
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     known = {}  # case -> preference
     if path.exists():
         for verdict in json.load(open(path, encoding="utf-8")):
             known[case_of(verdict)] = verdict["preference"]
 
     verdicts = []
-    missing = {}  # case -> its request in both orders
-    for row in rows:
-        prompt = prompt_text(row["prompt"])
-        sft = row["sft"]
-        new = row[name]
-        verdict = {
-            "instruction": prompt, "output_1": sft, "generator_1": "sft", "output_2": new,
-            "generator_2": name, "annotator": args.judge.removeprefix("model:"),
-        }
-        verdicts.append(verdict)
-        case = case_of(verdict)
-        if sft == new:
-            known[case] = 1.5
-        if case not in known:
-            both = [letter_ids(prompt, *pair, tokenizer) for pair in ((sft, new), (new, sft))]
-            if max(len(ids) for ids, _, _ in both) < context:
-                missing[case] = both
-            else:
-                known[case] = None
-
-    for part in tqdm(batches([*missing.items()], args.micro_batch), desc=f"judging {name}"):
-        sft_first = prefers_a([both[0] for _, both in part], judge, args)
-        sft_second = prefers_a([both[1] for _, both in part], judge, args)
-        for (case, _), says_first, says_second in zip(part, sft_first, sft_second):
-            if says_first == says_second:  # A twice, or B: its place decides, not the response
-                known[case] = 1.5
-            else:
-                known[case] = 1 if says_first else 2
-        write_verdicts(path, verdicts, known)
-    return write_verdicts(path, verdicts, known)
+    for part in tqdm(batches(rows, args.micro_batch), desc=f"judging {name}"):
+        batch = []
+        for row in part:
+            batch.append({
+                "instruction": prompt_text(row["prompt"]), "output_1": row["sft"],
+                "generator_1": "sft", "output_2": row[name], "generator_2": name,
+                "annotator": args.judge.removeprefix("model:"),
+            })
+        # the same responses may stand at several prompts, or in several runs of this stage
+        cases = {case_of(verdict) for verdict in batch} - known.keys()
+        known |= preferences(sorted(cases), judge, args)
+        verdicts += [row | {"preference": known[case_of(row)]} for row in batch]
+        if cases:  # a killed judge goes on from here
+            write_text(path, json.dumps(verdicts, indent=1) + "\n")
+    write_text(path, json.dumps(verdicts, indent=1) + "\n")
+    return verdicts
 
 
 def case_of(verdict):
@@ -602,14 +603,37 @@ def case_of(verdict):
     return tuple(verdict[key] for key in ("instruction", "output_1", "output_2", "annotator"))
 
 
-def write_verdicts(path, verdicts, known):
-    """Write, and return, the verdicts that are known so far."""
-    rows = []
-    for verdict in verdicts:
-        if case_of(verdict) in known:
-            rows.append(verdict | {"preference": known[case_of(verdict)]})
-    write_text(path, json.dumps(rows, indent=1) + "\n")
-    return rows
+def preferences(cases, judge, args):
+    """The judge's preference for every case."""
+    model, tokenizer = judge
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    found = {}
+    asked = []
+    sft_first = []  # the requests where A is the response of sft
+    sft_second = []  # and where it is the policy's
+    for case in cases:
+        prompt, sft, new, _ = case
+        first = letter_ids(prompt, sft, new, tokenizer)
+        second = letter_ids(prompt, new, sft, tokenizer)
+        if sft == new:  # needs no judge
+            found[case] = 1.5
+        elif max(len(first[0]), len(second[0])) >= context:
+            found[case] = None
+        else:
+            asked.append(case)
+            sft_first.append(first)
+            sft_second.append(second)
+    if not asked:
+        return found
+
+    a_is_sft = prefers_a(sft_first, judge, args)
+    a_is_new = prefers_a(sft_second, judge, args)
+    for case, sft_wins, new_wins in zip(asked, a_is_sft, a_is_new):
+        if sft_wins == new_wins:  # A in both orders, or B: its place decides, not the response
+            found[case] = 1.5
+        else:
+            found[case] = 1 if sft_wins else 2
+    return found
 
 
 def position_bias(verdicts):
@@ -801,6 +825,7 @@ def main(args):
         held_out = json_lines(run / "reward_examples.jsonl")
     warnings = failure_signatures(reward_models, policies, differences, logs)
     said = checks(reward_models, policies, differences, logs, run)
+    said += judge_sentences(policies, run)
     result = {
         "policies": policies, "differences": differences, "reward_models": reward_models,
         "warnings": warnings, "checks": said,

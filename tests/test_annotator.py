@@ -250,7 +250,7 @@ def test_an_edit_beyond_the_context_of_the_policy_is_counted(annotated, capsys):
     pytest.param("Mend it", "{response}", id="no response"),
     pytest.param(None, "No such file", id="no file"),
 ])
-def test_a_bad_request_is_named(annotated, fails, tmp_path, text, message):
+def test_a_bad_request_file_is_named(annotated, fails, tmp_path, text, message):
     path = tmp_path / "request"
     if text is not None:
         path.write_text(text)

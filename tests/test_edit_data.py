@@ -717,6 +717,10 @@ DATA_PREFERS_THE_EDIT = {"chosen": "e", "chosen_token_ids": ["e"]}
     pytest.param("oracle", None, {}, NO_SIBLING, id="nobody knows"),
     pytest.param("human", None, EDITED, EDIT_IS_CHOSEN, id="a person's edit of data"),
     pytest.param("rules", 1, EDITED, EDIT_IS_CHOSEN, id="an edit of data by rules"),
+    pytest.param("human", None, EDITED | {"from_data": False}, EDIT_IS_CHOSEN,
+                 id="a language model's edit of a sample"),
+    pytest.param("human", 1, EDITED | {"from_data": False}, NO_SIBLING,
+                 id="but not where siblings are judged"),
     pytest.param("nearest", 1, EDITED, NO_SIBLING, id="but none that the solution has made"),
     pytest.param("rules", 1, EDITED | {"from_data": False}, NO_SIBLING, id="nor that of a sample"),
     pytest.param("human", None, EDITED | {"edit_ops": []}, NO_SIBLING,
@@ -755,6 +759,7 @@ SAME = "pair: chosen and rejected are the same"
 @pytest.mark.parametrize("row, reason", [
     pytest.param({"edit_ops": None, "chosen": None}, "editor: no edit", id="no edit, no pair"),
     pytest.param({"edit_ops": None, "chosen": "c"}, None, id="no edit, and yet a pair, for A6"),
+    pytest.param({"edited": 0}, "gate: the edit leaves nothing", id="no token is left"),
     pytest.param({"chosen_token_ids": [0] * 4}, SAME, id="a pair without a difference"),
     pytest.param({"chosen_token_ids": [0] * 3}, None, id="a pair with a difference"),
     pytest.param({"edit_ops": None, "chosen": "c", "chosen_token_ids": [0] * 4}, SAME,
