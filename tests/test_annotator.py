@@ -4,11 +4,13 @@ its answer is taken for, and that it is asked once."""
 import json
 import re
 import shutil
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import four, one, rows_of
+from conftest import ROOT, four, one, rows_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 TEMPLATE = (
@@ -465,3 +467,57 @@ def test_a_real_judge_judges_both_policies(without_oracle, chat_model):
 def test_a_judge_that_cannot_judge_is_named(run, fails, name, message):
     name = name.replace("{policy}", str(run / "policy"))
     fails(message, four.main, four.Args(run=str(run), judge=name))
+
+
+# --- The README: the request, and edits from a server ---
+
+def test_the_request_is_shown_in_the_readme():
+    assert f"```\n{one.REQUEST}\n```" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+class Server(BaseHTTPRequestHandler):
+    """An OpenAI-compatible server that mends soap; it refuses `soap 3` once."""
+    asked = []
+    at_once = threading.Barrier(2, timeout=20)  # two requests are there at the same time
+
+    def do_POST(self):
+        size = int(self.headers["Content-Length"])
+        request = json.loads(self.rfile.read(size))["messages"][0]["content"]
+        number = int(request.split("soap ")[1])
+        self.asked.append(number)
+        if number < 2:
+            self.at_once.wait()
+        refused = number == 3 and self.asked.count(3) == 1
+        self.send_response(400 if refused else 200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        message = {"role": "assistant", "content": f"salt {number}"}
+        choices = [{"index": 0, "finish_reason": "stop", "message": message}]
+        self.wfile.write(json.dumps({"choices": choices}).encode())
+
+    def log_message(self, *values):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+def test_edits_come_from_a_server_and_none_is_asked_for_twice(server, tmp_path, monkeypatch):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [code] = [block for block in readme.split("```python\n")[1:] if "InferenceClient" in block]
+    code = code.split("```")[0].replace("http://localhost:8000/v1", server)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": "Who? {x}", "response": f"soap {k}"} for k in range(4)]
+    (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    exec(code, {})
+    assert [row["edited"] for row in rows_of("edits_of_llm.jsonl")] == ["salt 0", "salt 1", "salt 2"]
+    exec(code, {})
+    assert [row["edited"] for row in rows_of("edits_of_llm.jsonl")][3:] == ["salt 3"]
+    assert sorted(Server.asked) == [0, 1, 2, 3, 3]
+    assert rows_of("edits_of_llm.jsonl")[0] == {**rows[0], "edited": "salt 0", "editor": "NAME"}
