@@ -847,11 +847,11 @@ Response:
 {response}"""
 # What an answer may have beside the edit: thoughts, or what stands around the whole
 THOUGHTS = re.compile(r"""
-    .* [<\[◁]\|? / (?:think|thinking|thought|reasoning) \|?[>\]▷]     # as far as the last ends,
-  | ^\s* [<\[◁]\|? (?:think|thinking|thought|reasoning) \|?[>\]▷] .*  # or one without an end
+    \A .* [<\[◁]\|? / (?:think|thinking|thought|reasoning) \|?[>\]▷]    # as far as the last ends,
+  | \A\s* [<\[◁]\|? (?:think|thinking|thought|reasoning) \|?[>\]▷] .*  # or one without end
     """, re.VERBOSE | re.IGNORECASE | re.DOTALL)
 WRAPPINGS = [
-    re.compile(r"```[^\n`]*\n(.*?)\s*```", re.DOTALL),
+    re.compile(r"```[^\n`]*\n((?:(?!```).)*?)\s*```", re.DOTALL),
     re.compile("\"([^\"]*)\""),
     re.compile("“([^“”]*)”"),
     re.compile(r"'((?:[^']|(?<=\w)'(?=\w))*)'"),  # an apostrophe ends nothing
@@ -866,7 +866,7 @@ def open_annotator(args):
         request_ids("Hello", tokenizer)
     except Exception as error:  # templates raise many kinds
         fail(f"--editor {args.editor}: it has no chat template that takes a request; name an "
-             f"instruct model ({error!s:.80})")
+             f"instruct model ({error!r:.80})")
 
     request = REQUEST
     if args.editor_request:
@@ -874,10 +874,15 @@ def open_annotator(args):
             request = Path(args.editor_request).read_text("utf-8-sig")
         except (OSError, ValueError) as error:
             fail(f"--editor_request {args.editor_request}: {error}")
-        if "{response}" not in request:
-            fail(f"--editor_request {args.editor_request}: it does not say where the {{response}} "
-                 "stands; {prompt} and {solution} are replaced, too")
+        if "{response}" not in without_solution(request):
+            fail(f"--editor_request {args.editor_request}: it needs {{response}}, in another "
+                 "paragraph than {solution}; {prompt} is replaced, too")
     return model, tokenizer, request
+
+
+def without_solution(request):
+    """The request without its paragraphs that have a {solution}."""
+    return "\n\n".join(part for part in request.split("\n\n") if "{solution}" not in part)
 
 
 def fill_request(request, problem, response):
@@ -887,11 +892,9 @@ def fill_request(request, problem, response):
         "solution": problem.get("solution", ""),
         "response": response["rejected"],
     }
-    paragraphs = request.split("\n\n")
     if not values["solution"]:
-        paragraphs = [text for text in paragraphs if "{solution}" not in text]
-    return re.sub(r"\{(prompt|solution|response)\}", lambda match: values[match[1]],
-                  "\n\n".join(paragraphs))
+        request = without_solution(request)
+    return re.sub(r"\{(prompt|solution|response)\}", lambda match: values[match[1]], request)
 
 
 def request_ids(request, tokenizer):
@@ -909,28 +912,27 @@ def ask(requests, model, tokenizer, args):
     RUN/annotations.jsonl as each batch comes, and what it has is not asked again."""
     path = Path(args.run) / "annotations.jsonl"
     name = args.editor.removeprefix("model:")
-    rows = []
-    if path.exists():
-        lines = path.read_text("utf-8").split("\n")
-        rows = [json.loads(line) for line in lines[:-1]]  # the last is empty, or half a row
-        write_jsonl(path, rows)
     answers = {}
-    for row in rows:
+    for row in whole_rows(path):
         more_room = row["answer"] is None and row["editor_tokens"] < args.editor_tokens
         if row["editor"] == name and not more_room:
             answers[row["request"]] = row["answer"]
 
+    context = model.config.max_position_embeddings
     jobs = []  # (ids, request, the thought that is open behind the ids)
     for request in dict.fromkeys(requests):
         ids, thought = request_ids(request, tokenizer)
-        if request not in answers and len(ids) < model.config.max_position_embeddings:
+        if request not in answers and len(ids) < context:
             jobs.append((ids, request, thought))
     jobs.sort(key=lambda job: len(job[0]))
+    # a batch has the room that its longest request leaves: those that leave less go one by one
+    short = [job for job in jobs if len(job[0]) + args.editor_tokens <= context]
+    parts = batches(short, args.micro_batch) + batches(jobs[len(short):], 1)
 
     model = model.to(args.device)
     limits = replace(args, max_new_tokens=args.editor_tokens)
     ends = np.atleast_1d(model.config.eos_token_id)
-    for part in tqdm(batches(jobs, args.micro_batch), desc=args.editor):
+    for part in tqdm(parts, desc=args.editor):
         outputs = generate(model, tokenizer, [ids for ids, _, _ in part], limits, temperature=0)
         rows = []
         for (_, request, thought), output in zip(part, outputs):
@@ -950,15 +952,16 @@ def edited_text(answer, response):
 
     edited_text('<think>So 5.</think> "It is 5."', " It is 4.") -> " It is 5."
     """
-    text = THOUGHTS.sub("", answer).strip()
+    text = answer if THOUGHTS.search(response) else THOUGHTS.sub("", answer)
+    text = text.strip()
     for wrapping in WRAPPINGS:
         whole = wrapping.fullmatch(text)
         if whole and not wrapping.fullmatch(response.strip()):
             text = whole[1].strip()
     if not text:
         return ""
-    before = response[:len(response) - len(response.lstrip())]
-    behind = response[len(response.rstrip()):]
+    before = re.match(r"\s*", response)[0]
+    behind = re.search(r"\s*\Z", response[len(before):])[0]
     return before + text + behind
 
 
@@ -967,13 +970,17 @@ def annotate(problems, annotator, encoder, context, args):
     annotator's: `edited`, `edited_ids`, `editor`. Prints how many have none, by reason. context:
     the policy's."""
     model, tokenizer, request = annotator
+    name = args.editor.removeprefix("model:")
     annotated = []
     jobs = []  # (request, problem, response)
     for problem in problems:
         problem = {**problem, "responses": [{**row} for row in problem["responses"]]}
         annotated.append(problem)
         for response in problem["responses"]:
-            if response["edited"] is None and response["wrong_steps"] != 0:
+            if response["edited"]:  # by a person
+                continue
+            response["editor"] = name
+            if response["wrong_steps"] != 0:
                 jobs.append((fill_request(request, problem, response), problem, response))
     answers = ask([filled for filled, _, _ in jobs], model, tokenizer, args)
 
@@ -986,15 +993,16 @@ def annotate(problems, annotator, encoder, context, args):
             reasons["the answer did not end within --editor_tokens"] += 1
             continue
         text = edited_text(answers[filled], response["rejected"])
-        if not text:
-            reasons["the answer is empty"] += 1
+        if text in ("", response["rejected"]):
+            reasons["the answer changes nothing" if text else "the answer is empty"] += 1
             continue
         ids = encoder.encode_response(problem, text, True, response["verbatim"])
+        if response["ended"]:  # of several end tokens, the response's own
+            ids = ids[:-1] + response["rejected_ids"][-1:]
         if len(problem["prompt_ids"] + ids) > context:
             reasons["the edit is longer than the policy's context"] += 1
             continue
-        name = args.editor.removeprefix("model:")
-        response |= {"edited": text, "edited_ids": ids, "editor": name}
+        response |= {"edited": text, "edited_ids": ids}
     print(f"--editor {args.editor}: {len(jobs)} responses; without an edit: {dict(reasons)}")
     return annotated
 
@@ -1180,6 +1188,17 @@ def read_jsonl(path, *columns):
 
     if not rows:
         fail(f"{path}: has no rows")
+    return rows
+
+
+def whole_rows(path):
+    """The rows of a JSONL file that grows; without the last, if a killed stage has left half of it,
+    which goes from the file, too."""
+    if not path.exists():
+        return []
+    lines = path.read_text("utf-8").split("\n")
+    rows = [json.loads(line) for line in lines[:-1]]  # the last is empty, or half a row
+    write_jsonl(path, rows)
     return rows
 
 

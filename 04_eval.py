@@ -16,7 +16,8 @@ Simplified against the papers:
   2. An interval shows how much depends on the choice of prompts, for one seed. How much depends
      on the seed, --runs shows.
 Reads RUN/problems.jsonl, reward_metrics.json, reward_examples.jsonl, the policies and their CSVs.
-Writes RUN/responses.jsonl, eval.json and report.html; with --judge, verdicts_POLICY.json.
+Writes RUN/responses.jsonl, eval.json and report.html; with --judge, judgements.jsonl and
+verdicts_POLICY.json.
 Command: python 04_eval.py
 """
 
@@ -69,6 +70,7 @@ class Args:
     temperature: float = arg(1.0, "of sampling; 0: the likeliest tokens")
     max_new_tokens: int = arg(None, "longest response; default: stage 3's")
     judge: str = arg(None, "model:NAME, an instruct model that says who wins")
+    judge_batch: int = arg(16, "responses judged at once")
     verdicts: str = arg(None, "only print the win rate in this file, a list of AlpacaEval's JSON")
     micro_batch: int = arg(500, "responses sampled at once; fewer need less memory")
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,11 +78,9 @@ class Args:
 
 # --- What is measured ---
 def compare(run, logs, args, judge=None):
-    """Every policy responds to the test prompts and is compared with the SFT policy.
-
-    logs: policy -> the rows of its training log; judge: model and tokenizer, or None. Returns
-    `policies` and `differences` of eval.json, and the rows of responses.jsonl.
-    """
+    """Every policy responds to the test prompts and is compared with the SFT policy. Returns
+    `policies` and `differences` of eval.json, and the rows of responses.jsonl. logs: policy -> the
+    rows of its training log; judge: model and tokenizer, or None."""
     problems = [row for row in json_lines(run / "problems.jsonl") if row["split"] == "test"]
     if not problems:
         fail(f"{run}: no test prompt")
@@ -111,14 +111,15 @@ def compare(run, logs, args, judge=None):
             verdicts = judged(name, rows, judge, args)
             wins[name] = [win_of_verdict(verdict) for verdict in verdicts]
             policies[name]["position_bias"] = position_bias(verdicts)
+            policies[name]["not_judged"] = wins[name].count(None)
         policies[name] |= win_rate(wins[name])
 
     differences = {f"{a} - {b}": difference(wins[a], wins[b]) for a, b in combinations(logs, 2)}
     cells = [wins.get(name, [None]) for name in chain(*CROSS.values())]
-    if None not in chain(*cells):  # all four, and every prompt is judged
-        both = np.add(wins["ppo_token"], wins["ppo_sequence"])
-        either = np.add(wins["ppo_token_sibling"], wins["ppo_sequence_edit"])
-        differences[INTERACTION] = difference(both, either)
+    known = [four for four in zip(*cells) if None not in four]
+    if known:
+        sequence, sequence_edit, token_sibling, token = np.transpose(known)
+        differences[INTERACTION] = difference(token + sequence, token_sibling + sequence_edit)
     return policies, differences, rows
 
 
@@ -264,7 +265,7 @@ def checks(reward_models, policies, differences, logs, run):
     # what did it: the edit, or the reward on every token?
     if INTERACTION in differences:
         said += cross_sentences(differences)
-    elif "ppo_token - ppo_sequence" in differences:
+    elif "ppo_token - ppo_sequence" in differences and "ppo_token_sibling" not in logs:
         said += [
             "ppo_token and ppo_sequence differ in two things: what the reward model learns from "
             "(edits, siblings), and how many rewards a response gets. To separate them:",
@@ -282,9 +283,10 @@ def judge_sentences(policies, run):
                 f"model: python 04_eval.py --run {run} --judge model:NAME"]
     said = []
     for name, row in policies.items():
-        if row.get("position_bias") is not None:
-            said.append(f"Judge, {name}: win rate {or_dash(row['win_rate'])} of {row['n']} prompts;"
-                        f" its two orders disagree on {or_dash(row['position_bias'])} (ties).")
+        if "position_bias" in row:
+            said.append(f"Judge, {name}: win rate {or_dash(row['win_rate'])}; its two orders "
+                        f"disagree on {or_dash(row['position_bias'])} (ties); {row['n']} prompts "
+                        f"judged, {row['not_judged']} longer than its context.")
     return said
 
 
@@ -306,6 +308,8 @@ def cross_sentences(differences):
 
 def points(row):
     """A difference of win rates and its interval, such as +5.0 (+3.8 to +6.2)."""
+    if row["ci95"] is None:  # no prompt where both are known
+        return "–"
     low, high = row["ci95"]
     return f"{100 * row['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
 
@@ -396,6 +400,17 @@ def json_lines(path):
     if not Path(path).is_file():
         fail(f"{path} is missing; an earlier stage makes it")
     return [json.loads(line) for line in open(path, encoding="utf-8")]
+
+
+def whole_rows(path):
+    """The rows of a JSONL file that grows; without the last, if a killed stage has left half of it,
+    which goes from the file, too."""
+    if not path.exists():
+        return []
+    lines = path.read_text("utf-8").split("\n")
+    rows = [json.loads(line) for line in lines[:-1]]  # the last is empty, or half a row
+    write_jsonl(path, rows)
+    return rows
 
 
 def write_text(path, text):
@@ -527,6 +542,11 @@ Response A:
 Response B:
 {second}"""
 
+# What a verdict is about, and whose it is
+CASE = ("instruction", "output_1", "output_2", "annotator")
+# A thought that a generation prompt opens, at its end: <think>, [THINK], ...
+THOUGHT = re.compile(r"[<\[◁]\|?(think|thinking|thought|reasoning)\|?[>\]▷]\s*$", re.IGNORECASE)
+
 
 def open_judge(args):
     """The model of --judge model:NAME and its tokenizer."""
@@ -539,8 +559,7 @@ def open_judge(args):
         letter_ids("", "", "", tokenizer)
     except Exception as error:  # transformers and templates raise many kinds
         fail(f"--judge {args.judge} is no causal LM with a chat template: {error!r:.150}")
-    if tokenizer.pad_token_id is None:  # which token pads makes no difference
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # any token: padding is masked
     return model, tokenizer
 
 
@@ -550,6 +569,11 @@ def letter_ids(prompt, first, second, tokenizer):
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": request}],
         tokenize=False, add_generation_prompt=True, enable_thinking=False)
+    thought = THOUGHT.search(text)
+    if thought:  # it ends before it has begun
+        opened = thought[0].strip()
+        text = f"{text.rstrip()}\n\n{opened[0]}/{opened[1:]}\n\n"
+
     ids_a, ids_b = tokenizer([text + "A", text + "B"], add_special_tokens=False).input_ids
     # a tokenizer may write the letter apart, or with what stands before it
     n = len(commonprefix([ids_a, ids_b]))
@@ -563,76 +587,63 @@ def prefers_a(jobs, judge, args):
         {"input_ids": [ids for ids, _, _ in jobs]}, padding_side="left", return_tensors="pt")
     # one forward pass; generate knows which positions the padding moves
     output = model.generate(
-        **inputs.to(args.device), max_new_tokens=1, do_sample=False,
+        **inputs.to(args.device), max_new_tokens=1, do_sample=False, num_beams=1,
         output_logits=True, return_dict_in_generate=True)
     logits = output.logits[0]  # (B, vocabulary), of the first token of the answer
     return [bool(row[a] > row[b]) for (_, a, b), row in zip(jobs, logits)]
 
 
 def judged(name, rows, judge, args):
-    """AlpacaEval's verdicts on the responses of sft and of a policy: preference 1 (sft's is better)
-    or 2 (the policy's) where the judge says so in both orders, else 1.5, a tie; null for what is
-    longer than its context. RUN/verdicts_<name>.json keeps them: none is asked for twice."""
-    path = Path(args.run) / f"verdicts_{name}.json"
-    known = {}  # case -> preference
-    if path.exists():
-        for verdict in json.load(open(path, encoding="utf-8")):
-            known[case_of(verdict)] = verdict["preference"]
-
+    """AlpacaEval's verdicts on the responses of sft and of a policy, RUN/verdicts_<name>.json."""
     verdicts = []
-    for part in tqdm(batches(rows, args.micro_batch), desc=f"judging {name}"):
-        batch = []
-        for row in part:
-            batch.append({
-                "instruction": prompt_text(row["prompt"]), "output_1": row["sft"],
-                "generator_1": "sft", "output_2": row[name], "generator_2": name,
-                "annotator": args.judge.removeprefix("model:"),
-            })
-        # the same responses may stand at several prompts, or in several runs of this stage
-        cases = {case_of(verdict) for verdict in batch} - known.keys()
-        known |= preferences(sorted(cases), judge, args)
-        verdicts += [row | {"preference": known[case_of(row)]} for row in batch]
-        if cases:  # a killed judge goes on from here
-            write_text(path, json.dumps(verdicts, indent=1) + "\n")
+    for row in rows:
+        verdicts.append({
+            "instruction": prompt_text(row["prompt"]), "output_1": row["sft"],
+            "generator_1": "sft", "output_2": row[name], "generator_2": name,
+            "annotator": args.judge.removeprefix("model:"),
+        })
+    known = preferences([*map(case_of, verdicts)], judge, args)
+    verdicts = [row | {"preference": known[case_of(row)]} for row in verdicts]
+    path = Path(args.run) / f"verdicts_{name}.json"
     write_text(path, json.dumps(verdicts, indent=1) + "\n")
     return verdicts
 
 
 def case_of(verdict):
-    """What a verdict is about, and whose it is."""
-    return tuple(verdict[key] for key in ("instruction", "output_1", "output_2", "annotator"))
+    """The case of a row of verdicts or judgements."""
+    return tuple(verdict[key] for key in CASE)
 
 
 def preferences(cases, judge, args):
-    """The judge's preference for every case."""
+    """case -> preference: 1 (the response of sft is better) or 2 (the policy's) where the judge
+    says so in both orders, else 1.5, a tie; None for what is longer than its context. They are
+    appended to RUN/judgements.jsonl as each batch comes, and what it has is not asked again."""
     model, tokenizer = judge
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-    found = {}
-    asked = []
-    sft_first = []  # the requests where A is the response of sft
-    sft_second = []  # and where it is the policy's
-    for case in cases:
+    path = Path(args.run) / "judgements.jsonl"
+    found = {case_of(row): row["preference"] for row in whole_rows(path)}
+    jobs = []  # (case, its request with sft's response first, and second)
+    for case in dict.fromkeys(cases):
         prompt, sft, new, _ = case
-        first = letter_ids(prompt, sft, new, tokenizer)
-        second = letter_ids(prompt, new, sft, tokenizer)
         if sft == new:  # needs no judge
             found[case] = 1.5
-        elif max(len(first[0]), len(second[0])) >= context:
-            found[case] = None
-        else:
-            asked.append(case)
-            sft_first.append(first)
-            sft_second.append(second)
-    if not asked:
-        return found
+        elif case not in found:
+            both = [letter_ids(prompt, *pair, tokenizer) for pair in ((sft, new), (new, sft))]
+            if max(len(ids) for ids, _, _ in both) < context:
+                jobs.append((case, *both))
+            else:
+                found[case] = None
 
-    a_is_sft = prefers_a(sft_first, judge, args)
-    a_is_new = prefers_a(sft_second, judge, args)
-    for case, sft_wins, new_wins in zip(asked, a_is_sft, a_is_new):
-        if sft_wins == new_wins:  # A in both orders, or B: its place decides, not the response
-            found[case] = 1.5
-        else:
-            found[case] = 1 if sft_wins else 2
+    for part in tqdm(batches(jobs, args.judge_batch), desc="judging"):
+        a_is_sft = prefers_a([first for _, first, _ in part], judge, args)
+        a_is_new = prefers_a([second for _, _, second in part], judge, args)
+        with open(path, "a", encoding="utf-8") as file:
+            for (case, _, _), sft_wins, new_wins in zip(part, a_is_sft, a_is_new):
+                found[case] = 1 if sft_wins else 2
+                if sft_wins == new_wins:  # its place decides, not the response
+                    found[case] = 1.5
+                row = dict(zip(CASE, case)) | {"preference": found[case]}
+                file.write(json.dumps(row) + "\n")
     return found
 
 

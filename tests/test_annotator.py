@@ -92,6 +92,9 @@ def test_a_thought_that_its_template_opens_belongs_to_the_answer(chat_model):
     pytest.param("<think>\n</think>```\n\"5\"\n```", "4", "5", id="all of it"),
     pytest.param("<think>It is 5, or", "It is 4.", "", id="a thought without an end"),
     pytest.param(" \n", "It is 4.", "", id="nothing"),
+    pytest.param("<think>5!</think>5", "<think>4!</think>4", "<think>5!</think>5",
+                 id="the response thinks"),
+    pytest.param("```\na\n```\n```\nb\n```", "a", "```\na\n```\n```\nb\n```", id="two fences"),
 ])
 def test_the_edit_in_an_answer(answer, response, text):
     assert one.edited_text(answer, response) == text
@@ -109,6 +112,7 @@ class Annotator:
     def __init__(self, answers):
         self.answers = answers
         self.asked = 0
+        self.batches = []
         self.limits = set()
 
     def generate(self, model, tokenizer, prompts, args, temperature=1.0):
@@ -119,6 +123,7 @@ class Annotator:
             if len(texts) < len(prompts):
                 raise Killed
             self.asked += len(prompts)
+            self.batches.append(len(prompts))
             self.limits.add(args.max_new_tokens)
         encode = lambda text: tokenizer(text, add_special_tokens=False).input_ids
         return [encode(text) for text in texts[:len(prompts)]]
@@ -236,6 +241,19 @@ def test_an_answer_that_did_not_end_is_asked_again_with_more_room(annotated, cap
     assert annotated(RESPONSES, GOOD, editor_tokens=600)[1].asked == 1
 
 
+def test_a_long_request_leaves_the_others_their_room(annotated):
+    long = {"prompt": "e", "response": " soap" * 160}  # of 256 tokens, fewer than 100 are left
+    _, annotator = annotated([*RESPONSES, long], [*GOOD, " salt</s>"], editor_tokens=100,
+                             micro_batch=9)
+    assert annotator.batches == [4, 1]
+
+
+def test_an_answer_without_a_change_is_no_edit(annotated, capsys):
+    rows, _ = annotated(RESPONSES, [*GOOD[:3], " soap</s>"])
+    assert len(rows) == 3
+    assert "'the answer changes nothing': 1" in capsys.readouterr().out
+
+
 def test_a_request_beyond_the_context_is_counted(annotated, capsys):
     long = {"prompt": "e", "response": " soap" * 220}  # its context has 256 tokens
     rows, annotator = annotated([*RESPONSES, long], GOOD)
@@ -250,6 +268,7 @@ def test_an_edit_beyond_the_context_of_the_policy_is_counted(annotated, capsys):
 
 @pytest.mark.parametrize("text, message", [
     pytest.param("Mend it", "{response}", id="no response"),
+    pytest.param("Mend {response} as {solution}", "{response}", id="none without a solution"),
     pytest.param(None, "No such file", id="no file"),
 ])
 def test_a_bad_request_file_is_named(annotated, fails, tmp_path, text, message):
@@ -297,6 +316,14 @@ def test_a_verdict_is_the_likelier_of_two_letters(chat_model):
     ids, a, b = four.letter_ids("What", " tea", " soap", tokenizer)
     assert tokenizer.decode(ids).endswith("</s>A:")  # the assistant's turn has begun
     assert tokenizer.convert_ids_to_tokens([a, b]) == ["A", "B"]
+
+
+def test_a_thought_that_the_template_of_the_judge_opens_is_closed(chat_model):
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    tokenizer.add_tokens(["A", "B", "<think>", "</think>"])
+    tokenizer.chat_template = TEMPLATE + "<think>\n"
+    ids, *_ = four.letter_ids("What", " tea", " soap", tokenizer)
+    assert tokenizer.decode(ids).endswith("<think>\n\n</think>\n\n")
 
 
 def test_requests_of_a_batch_are_judged_as_if_alone(chat_model):
@@ -392,9 +419,11 @@ def test_a_case_is_judged_once(judge, judged):
     assert judge.asked == 2 * 4
 
 
-def test_another_judge_judges_again(judge, judged):
-    judged(CASES)
+def test_another_judge_judges_again_and_the_first_does_not(judge, judged):
+    first = judged(CASES)
     judged(CASES, name="model:another")
+    assert judge.asked == 2 * 2 * 3
+    assert judged(CASES) == first
     assert judge.asked == 2 * 2 * 3
 
 
@@ -402,9 +431,9 @@ def test_a_killed_judge_goes_on(judge, judged, monkeypatch):
     answer = judge.prefers_a
     monkeypatch.setattr(four, "prefers_a", lambda *args: judge.asked < 2 and answer(*args) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        judged(CASES, micro_batch=1)
+        judged(CASES, judge_batch=1)
     monkeypatch.setattr(four, "prefers_a", answer)
-    judged(CASES, micro_batch=1)
+    judged(CASES, judge_batch=1)
     assert judge.asked == 2 * 3
 
 
@@ -516,8 +545,9 @@ def test_edits_come_from_a_server_and_none_is_asked_for_twice(server, tmp_path, 
     (tmp_path / "samples.jsonl").write_text("\n".join(map(json.dumps, rows)))
 
     exec(code, {})
-    assert [row["edited"] for row in rows_of("edits_of_llm.jsonl")] == ["salt 0", "salt 1", "salt 2"]
+    edits = lambda: [row["edited"] for row in rows_of("edits_of_llm.jsonl")]
+    assert edits() == ["salt 0", "salt 1", "salt 2"]
     exec(code, {})
-    assert [row["edited"] for row in rows_of("edits_of_llm.jsonl")][3:] == ["salt 3"]
+    assert edits()[3:] == ["salt 3"]
     assert sorted(Server.asked) == [0, 1, 2, 3, 3]
     assert rows_of("edits_of_llm.jsonl")[0] == {**rows[0], "edited": "salt 0", "editor": "NAME"}

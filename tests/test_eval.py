@@ -255,6 +255,10 @@ def test_without_one_of_the_four_cells_there_is_no_cross(crossed):
     assert four.cross_table(policies, differences) == ""
 
 
+def test_a_difference_of_nothing_is_a_dash():
+    assert four.points(four.difference([None], [1])) == "–"
+
+
 def test_where_nobody_judges_there_is_no_cross(run, problems):
     for problem in problems:
         problem.pop("solutions")

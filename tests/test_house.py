@@ -24,8 +24,8 @@ PARTS = (ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.cmpop)
 
 
 # syntax nodes and lines of the four scripts: they only ever go down, or a feature comes
-NODES = 18860
-LINES = 3902
+NODES = 20840
+LINES = 4310
 
 
 def read(path):
