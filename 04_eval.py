@@ -116,7 +116,7 @@ def compare(run, logs, args, judge=None):
 
     differences = {f"{a} - {b}": difference(wins[a], wins[b]) for a, b in combinations(logs, 2)}
     cells = [wins.get(name, [None]) for name in chain(*CROSS.values())]
-    known = [four for four in zip(*cells) if None not in four]
+    known = [of_prompt for of_prompt in zip(*cells) if None not in of_prompt]
     if known:
         sequence, sequence_edit, token_sibling, token = np.transpose(known)
         differences[INTERACTION] = difference(token + sequence, token_sibling + sequence_edit)
