@@ -706,16 +706,19 @@ def page(numbers, sentences, cross, logs, held_out, rows):
             f"{400 * row['update'] / log[-1]['update']:.0f},{200 - 200 * row['accuracy']:.1f}"
             for row in log if "accuracy" in row
         )
-        curves += f'<polyline stroke={COLOURS[name]} points="{points}"/>'
-        legend += f"<b><span style=color:{COLOURS[name]}>■</span> {name}</b> "
+        if points:  # somebody knew what is right
+            curves += f'<polyline stroke={COLOURS[name]} points="{points}"/>'
+            legend += f"<b><span style=color:{COLOURS[name]}>■</span> {name}</b> "
+    chart = f"""<h2>Learning curves</h2><p>{legend}</p>
+<svg viewBox="-45 -10 480 235"><path d="M0 0v200h400"/><text x=-45 y=10>100 %</text>
+<text x=-45 y=204>0 %</text><text x=330 y=218>last update</text>{curves}</svg>
+<p>Right responses to validation prompts, over the updates of each run."""
 
     return f"""<!doctype html><html lang=en><meta charset=utf-8>
 <meta name=viewport content="width=device-width"><title>Token-level reward</title>
 <style>{STYLE}</style><h1>Token-level reward: who wins</h1><p>{"<p>".join(sentences)}
-<pre>{numbers}</pre><h2>Learning curves</h2><p>{legend}</p>
-<svg viewBox="-45 -10 480 235"><path d="M0 0v200h400"/><text x=-45 y=10>100 %</text>
-<text x=-45 y=204>0 %</text><text x=330 y=218>last update</text>{curves}</svg>
-<p>Right responses to validation prompts, over the updates of each run.
+<pre>{numbers}</pre>
+{chart if curves else ""}
 {cross}
 <h2>Held-out rewards</h2><p>Orange: punished, blue: praised, framed: wrong tokens.
 {cards(held_out, heat_map)}

@@ -454,6 +454,12 @@ def test_without_oracle_and_judge_a_line_says_how_to_get_a_win_rate(without_orac
     assert f"04_eval.py --run {without_oracle} --judge model:NAME" in capsys.readouterr().out
 
 
+def test_what_nobody_knows_is_not_drawn():
+    page = lambda rows: four.page("", [], "", {"dpo": rows}, [], [])
+    assert "<h2>Learning curves" not in page([{"update": 1}])
+    assert "<h2>Learning curves" in page([{"update": 1, "accuracy": 0.5}])
+
+
 def test_verdicts_gives_the_win_rate_of_the_judge(without_oracle, judge, monkeypatch, capsys):
     monkeypatch.setattr(four, "open_judge", lambda args: judge.models)
     monkeypatch.setattr(four, "letter_ids", lambda prompt, a, b, _: (f"{a[-3:]}|{b[-3:]}", 0, 0))

@@ -24,8 +24,8 @@ PARTS = (ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.cmpop)
 
 
 # syntax nodes and lines of the four scripts: they only ever go down, or a feature comes
-NODES = 20840
-LINES = 4310
+NODES = 20850
+LINES = 4304
 
 
 def read(path):
