@@ -411,7 +411,7 @@ def preferred(row, editor):
     """A1: y_w, the better response of the pair: `chosen` and `chosen_token_ids` where they are not
     what --data prefers; and `chosen_ops` (E1), null where nothing but the edit is preferred."""
     errors = row["wrong_steps"]
-    if errors:  # known, and not right: is a sibling, sampled from the same prompt, better?
+    if errors:  # known, and not right: is a sibling, a response to the same prompt, better?
         best = min(row["responses"], key=lambda sibling: sibling["wrong_steps"])
         if best["wrong_steps"] < errors:
             return {
@@ -420,8 +420,8 @@ def preferred(row, editor):
                 "chosen_ops": edit_ops(row["rejected_ids"], best["rejected_ids"]),
             }
 
-    # edited by a person, a language model or a rule, with nothing preferred to it: the edit makes
-    # the pair of a response of --data, and of a sample whose siblings nobody can judge
+    # nothing is preferred, but a person, a language model or a rule has edited: the edit makes the
+    # pair of a response of --data, and of a sample whose siblings nobody can judge
     alone = row["from_data"] or errors is None
     if alone and editor in ("human", "rules") and row["edit_ops"] and row["chosen"] is None:
         return {
@@ -902,7 +902,7 @@ def request_ids(request, tokenizer):
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": request}],
         tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    thought = THOUGHT.search(text)
+    thought = OPEN_THOUGHT.search(text)
     return tokenizer(text, add_special_tokens=False).input_ids, thought[0] if thought else ""
 
 
@@ -914,6 +914,7 @@ def ask(requests, model, tokenizer, args):
     name = args.editor.removeprefix("model:")
     answers = {}
     for row in whole_rows(path):
+        # an answer that did not end is asked for again with more room
         more_room = row["answer"] is None and row["editor_tokens"] < args.editor_tokens
         if row["editor"] == name and not more_room:
             answers[row["request"]] = row["answer"]
@@ -1016,7 +1017,8 @@ ID_COLUMNS = {  # a text -> its token ids
     "edited": "edited_ids",
 }
 # A thought that a generation prompt opens, at its end: <think>, [THINK], ...
-THOUGHT = re.compile(r"[<\[◁]\|?(think|thinking|thought|reasoning)\|?[>\]▷]\s*$", re.IGNORECASE)
+OPEN_THOUGHT = re.compile(
+    r"[<\[◁]\|?(think|thinking|thought|reasoning)\|?[>\]▷]\s*$", re.IGNORECASE)
 
 
 class Encoder:
@@ -1070,7 +1072,7 @@ class Encoder:
         notes = []
         prompt = problem["prompt_text"]
         is_chat = isinstance(problem["prompt"], list)
-        thought = THOUGHT.search(prompt)
+        thought = OPEN_THOUGHT.search(prompt)
         behind = text
         # the prompt has opened the thought, so the response does not open it again
         if thought and text.lstrip().startswith(thought[0].strip()):
@@ -1384,7 +1386,7 @@ def main(args):
     rules = read_rules(args.editor or "")
     problems, dropped = read_data(args, rules) if args.data else (make_problems(args), Counter())
     editor = choose_editor(args, problems, rules)
-    annotator = open_annotator(args) if editor == "model" else None
+    annotator = open_annotator(args) if editor == "model" else None  # its faults show before SFT
 
     # the policy, and with its tokenizer the ids of every text
     model, tokenizer = open_policy(args) if args.model else small_policy(problems, args)
@@ -1409,7 +1411,7 @@ def main(args):
         editor = "human"  # from here on, its edits are like those of a person
     rows, reasons = edit_responses(used, editor, rules, args, encoder)
     dropped["problem: beyond --edit_prompts"] = len(fit) - len(used)
-    dropped = +(dropped + reasons)  # without zeros
+    dropped = dropped + reasons  # a sum of Counters has no zeros
     if not rows:
         fail(f"no response has a usable edit: {dict(dropped)}")
     write_jsonl(run / "edits.jsonl", rows)

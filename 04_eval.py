@@ -45,7 +45,7 @@ POLICIES = [
     "ppo_token", "ppo_sequence_edit", "ppo_token_sibling", "ppo_sequence",
     "rlmec", "rlmec_imitation", "rejection", "dpo_edit", "dpo",
 ]
-# The cross: how many rewards a response gets -> PPO that prefers the sibling, the minimal edit
+# The cross: how many rewards a response gets -> PPO on siblings, PPO on minimal edits
 CROSS = {
     "one reward a response": ("ppo_sequence", "ppo_sequence_edit"),
     "a reward on every token": ("ppo_token_sibling", "ppo_token"),
@@ -71,7 +71,7 @@ class Args:
     max_new_tokens: int = arg(None, "longest response; default: stage 3's")
     judge: str = arg(None, "model:NAME, an instruct model that says who wins")
     judge_batch: int = arg(16, "responses judged at once")
-    verdicts: str = arg(None, "only print the win rate in this file, a list of AlpacaEval's JSON")
+    verdicts: str = arg(None, "only print the win rate of this file, AlpacaEval's JSON list")
     micro_batch: int = arg(500, "responses sampled at once; fewer need less memory")
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -115,6 +115,7 @@ def compare(run, logs, args, judge=None):
         policies[name] |= win_rate(wins[name])
 
     differences = {f"{a} - {b}": difference(wins[a], wins[b]) for a, b in combinations(logs, 2)}
+    # a policy that is missing has one None, so that no prompt has all four
     cells = [wins.get(name, [None]) for name in chain(*CROSS.values())]
     known = [of_prompt for of_prompt in zip(*cells) if None not in of_prompt]
     if known:
@@ -277,7 +278,7 @@ def checks(reward_models, policies, differences, logs, run):
 
 
 def judge_sentences(policies, run):
-    """How far the judge's place in the request decides; or, where nobody judges, how to get one."""
+    """How far a response's place in the request decides; or, where nobody judges, who can."""
     if all(row["win_rate"] is None for row in policies.values()):
         return ["No win rate, since nobody knows which responses are right. To ask a language "
                 f"model: python 04_eval.py --run {run} --judge model:NAME"]
@@ -285,8 +286,8 @@ def judge_sentences(policies, run):
     for name, row in policies.items():
         if "position_bias" in row:
             said.append(f"Judge, {name}: win rate {or_dash(row['win_rate'])}; its two orders "
-                        f"disagree on {or_dash(row['position_bias'])} (ties); {row['n']} prompts "
-                        f"judged, {row['not_judged']} longer than its context.")
+                        f"disagree on {or_dash(row['position_bias'])} of the pairs that differ "
+                        f"(ties); {row['n']} prompts, {row['not_judged']} more beyond its context.")
     return said
 
 
@@ -545,7 +546,8 @@ Response B:
 # What a verdict is about, and whose it is
 CASE = ("instruction", "output_1", "output_2", "annotator")
 # A thought that a generation prompt opens, at its end: <think>, [THINK], ...
-THOUGHT = re.compile(r"[<\[◁]\|?(think|thinking|thought|reasoning)\|?[>\]▷]\s*$", re.IGNORECASE)
+OPEN_THOUGHT = re.compile(
+    r"[<\[◁]\|?(think|thinking|thought|reasoning)\|?[>\]▷]\s*$", re.IGNORECASE)
 
 
 def open_judge(args):
@@ -556,7 +558,7 @@ def open_judge(args):
     try:
         model = hf.AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(args.device)
         tokenizer = hf.AutoTokenizer.from_pretrained(name)
-        letter_ids("", "", "", tokenizer)
+        letter_ids("", "", "", tokenizer)  # a trial of its template
     except Exception as error:  # transformers and templates raise many kinds
         fail(f"--judge {args.judge} is no causal LM with a chat template: {error!r:.150}")
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)  # any token: padding is masked
@@ -569,7 +571,7 @@ def letter_ids(prompt, first, second, tokenizer):
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": request}],
         tokenize=False, add_generation_prompt=True, enable_thinking=False)
-    thought = THOUGHT.search(text)
+    thought = OPEN_THOUGHT.search(text)
     if thought:  # it ends before it has begun
         opened = thought[0].strip()
         text = f"{text.rstrip()}\n\n{opened[0]}/{opened[1:]}\n\n"
@@ -585,7 +587,7 @@ def prefers_a(jobs, judge, args):
     model, tokenizer = judge
     inputs = tokenizer.pad(
         {"input_ids": [ids for ids, _, _ in jobs]}, padding_side="left", return_tensors="pt")
-    # one forward pass; generate knows which positions the padding moves
+    # one forward pass; generate shifts the positions for the padding
     output = model.generate(
         **inputs.to(args.device), max_new_tokens=1, do_sample=False, num_beams=1,
         output_logits=True, return_dict_in_generate=True)
@@ -654,7 +656,7 @@ def position_bias(verdicts):
     return mean(asked)
 
 
-def verdicts(path):
+def print_verdicts(path):
     """The win rate of a JSON list of verdicts as AlpacaEval writes it."""
     try:
         rows = json.load(open(path, encoding="utf-8"))
@@ -815,7 +817,7 @@ def main(args):
     if args.runs:
         return combine(args.runs)
     if args.verdicts:
-        return verdicts(args.verdicts)
+        return print_verdicts(args.verdicts)
 
     # What was trained
     run = Path(args.run)

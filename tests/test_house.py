@@ -25,7 +25,7 @@ PARTS = (ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.cmpop)
 
 # syntax nodes and lines of the four scripts: they only ever go down, or a feature comes
 NODES = 20850
-LINES = 4304
+LINES = 4306
 
 
 def read(path):
