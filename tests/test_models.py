@@ -405,7 +405,7 @@ def test_dpo_and_stage_4_run_straight_after_stage_1(unedited):
     assert float(first["loss"]) == pytest.approx(math.log(2), abs=1e-5)
     assert set(results["policies"]) == {"sft", "dpo"}
     assert results["reward_models"] == {}
-    assert "Learning curves" in (unedited / "report.html").read_text()
+    assert "Before and after" in (unedited / "report.html").read_text()
 
 
 def test_dpo_on_edits_needs_edits(unedited, fails):
