@@ -528,6 +528,7 @@ def small_policy(problems, args):
 
 
 def open_policy(args):
+    """--model, in float32, since it is trained."""
     return open_language_model("--model ", args.model, torch.float32)
 
 

@@ -266,7 +266,7 @@ def checks(reward_models, policies, differences, logs, run):
     # what did it: the edit, or the reward on every token?
     if INTERACTION in differences:
         said += cross_sentences(differences)
-    elif "ppo_token - ppo_sequence" in differences and "ppo_token_sibling" not in logs:
+    elif "ppo_token - ppo_sequence" in differences and not {*chain(*CROSS.values())} <= {*logs}:
         said += [
             "ppo_token and ppo_sequence differ in two things: what the reward model learns from "
             "(edits, siblings), and how many rewards a response gets. To separate them:",
@@ -744,6 +744,7 @@ def cross_picture(policies):
             drawn += f'<path style=stroke:{colour} d="M{x} {low}V{high}"/>'
             drawn += f"<text x={x + 8} y={y} dy={dy}>{name} {or_dash(row['win_rate'])}</text>"
         drawn += f'<polyline stroke={colour} points="{line}"/>'
+
     return f"""<h2>The cross</h2>
 <svg viewBox="-45 -10 560 235"><path d="M0 0v200h400"/><text x=-45 y=10>100 %</text>
 <text x=-45 y=204>50 %</text><text x=20 y=218>preferred sibling</text>

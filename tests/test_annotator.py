@@ -266,6 +266,28 @@ def test_an_edit_beyond_the_context_of_the_policy_is_counted(annotated, capsys):
     assert "\"the edit is longer than the policy's context\": 1" in capsys.readouterr().out
 
 
+class TwoEnds:
+    """An encoder: a text is token 5, and its end is 2, though 3 ends a response as well."""
+
+    def encode_response(self, problem, text, ended, verbatim):
+        return [5, 2]
+
+
+@pytest.mark.parametrize("ended, rejected_ids, edited_ids", [
+    pytest.param(True, [4, 3], [5, 3], id="its own end stays"),
+    pytest.param(False, [4], [5, 2], id="the edit ends what was cut"),
+])
+def test_an_edit_ends_as_the_response_does(monkeypatch, ended, rejected_ids, edited_ids):
+    response = {"rejected": "soap", "rejected_ids": rejected_ids, "ended": ended,
+                "verbatim": False, "edited": None, "wrong_steps": None}
+    problem = {"prompt": "a", "prompt_ids": [1], "responses": [response]}
+    monkeypatch.setattr(one, "ask", lambda requests, *_: {requests[0]: "salt"})
+    args = one.Args(editor="model:some")
+    [row] = one.annotate([problem], (None, None, "{response}"), TwoEnds(), 99, args)
+    assert row["responses"][0]["edited_ids"] == edited_ids
+    assert response["edited"] is None  # what was passed in stays as it was
+
+
 @pytest.mark.parametrize("text, message", [
     pytest.param("Mend it", "{response}", id="no response"),
     pytest.param("Mend {response} as {solution}", "{response}", id="none without a solution"),

@@ -255,6 +255,26 @@ def test_without_one_of_the_four_cells_there_is_no_cross(crossed):
     assert four.cross_table(policies, differences) == ""
 
 
+def test_the_interaction_is_of_the_prompts_where_all_four_are_judged(run, problems, monkeypatch):
+    four.write_jsonl(run / "problems.jsonl", problems[:4])
+    preferences = {name: [1 + win for win in wins] for name, wins in CELLS.items()}
+    preferences["ppo_sequence"][0] = None  # longer than the judge's context
+    logs = {}
+    for name in CELLS.keys() - {"sft"}:
+        shutil.copytree(run / "policy", run / name, dirs_exist_ok=True)
+        logs[name] = [{"update": 1, "episodes": 1, "seconds": 0}]
+
+    def judged(name, rows, judge, args):
+        return [{"output_1": "a", "output_2": "b", "preference": x} for x in preferences[name]]
+
+    monkeypatch.setattr(four, "judged", judged)
+    policies, differences, _ = four.compare(run, logs, four.Args(max_new_tokens=1), judge="some")
+    # of the last three prompts: token 3/3, sequence 0, sibling 2/3, edit 0
+    assert differences[four.INTERACTION]["n"] == 3
+    assert differences[four.INTERACTION]["difference"] == pytest.approx(1 / 3)
+    assert policies["ppo_sequence"]["not_judged"] == 1
+
+
 def test_a_difference_of_nothing_is_a_dash():
     assert four.points(four.difference([None], [1])) == "–"
 

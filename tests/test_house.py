@@ -24,8 +24,8 @@ PARTS = (ast.expr_context, ast.operator, ast.unaryop, ast.boolop, ast.cmpop)
 
 
 # syntax nodes and lines of the four scripts: they only ever go down, or a feature comes
-NODES = 20850
-LINES = 4306
+NODES = 20860
+LINES = 4307
 
 
 def read(path):
